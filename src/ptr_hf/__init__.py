@@ -1,0 +1,1 @@
+"""ptr_hf: post-train LeRobot policies on uneven demonstrations (Posterior-Transition Reweighting)."""
