@@ -1,0 +1,64 @@
+"""What a training run leaves to look at: its dynamics, figures, detection of known corruptions, and one HTML page."""
+
+from ptr_hf.report.chunk_scores import SCORE_COLUMNS, SCORES_FILE, ChunkScores, read_scores, write_scores
+from ptr_hf.report.dynamics import (
+    DYNAMICS_COLUMNS,
+    DYNAMICS_FILE,
+    Dynamics,
+    DynamicsLog,
+    read_dynamics,
+    weight_bin_edges,
+    weight_histogram,
+)
+from ptr_hf.report.evaluation import (
+    Detection,
+    SummaryTable,
+    WeightShare,
+    corruption_auc,
+    detection,
+    effective_sample_share,
+    episode_weights,
+    summary_table,
+    weight_shares,
+)
+from ptr_hf.report.figures import (
+    dynamics_figure,
+    save_figure,
+    summary_figure,
+    weight_histogram_figure,
+    weights_by_quality_figure,
+)
+from ptr_hf.report.findings import findings
+from ptr_hf.report.page import REPORT_FILE, write_report
+
+__all__ = [
+    "DYNAMICS_COLUMNS",
+    "DYNAMICS_FILE",
+    "REPORT_FILE",
+    "SCORES_FILE",
+    "SCORE_COLUMNS",
+    "ChunkScores",
+    "Detection",
+    "Dynamics",
+    "DynamicsLog",
+    "SummaryTable",
+    "WeightShare",
+    "corruption_auc",
+    "detection",
+    "dynamics_figure",
+    "effective_sample_share",
+    "episode_weights",
+    "findings",
+    "read_dynamics",
+    "read_scores",
+    "save_figure",
+    "summary_figure",
+    "summary_table",
+    "weight_bin_edges",
+    "weight_histogram",
+    "weight_histogram_figure",
+    "weight_shares",
+    "weights_by_quality_figure",
+    "write_report",
+    "write_scores",
+]

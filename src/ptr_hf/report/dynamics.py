@@ -1,0 +1,238 @@
+"""The training dynamics: one row per logging step, in `ptr_dynamics.parquet`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
+
+from ptr_hf.report.files import replacing
+
+DYNAMICS_FILE = "ptr_dynamics.parquet"
+
+
+class Column(NamedTuple):
+    """Arrow type, unit and meaning of one column."""
+
+    kind: pa.DataType
+    unit: str
+    meaning: str
+
+
+_REAL = pa.float64()
+
+DYNAMICS_COLUMNS: dict[str, Column] = {
+    "step": Column(pa.int64(), "optimiser steps", "training step"),
+    "run": Column(pa.string(), "", "name of the configuration: sft, ptr, ..."),
+    "loss": Column(_REAL, "", "total loss (Eq. 32)"),
+    "loss_action": Column(_REAL, "", "action loss, weighted and self-normalised (Eq. 27)"),
+    "loss_identification": Column(_REAL, "nats", "identification loss (Eq. 13)"),
+    "loss_ranking": Column(_REAL, "nats", "ranking loss (Eq. 31)"),
+    "loss_tokenizer": Column(_REAL, "", "belief regularisation"),
+    "grad_norm": Column(_REAL, "", "norm of the gradient before clipping"),
+    "learning_rate": Column(_REAL, "", "learning rate of the first parameter group"),
+    "accuracy": Column(_REAL, "fraction", "identification accuracy"),
+    "margin": Column(_REAL, "logits", "logit of the match minus the best other"),
+    "score": Column(_REAL, "nats", "mean PTR score T (Eq. 14)"),
+    "weight_mean": Column(_REAL, "", "mean weight (Eq. 21)"),
+    "weight_min": Column(_REAL, "", "smallest weight"),
+    "weight_max": Column(_REAL, "", "largest weight"),
+    "weight_at_floor": Column(_REAL, "fraction", "weights at the lower bound"),
+    "weight_at_ceiling": Column(_REAL, "fraction", "weights at the upper bound"),
+    "effective_sample_size": Column(_REAL, "fraction", "effective sample size"),
+    "valid_target_ratio": Column(_REAL, "fraction", "chunks whose future was recorded"),
+    "temperature": Column(_REAL, "", "temperature τ"),
+    "beta": Column(_REAL, "nats", "weight scale β"),
+    "hard_negative_ratio": Column(_REAL, "fraction", "hard-negative ratio ρ"),
+    "belief_entropy": Column(_REAL, "nats", "belief assignment entropy H_tok"),
+    "belief_diversity": Column(_REAL, "", "belief overlap D_tok"),
+    "weight_histogram": Column(pa.list_(pa.int64()), "chunks", "weights counted in the bins of weight_bin_edges"),
+    "weight_bin_edges": Column(pa.list_(pa.float64()), "", "bin edges, log-spaced between the weight bounds"),
+}
+DYNAMICS_SCHEMA = pa.schema([(name, column.kind) for name, column in DYNAMICS_COLUMNS.items()])
+
+
+class WeightCounts(NamedTuple):
+    """Weights of some logging steps, counted: `counts (bins,)` between `edges (bins + 1,)`, steps `first..last`."""
+
+    counts: Int[np.ndarray, " bins"]
+    edges: Float[np.ndarray, " edges"]
+    first_step: int
+    last_step: int
+
+
+def weight_bin_edges(lower: float, upper: float, bins: int = 32) -> Float[np.ndarray, " edges"]:
+    """`bins + 1` log-spaced edges whose ends are exactly the weight bounds; equal bounds (α = 0) get a factor of two.
+
+    Raises ValueError unless 0 < lower ≤ upper and bins ≥ 1.
+    """
+    if not 0.0 < lower <= upper or bins < 1:
+        raise ValueError(f"Weight bins need 0 < lower <= upper and bins >= 1, got ({lower}, {upper}, {bins}).")
+    if upper / lower < 1.0 + 1e-9:
+        lower, upper = lower / 2.0, upper * 2.0
+    edges = np.geomspace(lower, upper, bins + 1)
+    edges[0], edges[-1] = lower, upper
+    return edges
+
+
+def weight_histogram(
+    weight: Float[np.ndarray, " chunks"], edges: Float[np.ndarray, " edges"]
+) -> Int[np.ndarray, " bins"]:
+    """Counts of the finite weights; those a rounding error outside the bounds fall into the end bins."""
+    finite = weight[np.isfinite(weight)].astype(np.float64)
+    return np.histogram(np.clip(finite, edges[0], edges[-1]), bins=edges)[0].astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Dynamics:
+    """The logged rows of one or more runs, `table` in the schema of `DYNAMICS_COLUMNS`."""
+
+    table: pa.Table
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """Names of the runs, in the order of their first row."""
+        return tuple(dict.fromkeys(self.table["run"].to_pylist()))
+
+    def steps(self, run: str) -> Int[np.ndarray, " rows"]:
+        """Logged steps of a run, ascending."""
+        return np.asarray(self._of(run)["step"].to_numpy(), dtype=np.int64)
+
+    def column(self, name: str, run: str) -> Float[np.ndarray, " rows"]:
+        """A scalar column of a run; NaN where it was not logged."""
+        return np.asarray(self._of(run)[name].to_numpy(), dtype=np.float64)
+
+    def logged(self, name: str, run: str) -> bool:
+        """Whether the column holds any finite value for this run."""
+        return bool(np.isfinite(self.column(name, run)).any())
+
+    def tail(self, name: str, run: str, share: float = 0.1) -> float:
+        """Mean of the finite values in the last `share` of the run's rows (at least one row); NaN without any."""
+        values = self.column(name, run)
+        values = values[-max(1, round(share * len(values))) :]
+        values = values[np.isfinite(values)]
+        return float(values.mean()) if len(values) else float("nan")
+
+    def weight_counts(self, run: str, share: float = 0.1) -> tuple[WeightCounts, WeightCounts] | None:
+        """Histograms over the first and the last `share` of the rows whose weights vary; None when none do.
+
+        Rows with all weights equal (the scorer's warm-up, or α = 0) are left out: their histogram is one bar at 1.
+        """
+        table = self._of(run)
+        varied = self.column("weight_max", run) > self.column("weight_min", run)
+        rows = [row for row, keep in zip(table.to_pylist(), varied, strict=True) if keep and row["weight_histogram"]]
+        if not rows:
+            return None
+        size = max(1, round(share * len(rows)))
+        return _count(rows[:size]), _count(rows[-size:])
+
+    def _of(self, run: str) -> pa.Table:
+        if run not in self.runs:
+            raise ValueError(f"No run {run!r} in these dynamics, expected one of {list(self.runs)}.")
+        return self.table.filter(pc.equal(self.table["run"], run)).sort_by("step")
+
+    @staticmethod
+    def join(*parts: "Dynamics") -> "Dynamics":
+        """The rows of several files together, e.g. an SFT run beside a PTR run; ValueError on a repeated run."""
+        names = [run for part in parts for run in part.runs]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"The runs {repeated} appear in more than one of the files, give each run its own name.")
+        return Dynamics(pa.concat_tables([part.table for part in parts]))
+
+
+class DynamicsLog:
+    """Appends the rows of one run to a dynamics file; after every call the file on disk is complete.
+
+    Rows of other runs in the file stay. Rows of this run stay up to `start_step` (a resumed run logs the later ones
+    again); with the default 0 the run starts anew. Only one process may write: the main one.
+
+    Example:
+        log = DynamicsLog(output_dir / DYNAMICS_FILE, run="ptr")
+        log.append({"step": 10, "loss": 0.41, "accuracy": 0.12})
+    """
+
+    def __init__(self, path: str | Path, run: str = "ptr", start_step: int = 0) -> None:
+        self.path = Path(path)
+        self.run = run
+        self._table = DYNAMICS_SCHEMA.empty_table()
+        self._last_step = -1
+        if not self.path.exists():
+            return
+        table = read_dynamics(self.path).table
+        mine = pc.equal(table["run"], run)
+        # Step 0 resumes nothing, so a fresh run keeps none of an earlier run's rows.
+        kept = pc.less_equal(table["step"], start_step if start_step > 0 else -1)
+        self._table = table.filter(pc.or_(pc.invert(mine), kept))
+        if run in self.dynamics.runs:
+            self._last_step = int(self.dynamics.steps(run)[-1])
+
+    @property
+    def dynamics(self) -> Dynamics:
+        """What the file holds, or will hold after the first append."""
+        return Dynamics(self._table)
+
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Add rows, columns left out being null, and replace the file in one move.
+
+        Raises ValueError on an unknown column, another run's name, or a step that does not come after the last one.
+        """
+        last_step, added = self._last_step, []
+        for row in rows:
+            added.append(self._complete(row, last_step))
+            last_step = int(row["step"])
+        new = pa.Table.from_pylist(added, schema=DYNAMICS_SCHEMA)
+        table = pa.concat_tables([self._table, new]).combine_chunks()
+        with replacing(self.path) as temporary:
+            pq.write_table(table, temporary)
+        self._table, self._last_step = table, last_step
+
+    def _complete(self, row: Mapping[str, Any], last_step: int) -> dict[str, Any]:
+        unknown = sorted(set(row) - set(DYNAMICS_COLUMNS))
+        if unknown:
+            raise ValueError(f"Unknown dynamics columns {unknown}, expected some of {list(DYNAMICS_COLUMNS)}.")
+        if "step" not in row or int(row["step"]) <= last_step:
+            raise ValueError(
+                f"A dynamics row needs a step after {last_step}, got {row.get('step')}; "
+                "to log a resumed run, open the log with start_step set to the checkpoint's step."
+            )
+        if row.get("run", self.run) != self.run:
+            raise ValueError(f"A row of run {row['run']!r} came to the log of run {self.run!r}, open one log per run.")
+        complete = {name: _plain(row.get(name), column.kind) for name, column in DYNAMICS_COLUMNS.items()}
+        return complete | {"run": self.run}
+
+
+def read_dynamics(path: str | Path) -> Dynamics:
+    """Read a dynamics file. Raises FileNotFoundError without one, ValueError when columns are missing."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"No training dynamics at {path}: train first, or give the run's output folder.")
+    # A single file, not a dataset: a folder named run=... above it must not become a column.
+    table = pq.ParquetFile(path).read()
+    missing = [name for name in DYNAMICS_COLUMNS if name not in table.column_names]
+    if missing:
+        raise ValueError(f"{path} is not a PTR dynamics file: the columns {missing} are missing.")
+    return Dynamics(table.select(list(DYNAMICS_COLUMNS)).cast(DYNAMICS_SCHEMA))
+
+
+def _plain(value: Any, kind: pa.DataType) -> Any:
+    """Python value of the column's type; accepts 0-d and 1-d arrays and tensors."""
+    if value is None or pa.types.is_string(kind):
+        return value
+    if pa.types.is_list(kind):
+        convert = int if pa.types.is_integer(kind.value_type) else float
+        return [convert(entry) for entry in value]
+    return int(value) if pa.types.is_integer(kind) else float(value)
+
+
+def _count(rows: Sequence[Mapping[str, Any]]) -> WeightCounts:
+    """Sum the histograms of the rows that share the last row's bins; a resumed run may have other bounds."""
+    edges = rows[-1]["weight_bin_edges"]
+    same = [row["weight_histogram"] for row in rows if row["weight_bin_edges"] == edges]
+    counts = np.asarray(same, dtype=np.int64).sum(axis=0)
+    return WeightCounts(counts, np.asarray(edges, dtype=np.float64), int(rows[0]["step"]), int(rows[-1]["step"]))

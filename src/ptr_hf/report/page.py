@@ -1,0 +1,161 @@
+"""One self-contained HTML page about a run: table, figures, hyperparameters, and what they mean."""
+
+import base64
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+
+from ptr_hf.report.chunk_scores import SCORES_FILE, ChunkScores, read_scores
+from ptr_hf.report.dynamics import DYNAMICS_FILE, Dynamics, read_dynamics
+from ptr_hf.report.evaluation import (
+    Detection,
+    corruption_kinds,
+    detection,
+    main_run,
+    number,
+    run_label,
+    summary_table,
+    weight_shares,
+)
+from ptr_hf.report.figures import (
+    dynamics_figure,
+    save_figure,
+    summary_figure,
+    weight_histogram_figure,
+    weights_by_quality_figure,
+)
+from ptr_hf.report.files import replacing
+from ptr_hf.report.findings import findings
+
+REPORT_FILE = "ptr_report.html"
+CONFIG_FILE = "ptr_config.json"
+FIGURES_FOLDER = "figures"
+
+SUMMARY_CAPTION = (
+    "The run at a glance: does the scorer learn to recognise consequences, does the policy learn, where did the "
+    "controller move its scales, and how far did the weights spread."
+)
+DYNAMICS_CAPTION = (
+    "Training dynamics: faint lines are the logged values, strong ones their running mean. Accuracy: share of chunks "
+    "whose true consequence has the top logit. T: log of how much likelier than a uniform guess it was. Margin: its "
+    "logit minus the best other. H_tok: how widely a belief token spreads over the chunk's time steps."
+)
+HISTOGRAM_CAPTION = (
+    "Weights of the first and the last tenth of training after the scorer's warm-up; dotted lines are the bounds."
+)
+QUALITY_CAPTION = (
+    "Weights of clean and of corrupted data. Filled: chunks; dots: episode means. AUC: the chance that a corrupted "
+    "episode weighs less than a clean one; 0.5 is no difference, below it the weights are inverted."
+)
+
+
+class PageFigure(NamedTuple):
+    """A figure of the page: `name` is its file in the figures folder, `data` the same PNG as base64."""
+
+    name: str
+    caption: str
+    data: str
+
+
+class DetectionRow(NamedTuple):
+    """Detection of one kind of corruption, counted by episode and by chunk."""
+
+    kind: str
+    episode: Detection
+    chunk: Detection
+
+
+def write_report(
+    output_dir: str | Path,
+    *,
+    dynamics: Dynamics | None = None,
+    scores: ChunkScores | None = None,
+    truth: Mapping[int, str] | None = None,
+    hyperparameters: Mapping[str, object] | None = None,
+    results: Mapping[str, Mapping[str, float]] | None = None,
+    chance: float | None = None,
+    title: str = "Posterior-Transition Reweighting: training report",
+) -> Path:
+    """Write `ptr_report.html` and `figures/*.png` into a run's output folder and return the page's path.
+
+    What is not given is read from the folder: the dynamics (needed), the chunk scores and `ptr_config.json` (if there).
+    To set an SFT run of another folder beside this one, give `Dynamics.join(read_dynamics(a), read_dynamics(b))`.
+
+    Args:
+        truth: kind of every scored episode, for the detection of known corruptions.
+        results: run → name of a measured result → value, e.g. {"sft": {"success rate": 0.51}, "ptr": {...}}.
+        chance: identification accuracy of guessing, 1 / |Y|.
+
+    Raises:
+        FileNotFoundError: no dynamics were given and the folder holds none.
+        ValueError: a truth without scores, or one that leaves out scored episodes.
+    """
+    folder = Path(output_dir)
+    dynamics = read_dynamics(folder / DYNAMICS_FILE) if dynamics is None else dynamics
+    if scores is None and (folder / SCORES_FILE).exists():
+        scores = read_scores(folder / SCORES_FILE)
+    if truth is not None and scores is None:
+        raise ValueError(f"A truth needs chunk scores: give scores, or write {SCORES_FILE} to {folder}.")
+    if hyperparameters is None and (folder / CONFIG_FILE).exists():
+        hyperparameters = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    drawn = [
+        ("ptr_summary", summary_figure(dynamics, scores, truth, chance), SUMMARY_CAPTION),
+        ("ptr_dynamics", dynamics_figure(dynamics, chance), DYNAMICS_CAPTION),
+        ("ptr_weights", weight_histogram_figure(dynamics), HISTOGRAM_CAPTION),
+    ]
+    if scores is not None and truth is not None:
+        drawn.append(("ptr_weights_by_quality", weights_by_quality_figure(scores, truth), QUALITY_CAPTION))
+    environment = Environment(
+        loader=PackageLoader("ptr_hf.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "run_label": run_label, "auc": _auc}
+    page = environment.get_template("report.html.j2").render(
+        title=title,
+        run=main_run(dynamics),
+        findings=findings(dynamics, scores, truth, chance),
+        summary=summary_table(dynamics, results),
+        figures=[_page_figure(folder, name, figure, caption) for name, figure, caption in drawn],
+        tasks=weight_shares(scores, "task") if scores is not None else (),
+        sources=weight_shares(scores, "source") if scores is not None else (),
+        detections=_detections(scores, truth),
+        hyperparameters=sorted((name, _readable(value)) for name, value in (hyperparameters or {}).items()),
+    )
+    path = folder / REPORT_FILE
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def _page_figure(folder: Path, name: str, figure: Figure, caption: str) -> PageFigure:
+    path = save_figure(figure, folder / FIGURES_FOLDER / f"{name}.png")
+    return PageFigure(path.name, caption, base64.b64encode(path.read_bytes()).decode("ascii"))
+
+
+def _detections(scores: ChunkScores | None, truth: Mapping[int, str] | None) -> list[DetectionRow]:
+    if scores is None or truth is None:
+        return []
+    kinds = corruption_kinds(truth)
+    asked = [*kinds, None] if len(kinds) > 1 else list(kinds)
+    return [
+        DetectionRow(
+            kind or "all of them", detection(scores, truth, "episode", kind), detection(scores, truth, "chunk", kind)
+        )
+        for kind in asked
+    ]
+
+
+def _auc(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.2f}"
+
+
+def _readable(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
