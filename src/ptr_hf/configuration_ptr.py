@@ -1,0 +1,155 @@
+"""`PTRConfig`: a LeRobot policy configuration that wraps the configuration of a base policy."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import draccus
+import lerobot.policies  # noqa: F401  registers LeRobot's own policy configurations
+from lerobot.configs import NormalizationMode, PreTrainedConfig
+from lerobot.optim import LRSchedulerConfig, OptimizerConfig
+
+from ptr_hf.data.segments import SegmentLayout
+from ptr_hf.hyperparameters import PTRHyperparameters
+
+PTR_CONFIG_NAME = "ptr_config.json"
+
+
+@PreTrainedConfig.register_subclass("ptr")
+@dataclass(kw_only=True)
+class PTRConfig(PTRHyperparameters, PreTrainedConfig):
+    """Configuration of `PTRPolicy`: the method's hyperparameters and the base policy they post-train.
+
+    Give `base` (a LeRobot policy configuration as a dict with its `type`) to start from random weights, `base_path` (a Hub
+    id or a folder) to post-train a checkpoint, or both to override fields of the checkpoint's configuration.
+
+    Raises:
+        ValueError: a hyperparameter is out of range, or the base is missing, unknown or another PTR policy.
+    """
+
+    base: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Configuration of the base policy, e.g. {type: act, chunk_size: 16}."}
+    )
+    base_path: str | None = field(default=None, metadata={"help": "Hub id or folder of the base policy."})
+    base_revision: str | None = field(default=None, metadata={"help": "Revision of base_path on the Hub."})
+
+    def __post_init__(self) -> None:
+        PreTrainedConfig.__post_init__(self)
+        self.apply_preset()
+        self.check()
+        self._base_config: PreTrainedConfig | None = None
+
+    @property
+    def base_config(self) -> PreTrainedConfig:
+        """The base policy's configuration, read once; PTR's features and device always replace its own."""
+        if self._base_config is None:
+            self._base_config = self._read_base()
+        config = self._base_config
+        config.device = self.device
+        if self.input_features:
+            config.input_features = self.input_features
+        if self.output_features:
+            config.output_features = self.output_features
+        return config
+
+    def adopt(self, config: PreTrainedConfig) -> None:
+        """Take the configuration of a base policy that already exists as the base."""
+        self._base_config = config
+        self.base = draccus.encode(config, PreTrainedConfig)
+        self.input_features, self.output_features = config.input_features, config.output_features
+        self.device, self.n_obs_steps = config.device, config.n_obs_steps
+
+    def _read_base(self) -> PreTrainedConfig:
+        choices = PreTrainedConfig.get_known_choices()
+        if not self.base and self.base_path is None:
+            raise ValueError(
+                "PTRConfig has no base policy: set base={'type': 'act', ...} for a new policy or base_path to a Hub id or "
+                "folder for a pretrained one."
+            )
+        overrides = dict(self.base)
+        if self.base_path is not None:
+            config = PreTrainedConfig.from_pretrained(self.base_path, revision=self.base_revision)
+            overrides = {**draccus.encode(config, PreTrainedConfig), **overrides}
+        policy_type = overrides.pop("type", None)
+        if policy_type not in choices or policy_type == "ptr":
+            known = ", ".join(sorted(name for name in choices if name != "ptr"))
+            raise ValueError(f"The base policy's type {policy_type!r} is unknown; LeRobot has {known}.")
+        if self.chunk_size is not None:
+            overrides["chunk_size"] = self.chunk_size
+            overrides["n_action_steps"] = min(self.chunk_size, overrides.get("n_action_steps", self.chunk_size))
+        overrides["device"] = self.device
+        # A base on its own asks where to push; PTR publishes the whole.
+        overrides["push_to_hub"] = False
+        try:
+            return draccus.decode(choices[policy_type], overrides)
+        except draccus.utils.DecodingError as error:
+            raise ValueError(f"The configuration of the base policy {policy_type!r} does not parse: {error}") from error
+
+    @property
+    def layout(self) -> SegmentLayout:
+        """Which frames a training sample reads."""
+        base = self.base_config
+        if base.action_delta_indices is None:
+            raise ValueError(f"The base policy {base.type!r} predicts no action chunks, which PTR needs.")
+        steps = base.observation_delta_indices
+        chunk = self.resolved_chunk_size
+        return SegmentLayout(
+            observation_steps=None if steps is None else tuple(steps),
+            action_steps=tuple(base.action_delta_indices),
+            segment_length=self.segment_length,
+            chunk_stride=self.chunk_stride or chunk,
+            consequence_offset=(self.consequence_offset or chunk) if self.scorer else None,
+        )
+
+    @property
+    def resolved_chunk_size(self) -> int:
+        """L: the configured chunk size, or the base policy's own."""
+        if self.chunk_size is not None:
+            return self.chunk_size
+        return int(vars(self.base_config)["chunk_size"])
+
+    @property
+    def normalization_mapping(self) -> dict[str, NormalizationMode]:
+        """The base policy's own."""
+        return vars(self.base_config)["normalization_mapping"]
+
+    @property
+    def observation_delta_indices(self) -> list[int] | None:
+        """Observation offsets of a segment, for LeRobot's dataset factory."""
+        return self.layout.observation_offsets
+
+    @property
+    def action_delta_indices(self) -> list[int]:
+        """Action offsets of a segment, for LeRobot's dataset factory."""
+        return self.layout.action_offsets
+
+    @property
+    def reward_delta_indices(self) -> None:
+        """PTR reads no rewards."""
+        return None
+
+    def get_optimizer_preset(self) -> OptimizerConfig:
+        """The base policy's own."""
+        return self.base_config.get_optimizer_preset()
+
+    def get_scheduler_preset(self) -> LRSchedulerConfig | None:
+        """The base policy's own."""
+        return self.base_config.get_scheduler_preset()
+
+    def validate_features(self) -> None:
+        """The base policy validates its own features."""
+        self.base_config.validate_features()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The whole configuration as plain values; transformers' logging callbacks ask for it."""
+        return draccus.encode(self, PreTrainedConfig)
+
+    def to_json_string(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        if self._base_config is not None:
+            self.base = draccus.encode(self.base_config, PreTrainedConfig)
+        super()._save_pretrained(save_directory)

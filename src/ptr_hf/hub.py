@@ -1,0 +1,153 @@
+"""Artifacts: one folder (or Hub repo) that holds the base policy in LeRobot's own layout and PTR's files beside it.
+
+    config.json, model.safetensors                base policy: plain LeRobot loads them when there are no belief tokens
+    policy_{pre,post}processor*                   its processors
+    ptr_config.json                               PTRConfig
+    ptr_scorer.safetensors                        scorer, belief, moving average (if not shared), queue, controller
+
+Nothing that is read can execute: JSON and safetensors only, every key and every shape checked.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import draccus
+from huggingface_hub import file_exists, snapshot_download
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from lerobot.configs import PreTrainedConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor, nn
+
+from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
+from ptr_hf.policies.hooks import unwrap
+
+PTR_SCORER_NAME = "ptr_scorer.safetensors"
+BASE_PREFIX = "base."
+
+
+def is_ptr_folder(path: str | Path) -> bool:
+    """Whether a local folder holds a PTR checkpoint."""
+    return (Path(path) / PTR_CONFIG_NAME).is_file()
+
+
+def is_ptr_source(source: str | Path, revision: str | None = None) -> bool:
+    """Whether a folder or a Hub repo holds a PTR checkpoint."""
+    if Path(source).is_dir():
+        return is_ptr_folder(source)
+    return file_exists(str(source), PTR_CONFIG_NAME, revision=revision)
+
+
+def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write a `PTRPolicy`'s files (not its processors) into an existing folder.
+
+    With belief tokens `config.json` names the type `ptr`, since the base policy alone would miss them; without, it is
+    the base policy's own.
+
+    Args:
+        policy: a `PTRPolicy`.
+        folder: where to write.
+        state_dict: gathered by the caller where parameters are sharded; by default the policy's own.
+    """
+    base = unwrap(policy.base)
+    policy.config.base = draccus.encode(base.config, PreTrainedConfig)
+    _write_json(folder / PTR_CONFIG_NAME, draccus.encode(policy.config, PreTrainedConfig))
+    shown = policy.config if policy.config.num_belief_tokens else base.config
+    _write_json(folder / CONFIG_NAME, draccus.encode(shown, PreTrainedConfig))
+    if state_dict is None:
+        save_model(base, str(folder / SAFETENSORS_SINGLE_FILE))
+        side = policy.side_state_dict()
+    else:
+        base_state = {
+            name.removeprefix(BASE_PREFIX): value for name, value in state_dict.items() if name.startswith(BASE_PREFIX)
+        }
+        save_file(_contiguous(base_state), folder / SAFETENSORS_SINGLE_FILE)
+        side = {name: value for name, value in state_dict.items() if not name.startswith(BASE_PREFIX)}
+    save_file(_contiguous(side), folder / PTR_SCORER_NAME)
+
+
+def load_policy(
+    policy_class: type, source: str | Path, *, config: PreTrainedConfig | None = None, **hub_kwargs: Any
+) -> Any:
+    """Build a `PTRPolicy` from a folder or a Hub repo and load every tensor strictly.
+
+    Raises:
+        FileNotFoundError: the folder lacks one of the checkpoint's files.
+        ValueError: a file is damaged, or its tensors are not this policy's.
+    """
+    folder = resolve_folder(source, **hub_kwargs)
+    for name in (PTR_CONFIG_NAME, SAFETENSORS_SINGLE_FILE, PTR_SCORER_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{source} is no PTR checkpoint: it lacks {name}. A folder written by PTRPolicy.save_pretrained has it; a plain "
+                "LeRobot policy goes into PTRConfig(base_path=...)."
+            )
+    saved = read_config(folder)
+    if isinstance(config, PTRConfig):
+        # LeRobot parsed the same file with the user's overrides; where the base came from stays as saved.
+        config.base = config.base or saved.base
+        saved = config
+    else:
+        saved.device = config.device if config is not None else saved.device
+    saved.base_path, provenance = None, saved.base_path
+    policy = policy_class(saved)
+    saved.base_path = provenance
+    load_weights(policy, folder)
+    policy.eval()
+    return policy
+
+
+def load_weights(policy: Any, folder: Path) -> None:
+    """Load base policy and side pathway from a checkpoint folder into a policy of the same shapes."""
+    base_path, side_path = folder / SAFETENSORS_SINGLE_FILE, folder / PTR_SCORER_NAME
+    try:
+        load_model(unwrap(policy.base), str(base_path), strict=True)
+        _load_side(policy, side_path)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"The checkpoint in {folder} does not fit this policy: {error}") from error
+
+
+def read_config(folder: Path) -> PTRConfig:
+    """Parse `ptr_config.json`, refusing unknown fields."""
+    path = folder / PTR_CONFIG_NAME
+    try:
+        raw = json.loads(path.read_text())
+        raw.pop("type", None)
+        return draccus.decode(PTRConfig, raw)
+    except (json.JSONDecodeError, draccus.utils.DecodingError) as error:
+        raise ValueError(f"{path} is not a PTR configuration: {error}") from error
+
+
+def resolve_folder(source: str | Path, **hub_kwargs: Any) -> Path:
+    """The local folder itself, or a snapshot of the Hub repo."""
+    if Path(source).is_dir():
+        return Path(source)
+    allowed = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+    known = {name: value for name, value in hub_kwargs.items() if name in allowed}
+    return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], **known))
+
+
+def _load_side(policy: nn.Module, path: Path) -> None:
+    own = {name: value for name, value in policy.state_dict().items() if not name.startswith(BASE_PREFIX)}
+    with safe_open(path, framework="pt") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
+    missing, unknown = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"{path} lacks {missing[:3]} and has unknown {unknown[:3]}: it belongs to another configuration."
+        )
+    for name, shape in stored.items():
+        if tuple(own[name].shape) != shape:
+            raise ValueError(f"{path}: {name} has shape {shape}, this policy needs {tuple(own[name].shape)}.")
+    device = next(policy.parameters()).device
+    tensors = load_file(path, device=str(device))
+    policy.load_state_dict(tensors, strict=False)
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().contiguous() for name, value in tensors.items()}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,411 @@
+"""`PTRPolicy`: a LeRobot policy, its consequence scorer and its belief as one module with one forward.
+
+A step, as data: a batch of segments is cut into chunks and futures, the vision tower sees every view once, the base
+policy is traced chunk by chunk under the belief (all chunks at once without one), the futures become targets, and the
+objective scores and weighs each chunk. `update()` after the optimiser step moves the moving average, the queue and the
+controller.
+"""
+
+from collections import deque
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import OBS_STATE
+from torch import Tensor, nn
+
+from ptr_hf.configuration_ptr import PTRConfig
+from ptr_hf.data.segments import Segment, split_segment
+from ptr_hf.hyperparameters import PAPER_WARMUP_STEPS
+from ptr_hf.method import (
+    AdaptiveScaleController,
+    BeliefMemory,
+    BeliefTokenizer,
+    CandidateQueue,
+    ChunkBatch,
+    ConsequenceEncoder,
+    ObjectiveOutput,
+    PTRObjective,
+    Samples,
+    TransitionScorer,
+    masked_mean,
+)
+from ptr_hf.policies import PolicyAdapter, PolicyTrace, Views, make_adapter
+from ptr_hf.policies.hooks import unwrap
+
+BASE_PREFIX = "base."
+
+
+class BeliefModule(nn.Module):
+    """The belief's two learned parts, named apart from the base policy."""
+
+    def __init__(self, dim: int, backbone_dim: int, num_tokens: int, temperature: float) -> None:
+        super().__init__()
+        self.tokenizer = BeliefTokenizer(dim, num_tokens, temperature)
+        self.memory = BeliefMemory(dim, num_tokens, backbone_dim)
+
+
+class TracedChunks(NamedTuple):
+    """What the base policy's forwards over a segment give, N = T·B rows, time-major."""
+
+    loss: Float[Tensor, " rows"]
+    context: Float[Tensor, "rows context_dim"]
+    action: Float[Tensor, "rows action_dim"]
+    entropy: Float[Tensor, ""]
+    diversity: Float[Tensor, ""]
+
+
+class PTRPolicy(PreTrainedPolicy):
+    """Posterior-Transition Reweighting around a LeRobot policy.
+
+    It is a LeRobot policy itself: `forward(batch) -> (loss, metrics)`, `select_action`, `predict_action_chunk`, `reset`,
+    and `update()`, which LeRobot's training loop calls after every optimiser step.
+
+    Args:
+        config: names the base policy and the method's hyperparameters.
+        base_policy: an existing LeRobot policy (or a PEFT model around one) to wrap; otherwise `config` builds or loads it.
+        kwargs: what LeRobot's factory passes along (dataset statistics and metadata); they go to a base policy built here.
+
+    Example:
+        >>> policy = PTRPolicy(PTRConfig(base_path="lerobot/smolvla_base", num_belief_tokens=0))
+        >>> loss, metrics = policy(batch)
+    """
+
+    config_class = PTRConfig
+    name = "ptr"
+
+    def __init__(self, config: PTRConfig, base_policy: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(config)
+        self.config: PTRConfig = config
+        if base_policy is None:
+            base_policy = _build_base(config, **kwargs)
+        self.base = base_policy
+        self._adapter: PolicyAdapter | None = None
+        chunk = self.adapter.chunk_size
+        if config.chunk_size not in (None, chunk):
+            raise ValueError(
+                f"chunk_size={config.chunk_size} was asked for, but the base policy predicts chunks of {chunk}; leave "
+                "chunk_size out, or load the base policy through base_path with another chunk_size."
+            )
+        config.adopt(unwrap(base_policy).config)
+        self.objective: PTRObjective | None = None
+        self.target_encoder: ConsequenceEncoder | None = None
+        self.belief: BeliefModule | None = None
+        # A tuple keeps a shared tower out of this module's parameters: the base policy owns them.
+        self._shared_tower: tuple[nn.Module, ...] = ()
+        if config.scorer:
+            self._build_scorer()
+        if config.num_belief_tokens:
+            adapter = self.adapter
+            self.belief = BeliefModule(
+                adapter.action_dim, adapter.context_dim, config.num_belief_tokens, config.belief_temperature
+            )
+        self.to(config.device)
+        self.reset()
+
+    # ---- construction ----------------------------------------------------------------------------------------------
+
+    @property
+    def adapter(self) -> PolicyAdapter:
+        """What PTR reads from the base policy."""
+        if self._adapter is None or self._adapter.policy is not self.base:
+            self._adapter = make_adapter(self.base)
+        return self._adapter
+
+    @property
+    def target_layer(self) -> int:
+        """Layer of the consequence encoder: the configured one, or the middle of the policy's vision tower."""
+        return self.config.target_layer or max(1, self.adapter.num_tower_layers() // 2)
+
+    def _build_scorer(self) -> None:
+        config, adapter = self.config, self.adapter
+        layer = self.target_layer
+        target_dim = adapter.target_dim(layer)
+        shared = adapter.tower_is_frozen()
+        tower = adapter.build_tower(layer, share=shared)
+        self._shared_tower = (tower,) if shared else ()
+        self.target_encoder = ConsequenceEncoder(None if shared else tower, config.ema_decay, config.target_eps)
+        state = config.robot_state_feature
+        queue = (
+            CandidateQueue(config.queue_size, target_dim, state.shape[0] if state else 0) if config.queue_size else None
+        )
+        offset = (config.consequence_offset or config.resolved_chunk_size) / config.resolved_chunk_size
+        self.objective = PTRObjective(
+            TransitionScorer(adapter.context_dim, adapter.action_dim, target_dim, config.scorer_dim),
+            queue,
+            AdaptiveScaleController(
+                config.temperature,
+                config.beta,
+                config.controller_decay,
+                (config.temperature_min, config.temperature_max),
+                (config.beta_min, config.beta_max),
+                config.hard_negative_ratio_max,
+                enabled=config.controller,
+            ),
+            alpha=config.alpha,
+            weight_min=config.weight_min,
+            weight_max=config.weight_max,
+            identification_coef=config.identification_coef,
+            ranking_coef=config.ranking_coef,
+            entropy_coef=config.entropy_coef,
+            diversity_coef=config.diversity_coef,
+            logit_clamp=config.logit_clamp,
+            queue_negatives=config.queue_negatives,
+            cross_rank=config.cross_rank_negatives,
+            hard_negative_key=config.hard_negative_key,
+            detach_scorer_inputs=config.detach_scorer_inputs,
+            discount=config.consequence_discount**offset,
+        )
+        self.set_run_length(None)
+
+    def set_run_length(self, steps: int | None) -> None:
+        """Fix the scorer's warm-up: a share of the run's steps, or the paper's count when the length is unknown."""
+        if self.objective is None:
+            return
+        warmup = self.config.scorer_warmup_steps
+        if warmup < 1:
+            warmup = PAPER_WARMUP_STEPS if steps is None else round(warmup * steps)
+        self.objective.warmup_steps = int(warmup)
+
+    def seed_draws(self, seed: int) -> None:
+        """Seed the method's private random stream (queue draws, derangements)."""
+        if self.objective is not None:
+            self.objective.seed = seed
+
+    # ---- training --------------------------------------------------------------------------------------------------
+
+    def forward(  # type: ignore[override]
+        self, batch: dict[str, Any], reduction: Literal["mean", "none"] = "mean"
+    ) -> tuple[Tensor | ObjectiveOutput, dict[str, Any]]:
+        """LeRobot's contract, for a batch of segments read at `config.layout`.
+
+        Args:
+            batch: collated and preprocessed.
+            reduction: "mean" gives the whole objective (Eq. 32) and its metrics as floats; "none" gives the per-chunk
+                `ObjectiveOutput` and no metrics, for a caller that puts the objective together itself.
+        """
+        if self.objective is None:
+            return self.base(self._plain(batch))
+        output = self.compute(batch)
+        if reduction == "none":
+            return output, {}
+        terms = self.objective.combine(output)
+        named = {f"loss_{name}" if name != "loss" else name: value for name, value in terms.items()}
+        named |= self.objective.metrics(output)
+        # One transfer for all of them; LeRobot's loop logs native numbers.
+        values = torch.stack([value.detach().double() for value in named.values()]).tolist()
+        return terms["loss"], dict(zip(named, values, strict=True))
+
+    def _plain(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Without a scorer the base policy sees its own batch; several chunks become rows."""
+        layout = self.config.layout
+        return batch if layout.is_plain else split_segment(batch, layout).chunks
+
+    def compute(self, batch: dict[str, Any]) -> ObjectiveOutput:
+        """Trace, target, score and weigh every chunk of a batch of segments.
+
+        Returns:
+            per-chunk tensors (N,), N = T·B, time-major; nothing is reduced and nothing has left the device.
+        """
+        if self.objective is None:
+            raise ValueError(
+                "This policy has no scorer (preset='sft'); call forward(batch) for the base policy's loss."
+            )
+        segment = split_segment(batch, self.config.layout)
+        views = self._encode_views(segment)
+        traced = self._trace(segment, views)
+        samples = self._samples(segment, self._targets(segment, views))
+        return self.objective(
+            ChunkBatch(
+                loss=traced.loss,
+                context=traced.context,
+                action=traced.action,
+                samples=samples,
+                chunk_valid=segment.chunk_valid,
+                entropy=traced.entropy,
+                diversity=traced.diversity,
+            )
+        )
+
+    def chunk_losses(self, segment: Segment) -> Float[Tensor, " rows"]:
+        """The policy's own loss of every chunk, traced chunk by chunk so that policies draw the same noise.
+
+        Args:
+            segment: at any layout whose chunks are this policy's.
+        """
+        if self.belief is not None:
+            return self._trace(segment, self._encode_views(segment)).loss
+        return torch.cat([self.adapter.trace(segment.chunk(t)).loss for t in range(segment.length)])
+
+    def _encode_views(self, segment: Segment) -> Views:
+        """The policy's own vision tower on the current views of all chunks, in one batch."""
+        return self.adapter.encode_views(segment.chunks, self.target_layer if self._shared_tower else None)
+
+    def _trace(self, segment: Segment, views: Views) -> TracedChunks:
+        """One base forward per chunk under the carried belief (4.1), or one for the whole segment without belief."""
+        if self.belief is None:
+            trace = self.adapter.trace(segment.chunks, views=views)
+            zero = trace.loss.new_zeros(())
+            return TracedChunks(*_summaries(trace), entropy=zero, diversity=zero)
+        memory, tokenizer = self.belief.memory, self.belief.tokenizer
+        tokens = memory.start(segment.batch_size)
+        summaries, entropies, diversities = [], [], []
+        for t in range(segment.length):
+            trace = self.adapter.trace(
+                segment.chunk(t), belief=memory.to_backbone(tokens), views=views.rows(segment.rows(t))
+            )
+            update = tokenizer(trace.action_hidden, trace.action_tokens, trace.action_mask)
+            tokens = memory.carry(update.tokens)
+            summaries.append(_summaries(trace))
+            entropies.append(update.entropy)
+            diversities.append(update.diversity)
+        loss, context, action = (torch.cat(parts) for parts in zip(*summaries, strict=True))
+        return TracedChunks(loss, context, action, torch.stack(entropies).mean(), torch.stack(diversities).mean())
+
+    @torch.no_grad()
+    def _targets(self, segment: Segment, views: Views) -> Float[Tensor, "rows target_dim"]:
+        """y⁺ of every chunk (4.2): every view is encoded once, and one the policy has just seen is not encoded again."""
+        assert self.target_encoder is not None
+        layout, size = self.config.layout, segment.batch_size
+        seen: dict[int, int] = {}
+        if self._shared_tower:
+            reused = {segment.future_index[t]: layout.future_chunk(t) for t in range(segment.length)}
+            seen = {future: chunk for future, chunk in reused.items() if chunk is not None}
+        unseen = [future for future in sorted(set(segment.future_index)) if future not in seen]
+        embeddings: dict[int, Tensor] = {}
+        for future, chunk in seen.items():
+            rows = segment.rows(chunk)
+            embeddings[future] = self.target_encoder.embed([state[rows] for state in views.tower.values()])
+        if unseen:
+            tower = self._shared_tower[0] if self._shared_tower else self.target_encoder.tower
+            assert tower is not None
+            features = []
+            for key in self.adapter.target_keys():
+                # A camera that the robot lacks is skipped, as the policy itself does.
+                if key in segment.futures:
+                    images = segment.futures[key][unseen].flatten(0, 1)
+                    features.append(self.adapter.encode_image(tower, key, images))
+            encoded = self.target_encoder.embed(features).unflatten(0, (len(unseen), size))
+            embeddings |= dict(zip(unseen, encoded.unbind(0), strict=True))
+        return torch.cat([embeddings[future] for future in segment.future_index])
+
+    def _samples(self, segment: Segment, targets: Float[Tensor, "rows target_dim"]) -> Samples:
+        state = segment.chunks.get(OBS_STATE)
+        if state is None or self.config.robot_state_feature is None:
+            state = targets.new_zeros(len(targets), 0)
+        elif state.ndim > 2:
+            state = state[:, -1]
+        return Samples(
+            targets=targets,
+            valid=segment.future_valid,
+            task=segment.task,
+            source=torch.zeros_like(segment.task),
+            episode=segment.episode,
+            frame=segment.target_index,
+            state=state.float(),
+        )
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After the optimiser step, in this order and identically on every rank: EMA, queue, controller."""
+        if self.objective is None or self.target_encoder is None:
+            return
+        if not self.target_encoder.shared:
+            self.target_encoder.update(self.adapter.tower_parameters(self.target_layer))
+        self.objective.after_step()
+        if self.objective.step % self.config.controller_interval == 0:
+            self.objective.update_controller()
+
+    def get_optim_params(self) -> Any:
+        """The base policy's own parameter groups, and the side pathway's parameters as one more."""
+        groups = unwrap(self.base).get_optim_params()
+        groups = list(groups) if isinstance(groups, list) else [{"params": [p for p in groups if p.requires_grad]}]
+        side = [p for name, p in self.named_parameters() if not name.startswith(BASE_PREFIX) and p.requires_grad]
+        return [*groups, {"params": side}] if side else groups
+
+    def side_state_dict(self) -> dict[str, Tensor]:
+        """Everything but the base policy: scorer, belief, moving average (when not shared), queue, controller."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(BASE_PREFIX)}
+
+    # ---- inference -------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget the episode: action queue and belief."""
+        unwrap(self.base).reset()
+        self._action_queue: deque[Tensor] = deque()
+        self._belief_tokens: Tensor | None = None
+
+    @torch.no_grad()
+    def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+        """The next action chunk (B, L, action_dim); with belief tokens it reads and then updates the carried belief."""
+        self.eval()
+        if self.belief is None:
+            return self.base.predict_action_chunk(batch, **kwargs)
+        memory = self.belief.memory
+        rows = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim > 0)
+        if self._belief_tokens is None:
+            self._belief_tokens = memory.start(rows)
+        if len(self._belief_tokens) != rows:
+            raise ValueError(
+                f"The belief of this episode has {len(self._belief_tokens)} rows but the batch has {rows}; call reset() "
+                "before a batch of another size."
+            )
+        rollout = self.adapter.rollout(batch, belief=memory.to_backbone(self._belief_tokens), **kwargs)
+        update = self.belief.tokenizer(rollout.action_hidden, rollout.action_tokens, rollout.action_mask)
+        self._belief_tokens = memory.carry(update.tokens)
+        return rollout.actions
+
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+        """One action (B, action_dim); a chunk is predicted whenever the last one is used up."""
+        if self.belief is None:
+            self.eval()
+            return self.base.select_action(batch, **kwargs)
+        if not self._action_queue:
+            steps = int(vars(self.config.base_config)["n_action_steps"])
+            chunk = self.predict_action_chunk(batch, **kwargs)[:, :steps]
+            self._action_queue.extend(chunk.transpose(0, 1))
+        return self._action_queue.popleft()
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        from ptr_hf.hub import save_policy
+
+        save_policy(self, save_directory, state_dict)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_name_or_path: str | Path, *, config: PreTrainedConfig | None = None, **kwargs: Any
+    ) -> "PTRPolicy":
+        """Load a PTR checkpoint from a folder or the Hub, strictly: every key, every shape.
+
+        Args:
+            pretrained_name_or_path: folder or Hub id.
+            config: replaces the saved configuration (LeRobot's factory passes the one it has parsed).
+            kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` for the Hub.
+        """
+        from ptr_hf.hub import load_policy
+
+        return load_policy(cls, pretrained_name_or_path, config=config, **kwargs)
+
+
+def _build_base(config: PTRConfig, **kwargs: Any) -> PreTrainedPolicy:
+    base_config = config.base_config
+    policy_class = get_policy_class(base_config.type)
+    if config.base_path is None:
+        return policy_class(base_config, **kwargs)
+    return policy_class.from_pretrained(config.base_path, config=base_config, revision=config.base_revision, **kwargs)
+
+
+def _summaries(trace: PolicyTrace) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, h (masked mean of H) and e (masked mean of A) of a trace."""
+    return (
+        trace.loss,
+        masked_mean(trace.context, trace.context_mask),
+        masked_mean(trace.action_tokens, trace.action_mask),
+    )

@@ -1,0 +1,186 @@
+"""Look at a dataset through a trained scorer: T, weight and policy loss of every chunk; and the action loss of a policy."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.processor import PolicyProcessorPipeline
+from torch.utils.data import DataLoader, Subset, default_collate
+from tqdm.auto import tqdm
+
+from ptr_hf.data.datasets import check_cameras, check_dataset, episode_spans, open_dataset
+from ptr_hf.data.segments import SegmentLayout, split_segment
+from ptr_hf.modeling_ptr import PTRPolicy
+from ptr_hf.report import ChunkScores
+from ptr_hf.trainer import preprocess
+
+
+def score_dataset(
+    policy: PTRPolicy | str | Path,
+    dataset: LeRobotDataset | str | Path,
+    *,
+    preprocessor: PolicyProcessorPipeline | None = None,
+    episodes: Sequence[int] | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> ChunkScores:
+    """Score every chunk of a dataset: the episodes are cut into segments from their first frame on, without overlap.
+
+    Candidates are the other chunks of the batch (segments are drawn in random order, so that they come from the whole
+    dataset) and the scorer's queue, if it is filled. Nothing of the policy changes.
+
+    Args:
+        policy: a trained `PTRPolicy`, or the folder or Hub id of one.
+        dataset: a LeRobotDataset, its folder or its Hub id.
+        preprocessor: the policy's own; by default the one saved with the checkpoint, which then must be named.
+        episodes: a subset of episodes.
+        batch_size: segments per batch; the number of candidates grows with it.
+        seed: of the order, the policy's noise and the queue draws.
+        progress: show a progress bar.
+
+    Returns:
+        one row per chunk that begins inside its episode, ordered by dataset index.
+
+    Raises:
+        ValueError: the policy has no scorer, a preprocessor is needed, or the dataset does not fit the policy.
+    """
+    policy, preprocessor = _load(policy, preprocessor)
+    if policy.objective is None:
+        raise ValueError("This policy has no scorer (preset='sft'), so it cannot score data; train with preset='ptr'.")
+    layout = policy.config.layout
+    opened = open_dataset(dataset, layout, episodes=episodes)
+    check_cameras(policy.config.base_config, opened.meta.features, _rename_map(preprocessor))
+    check_dataset(opened, layout)
+    first_frame = dict(zip(range(opened.meta.total_episodes), opened.meta.episodes["dataset_from_index"], strict=True))
+    columns: dict[str, list[np.ndarray]] = {}
+    with _evaluating(policy, seed):
+        for batch in _segments(opened, layout, batch_size, seed, progress, "scoring"):
+            batch = preprocess(_to_device(batch, policy), preprocessor)
+            output, segment = policy.compute(batch), split_segment(batch, layout)
+            kept = {
+                "index": segment.index,
+                "episode_index": segment.episode,
+                "task": segment.task,
+                "target_valid": output.target_valid,
+                "score": output.score,
+                "weight": output.weight,
+                "loss": output.loss,
+            }
+            for name, value in kept.items():
+                columns.setdefault(name, []).append(value[segment.chunk_valid].detach().cpu().numpy())
+    table = {name: np.concatenate(parts) for name, parts in columns.items()}
+    order = np.argsort(table["index"])
+    table = {name: values[order] for name, values in table.items()}
+    names = np.asarray(opened.meta.tasks.index, dtype=object)
+    starts = np.asarray([first_frame[episode] for episode in table["episode_index"].tolist()])
+    return ChunkScores(
+        **table | {"task": names[table["task"]]},
+        frame_index=table["index"] - starts,
+        source=np.full(len(order), opened.repo_id, dtype=object),
+    )
+
+
+def action_loss(
+    policy: PTRPolicy,
+    dataset: LeRobotDataset | str | Path,
+    preprocessor: PolicyProcessorPipeline,
+    *,
+    layout: SegmentLayout | None = None,
+    batch_size: int = 16,
+    repeats: int = 4,
+    seed: int = 0,
+) -> float:
+    """Mean action loss over a dataset's chunks, the figure by which two policies are compared.
+
+    Every policy is given the same chunks in the same order with the same noise, whatever layout it was trained with.
+
+    Args:
+        policy: any `PTRPolicy`, also one without a scorer.
+        dataset: held-out demonstrations.
+        preprocessor: the policy's own.
+        layout: the segments to read; by default the policy's own.
+        batch_size: segments per batch.
+        repeats: passes with fresh noise.
+        seed: of the noise.
+    """
+    layout = layout or policy.config.layout
+    opened = open_dataset(dataset, layout)
+    total, count = 0.0, 0
+    with _evaluating(policy, seed):
+        for _ in range(repeats):
+            for batch in _segments(opened, layout, batch_size, seed, False, ""):
+                segment = split_segment(preprocess(_to_device(batch, policy), preprocessor), layout)
+                loss = policy.chunk_losses(segment)[segment.chunk_valid]
+                total += float(loss.double().sum())
+                count += len(loss)
+    return total / count
+
+
+class _evaluating:  # noqa: N801  reads as a phrase at its use
+    """Eval mode, no gradients, and a random stream of its own; everything is put back afterwards."""
+
+    def __init__(self, policy: PTRPolicy, seed: int) -> None:
+        self._policy, self._seed = policy, seed
+
+    def __enter__(self) -> None:
+        self._training = self._policy.training
+        self._policy.eval()
+        self._stream = torch.random.fork_rng()
+        self._stream.__enter__()
+        torch.manual_seed(self._seed)
+        self._grad = torch.no_grad()
+        self._grad.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._grad.__exit__(*error)
+        self._stream.__exit__(*error)
+        self._policy.train(self._training)
+
+
+def _segments(
+    dataset: LeRobotDataset, layout: SegmentLayout, batch_size: int, seed: int, progress: bool, label: str
+) -> Iterator[dict[str, Any]]:
+    step = layout.segment_length * layout.chunk_stride
+    anchors = [first + start for _, first, length in episode_spans(dataset) for start in range(0, length, step)]
+    loader = DataLoader(
+        Subset(dataset, anchors),
+        batch_size=batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(seed),
+        collate_fn=default_collate,
+    )
+    return iter(tqdm(loader, desc=label, unit="batch", disable=not progress))
+
+
+def _load(
+    policy: PTRPolicy | str | Path, preprocessor: PolicyProcessorPipeline | None
+) -> tuple[PTRPolicy, PolicyProcessorPipeline]:
+    if isinstance(policy, PTRPolicy):
+        if preprocessor is None:
+            raise ValueError("Give the policy's preprocessor too (trainer.preprocessor), or name the checkpoint to load both.")
+        return policy, preprocessor
+    loaded = PTRPolicy.from_pretrained(policy)
+    if preprocessor is None:
+        overrides = {"device_processor": {"device": loaded.config.device}}
+        preprocessor, _ = make_pre_post_processors(
+            loaded.config.base_config, pretrained_path=str(policy), preprocessor_overrides=overrides
+        )
+    return loaded, preprocessor
+
+
+def _rename_map(preprocessor: PolicyProcessorPipeline) -> dict[str, str]:
+    for step in preprocessor.steps:
+        config = step.get_config()
+        if "rename_map" in config:
+            return dict(config["rename_map"])
+    return {}
+
+
+def _to_device(batch: dict[str, Any], policy: PTRPolicy) -> dict[str, Any]:
+    device = policy.config.device
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

@@ -1,0 +1,336 @@
+"""`PTRTrainer`: transformers' Trainer around a `PTRPolicy`.
+
+The algorithm is `compute_loss`: per-chunk losses and weights come from the policy's one forward, the objective of Eq. 32 is
+put together here, and after every optimiser step the policy moves its moving average, queue and controller.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.collate import lerobot_collate_fn
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ProgressCallback
+
+from ptr_hf.configuration_ptr import PTRConfig
+from ptr_hf.data.datasets import check_cameras, check_dataset, dataset_metadata, open_dataset
+from ptr_hf.hub import is_ptr_folder, is_ptr_source, load_weights
+from ptr_hf.metrics import MetricsWindow
+from ptr_hf.modeling_ptr import PTRPolicy
+from ptr_hf.policies.hooks import unwrap
+from ptr_hf.processor_ptr import make_ptr_pre_post_processors
+from ptr_hf.report import DYNAMICS_COLUMNS, DYNAMICS_FILE, DynamicsLog
+from ptr_hf.training_args import PTRTrainingArguments
+
+TRAINING_ARGS_NAME = "training_args.json"
+
+ModelSource = str | Path | PreTrainedConfig | nn.Module
+DatasetSource = str | Path | LeRobotDataset
+
+
+class PTRTrainer(Trainer):
+    """Post-train a LeRobot policy with Posterior-Transition Reweighting.
+
+    Args:
+        model: a Hub id or folder (of a LeRobot policy or of a PTR checkpoint), a LeRobot policy, the `PeftModel` around one,
+            a `PTRPolicy`, or a LeRobot policy configuration, which starts from random weights.
+        args: training arguments and hyperparameters. A `PTRPolicy` (or a PTR checkpoint) keeps its own hyperparameters.
+        train_dataset: a Hub id, a folder, or a LeRobotDataset; it is read at the segment layout whatever it was opened with.
+        eval_dataset: likewise, or None.
+        preprocessor, postprocessor: LeRobot pipelines; by default the policy's own, with the dataset's statistics.
+        callbacks, optimizers: as for `transformers.Trainer`.
+
+    Raises:
+        ValueError: before any training time is spent, for an unsupported policy, a dataset that holds nothing to learn from,
+            a missing camera, or several GPUs without a launcher.
+
+    Example:
+        >>> trainer = PTRTrainer("lerobot/smolvla_base", PTRTrainingArguments(output_dir="out"), "me/my_demos")
+        >>> trainer.train()
+    """
+
+    def __init__(
+        self,
+        model: ModelSource,
+        args: PTRTrainingArguments | None = None,
+        train_dataset: DatasetSource | None = None,
+        eval_dataset: DatasetSource | None = None,
+        *,
+        preprocessor: PolicyProcessorPipeline | None = None,
+        postprocessor: PolicyProcessorPipeline | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ) -> None:
+        args = args or PTRTrainingArguments(output_dir="ptr_output")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible without a launcher, which would run nn.DataParallel and break the method: start "
+                f"with `accelerate launch --multi_gpu --num_processes {args.n_gpu} ...`, or show one GPU with "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
+        if args.push_to_hub:
+            raise ValueError(
+                "push_to_hub=True is not available during training, since checkpoints would reach the Hub without their scorer; "
+                "call trainer.push_to_hub() when the run is done."
+            )
+        sources = [source for source in (train_dataset, eval_dataset) if source is not None]
+        meta = dataset_metadata(sources[0], args.dataset_revision) if sources else None
+        policy = resolve_policy(model, args, meta)
+        rename_map = args.rename_map if isinstance(args.rename_map, dict) else {}
+        layout = policy.config.layout
+        opened: dict[str, LeRobotDataset] = {}
+        for name, source in (("train", train_dataset), ("eval", eval_dataset)):
+            if source is not None:
+                dataset = open_dataset(source, layout, revision=args.dataset_revision)
+                check_cameras(policy.config.base_config, dataset.meta.features, rename_map)
+                check_dataset(dataset, layout)
+                opened[name] = dataset
+        if preprocessor is None or postprocessor is None:
+            preprocessor, postprocessor = _processors(model, policy, meta, args)
+        self.preprocessor, self.postprocessor = preprocessor, postprocessor
+        self.window = MetricsWindow()
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=lerobot_collate_fn if meta is not None and meta.has_language_columns else default_collate,
+            train_dataset=opened.get("train"),
+            eval_dataset=opened.get("eval"),
+            callbacks=[_AfterStep(), *callbacks],
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = False
+        self.can_return_loss = True
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(PTRProgressCallback())
+        policy.seed_draws(args.seed)
+
+    @property
+    def policy(self) -> PTRPolicy:
+        """The policy in training, without Accelerate's wrappers."""
+        return self.accelerator.unwrap_model(self.model)
+
+    # ---- the algorithm ---------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Eq. 32 over the global batch; without a scorer (SFT) the base policy's own loss."""
+        objective = self.policy.objective
+        if objective is None:
+            loss, _ = model(inputs)
+            if model.training:
+                self.window.add({"loss_action": loss})
+            return (loss, None) if return_outputs else loss
+        output, _ = model(inputs, reduction="none")
+        terms = objective.combine(output)
+        if model.training:
+            losses = {f"loss_{name}": value for name, value in terms.items() if name != "loss"}
+            self.window.add(losses | objective.metrics(output), output)
+        return (terms["loss"], output) if return_outputs else terms["loss"]
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move to the device, scale 8-bit frames to [0, 1] there, and run the policy's preprocessor."""
+        return preprocess(super()._prepare_inputs(inputs), self.preprocessor)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Evaluation loss of a batch; there are no predictions to gather."""
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW (or `args.optim`) over the base policy's own parameter groups and the side pathway's.
+
+        A group's own learning rate (ACT's backbone) is kept as a ratio to the policy's preset.
+        """
+        if self.optimizer is None:
+            policy = self.policy
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
+            preset = policy.config.get_optimizer_preset().lr
+            groups = policy.get_optim_params()
+            for group in groups:
+                if group.get("lr") is not None:
+                    group["lr"] = group["lr"] / preset * self.args.learning_rate
+            self.optimizer = optimizer_class([group for group in groups if group["params"]], **kwargs)
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] = self.args.weight_decay
+        return self.optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`; `resume_from_checkpoint` takes a checkpoint folder or True."""
+        steps = self.args.max_steps
+        if steps <= 0:
+            per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            steps = math.ceil(len(self.train_dataset) / per_step * self.args.num_train_epochs)
+        self.policy.set_run_length(steps)
+        return super().train(*args, **kwargs)
+
+    # ---- logs ------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the method's metrics of the window, averaged over steps and ranks, and write `ptr_dynamics.parquet`."""
+        if "loss" in logs and self.window:
+            objective = self.policy.objective
+            bounds = None if objective is None else (objective.alpha, objective.weight_min, objective.weight_max)
+            metrics, histogram = self.window.flush(self.accelerator, bounds)
+            logs |= metrics
+            if self.is_world_process_zero():
+                row = {name: value for name, value in logs.items() if name in DYNAMICS_COLUMNS}
+                self._dynamics().append({**row, **histogram, "step": self.state.global_step})
+        super().log(logs, start_time)
+
+    _dynamics_log: DynamicsLog | None = None
+
+    def _dynamics(self) -> DynamicsLog:
+        if self._dynamics_log is None:
+            path = Path(self.args.output_dir) / DYNAMICS_FILE
+            start = min(
+                (row["step"] for row in self.state.log_history if "loss" in row), default=self.state.global_step
+            )
+            resumed = start < self.state.global_step
+            if not resumed and path.is_file():
+                path.unlink()
+            self._dynamics_log = DynamicsLog(path, self.policy.config.preset, self.state.global_step if resumed else 0)
+        return self._dynamics_log
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write policy, processors and arguments; the arguments as JSON, without a token and without pickle."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.policy.save_pretrained(folder, state_dict=state_dict)
+        self.preprocessor.save_pretrained(folder, config_filename="policy_preprocessor.json")
+        self.postprocessor.save_pretrained(folder, config_filename="policy_postprocessor.json")
+        arguments = {name: value for name, value in self.args.to_dict().items() if not name.endswith("_token")}
+        (folder / TRAINING_ARGS_NAME).write_text(json.dumps(arguments, indent=2, default=str) + "\n")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Restore policy, scorer, belief, moving average, queue and controller, strictly."""
+        folder = Path(resume_from_checkpoint)
+        if not is_ptr_folder(folder):
+            raise ValueError(
+                f"{folder} is no PTR checkpoint; resume from a checkpoint-<step> folder of this run's output_dir."
+            )
+        load_weights(self.policy, folder)
+
+    def _load_best_model(self) -> None:
+        """Go back to the best checkpoint, whole."""
+        load_weights(self.policy, Path(self.state.best_model_checkpoint))
+
+
+class _AfterStep(TrainerCallback):
+    """After every optimiser step, on every rank: moving average, queue, controller."""
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        assert isinstance(model, PTRPolicy)
+        model.update()
+
+
+class PTRProgressCallback(ProgressCallback):
+    """The progress bar, with the figures one watches beside it; the full row goes to `report_to`."""
+
+    _SHOWN = (("loss_action", "action"), ("accuracy", "acc"), ("score", "T"), ("weight_mean", "w"))
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Show the latest window in the bar instead of printing rows."""
+        if state.is_world_process_zero and self.training_bar is not None and logs:
+            shown = {label: f"{logs[name]:.3f}" for name, label in self._SHOWN if name in logs}
+            if shown:
+                self.training_bar.set_postfix(shown)
+
+
+def preprocess(batch: dict[str, Any], preprocessor: PolicyProcessorPipeline) -> dict[str, Any]:
+    """Scale 8-bit frames to [0, 1] on the batch's device and run a LeRobot preprocessor."""
+    scaled = {
+        key: value.to(torch.float32) / 255.0 if isinstance(value, Tensor) and value.dtype == torch.uint8 else value
+        for key, value in batch.items()
+    }
+    return preprocessor(scaled)
+
+
+def resolve_policy(model: ModelSource, args: PTRTrainingArguments, meta: Any = None) -> PTRPolicy:
+    """The `PTRPolicy` that a model argument of `PTRTrainer` stands for, on the arguments' device.
+
+    Args:
+        model: see `PTRTrainer`.
+        args: source of hyperparameters, device and revision.
+        meta: metadata of the dataset; gives a policy that starts from a configuration its features.
+
+    Raises:
+        ValueError: the model is none of these, or the policy's type is not supported.
+    """
+    device = args.device.type
+    if isinstance(model, PTRPolicy):
+        return model.to(args.device)
+    if isinstance(model, str | Path) and is_ptr_source(model, args.model_revision):
+        return PTRPolicy.from_pretrained(model, revision=args.model_revision).to(args.device)
+    hyperparameters = args.hyperparameters()
+    if isinstance(model, nn.Module):
+        base = unwrap(model)
+        if not isinstance(base, PreTrainedPolicy):
+            raise ValueError(
+                f"{type(model).__name__} is no LeRobot policy: give a LeRobot policy, a PTRPolicy, a Hub id or a folder."
+            )
+        base.config.device = device
+        return PTRPolicy(PTRConfig(device=device, **hyperparameters), base_policy=model.to(args.device))
+    if isinstance(model, PreTrainedConfig):
+        return _fresh_policy(model, device, hyperparameters, meta)
+    config = PTRConfig(device=device, base_path=str(model), base_revision=args.model_revision, **hyperparameters)
+    return PTRPolicy(config)
+
+
+def _fresh_policy(config: PreTrainedConfig, device: str, hyperparameters: dict[str, Any], meta: Any) -> PTRPolicy:
+    from lerobot.policies.factory import make_policy
+
+    if meta is None:
+        raise ValueError("A policy configuration needs a dataset to take its features from: give train_dataset too.")
+    config.device = device
+    if hyperparameters["chunk_size"] is not None:
+        vars(config)["chunk_size"] = vars(config)["n_action_steps"] = hyperparameters["chunk_size"]
+    return PTRPolicy(PTRConfig(device=device, **hyperparameters), base_policy=make_policy(config, ds_meta=meta))
+
+
+def _processors(
+    model: ModelSource, policy: PTRPolicy, meta: Any, args: PTRTrainingArguments
+) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
+    """The policy's own processors: a PTR checkpoint's as saved, otherwise with the dataset's statistics."""
+    rename = {"rename_map": args.rename_map or {}}
+    if isinstance(model, str | Path) and is_ptr_source(model, args.model_revision):
+        return make_pre_post_processors(
+            policy.config.base_config,
+            pretrained_path=str(model),
+            pretrained_revision=args.model_revision,
+            preprocessor_overrides={
+                "device_processor": {"device": policy.config.device},
+                "rename_observations_processor": rename,
+            },
+        )
+    return make_ptr_pre_post_processors(
+        policy.config, None if meta is None else meta.stats, meta, rename_map=args.rename_map or {}
+    )

@@ -1,0 +1,58 @@
+"""`PTRTrainingArguments`: transformers' training arguments and the method's hyperparameters, with the paper's defaults."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from ptr_hf.hyperparameters import PTRHyperparameters
+
+
+@dataclass
+class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
+    """Arguments of `PTRTrainer`.
+
+    Everything of `transformers.TrainingArguments` and `PTRHyperparameters`; optimisation defaults are the paper's Table 6
+    (AdamW, 1e-4, weight decay 0.01, cosine after a warm-up of 3.3 % of the run, 60k steps). `per_device_train_batch_size`
+    counts segments: one holds `segment_length` chunks.
+
+    Raises:
+        ValueError: a hyperparameter is out of range or contradicts the preset.
+    """
+
+    max_steps: int = field(default=60_000, metadata={"help": "Optimiser steps; -1 counts num_train_epochs instead."})
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "Learning-rate schedule, a name of transformers."}
+    )
+    warmup_steps: float = field(
+        default=0.033, metadata={"help": "Learning-rate warm-up: steps, or below 1 a share of the run."}
+    )
+    max_grad_norm: float = field(
+        default=10.0, metadata={"help": "Gradients are clipped to this norm (LeRobot's default)."}
+    )
+    logging_steps: float = field(
+        default=50, metadata={"help": "Steps between two log rows, or below 1 a share of the run."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN losses from the log; it waits for the device at every step."}
+    )
+    report_to: str | list[str] | None = field(
+        default="tensorboard", metadata={"help": "Where logs go: tensorboard, trackio, wandb, none, or several."}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: policies read dicts."})
+    rename_map: dict[str, str] | str | None = field(
+        default=None, metadata={"help": "Dataset key -> policy key, as JSON, for cameras and states named differently."}
+    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of the policy on the Hub."})
+
+    # transformers parses JSON given on the command line for the fields listed here
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "rename_map"]  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        self.apply_preset()
+        self.check()
+        super().__post_init__()
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns=True would drop what the policy reads; leave it at False.")
