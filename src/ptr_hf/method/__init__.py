@@ -1,0 +1,84 @@
+"""Posterior-Transition Reweighting, in the order of the paper (arXiv 2603.16542).
+
+belief (4.1) → target, candidates, scorer (4.2) → weight (4.4) → controller (4.5) → objective (4.6, Eq. 32).
+This package imports torch and nothing else of ours.
+"""
+
+from ptr_hf.method.belief import (
+    BeliefMemory,
+    BeliefTokenizer,
+    BeliefUpdate,
+    belief_diversity,
+    belief_entropy,
+    reconstruct,
+)
+from ptr_hf.method.candidate_queue import CandidateQueue
+from ptr_hf.method.candidates import (
+    Candidates,
+    HardNegativeKey,
+    Samples,
+    build_candidates,
+    gather_across_ranks,
+    rank_offset,
+)
+from ptr_hf.method.controller import AdaptiveScaleController
+from ptr_hf.method.objective import ChunkBatch, ObjectiveOutput, PTRObjective
+from ptr_hf.method.scorer import (
+    IdentificationMetrics,
+    TransitionScorer,
+    derangement,
+    identification_logits,
+    identification_loss,
+    identification_metrics,
+    masked_derangement,
+    masked_mean,
+    ptr_score,
+    ranking_loss,
+)
+from ptr_hf.method.target import ConsequenceEncoder, consequence_embedding
+from ptr_hf.method.weight import (
+    conservative_weight,
+    effective_sample_size,
+    global_self_normalized_loss,
+    kl_bound,
+    self_normalized_loss,
+    weight_bounds,
+)
+
+__all__ = [
+    "AdaptiveScaleController",
+    "BeliefMemory",
+    "BeliefTokenizer",
+    "BeliefUpdate",
+    "CandidateQueue",
+    "Candidates",
+    "ChunkBatch",
+    "ConsequenceEncoder",
+    "HardNegativeKey",
+    "IdentificationMetrics",
+    "ObjectiveOutput",
+    "PTRObjective",
+    "Samples",
+    "TransitionScorer",
+    "belief_diversity",
+    "belief_entropy",
+    "build_candidates",
+    "consequence_embedding",
+    "conservative_weight",
+    "derangement",
+    "effective_sample_size",
+    "gather_across_ranks",
+    "global_self_normalized_loss",
+    "identification_logits",
+    "identification_loss",
+    "identification_metrics",
+    "kl_bound",
+    "masked_derangement",
+    "masked_mean",
+    "ptr_score",
+    "rank_offset",
+    "ranking_loss",
+    "reconstruct",
+    "self_normalized_loss",
+    "weight_bounds",
+]

@@ -1,0 +1,335 @@
+"""The objective (Section 4.6, Eq. 32): from the traces of a step's chunks to one loss.
+
+    L = L*_act + λ_id L_id + λ_rank L_rank + λ_ent H_tok + λ_div D_tok,      L*_act = Σ w ℓ / Σ w
+
+Only the action loss is weighted. The weight, the targets, the queue and the gather are constants; nothing else is
+cut, so L_id and L_rank reach the policy through the context h and the action summary e.
+
+After the optimiser step every rank runs, in this order: the EMA of the target encoder, ``after_step`` (queue push),
+and at logging steps ``update_controller``.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ptr_hf.method.candidate_queue import CandidateQueue
+from ptr_hf.method.candidates import HardNegativeKey, Samples, build_candidates, gather_across_ranks, rank_offset
+from ptr_hf.method.controller import AdaptiveScaleController
+from ptr_hf.method.distributed import rank, sum_over_ranks
+from ptr_hf.method.numerics import NeverLowered
+from ptr_hf.method.scorer import (
+    TransitionScorer,
+    identification_logits,
+    identification_loss,
+    identification_metrics,
+    masked_derangement,
+    ptr_score,
+    ranking_loss,
+)
+from ptr_hf.method.weight import (
+    conservative_weight,
+    effective_sample_size,
+    global_self_normalized_loss,
+    self_normalized_loss,
+    weight_bounds,
+)
+
+
+@dataclass
+class ChunkBatch:
+    """What one step's chunks bring, one row each (time-major over the segments).
+
+    Attributes:
+        loss: the policy's own loss per chunk.
+        context: h, the masked mean of the backbone's context states.
+        action: e, the masked mean of the clean chunk's action tokens.
+        samples: targets and where they come from.
+        chunk_valid: False where the whole chunk lies past its episode's end.
+        entropy: H_tok, 0 without belief.
+        diversity: D_tok, 0 without belief.
+    """
+
+    loss: Float[Tensor, " batch"]
+    context: Float[Tensor, "batch context_dim"]
+    action: Float[Tensor, "batch action_dim"]
+    samples: Samples
+    chunk_valid: Bool[Tensor, " batch"]
+    entropy: Float[Tensor, ""]
+    diversity: Float[Tensor, ""]
+
+
+@dataclass
+class ObjectiveOutput:
+    """Per chunk: losses, score and weight (0 where not ``chunk_valid``), and what each may be averaged over."""
+
+    loss: Float[Tensor, " batch"]
+    weight: Float[Tensor, " batch"]
+    score: Float[Tensor, " batch"]
+    identification: Float[Tensor, " batch"]
+    ranking: Float[Tensor, " batch"]
+    target_valid: Bool[Tensor, " batch"]
+    ranking_valid: Bool[Tensor, " batch"]
+    chunk_valid: Bool[Tensor, " batch"]
+    entropy: Float[Tensor, ""]
+    diversity: Float[Tensor, ""]
+    correct: Bool[Tensor, " batch"]
+    margin: Float[Tensor, " batch"]
+    candidates: Int[Tensor, " batch"]
+
+
+class PTRObjective(NeverLowered):
+    """Scores a step's chunks, weighs their loss and puts Eq. 32 together; defaults are Table 6's.
+
+    Args:
+        scorer: f(h, e).
+        queue: past targets, or None to do without.
+        controller: holder of τ, β and ρ.
+        alpha, weight_min, weight_max: of Eq. 21.
+        identification_coef, ranking_coef, entropy_coef, diversity_coef: λ_id, λ_rank, λ_ent, λ_div.
+        logit_clamp: bound on |d|.
+        queue_negatives: negatives drawn from the queue per chunk.
+        cross_rank: False leaves the other ranks' targets of the step out of the candidates; the queue is filled from
+            all ranks either way, so that it stays the same on each.
+        hard_negative_key: see ``build_candidates``.
+        warmup_steps: optimiser steps during which every weight is 1 while the scorer trains.
+        detach_scorer_inputs: keep L_id and L_rank from reaching the policy (ours; the paper lets them).
+        discount: γ^Δ', factor on the identification loss.
+        seed: of the private random stream; the global one is never touched, so α = 0 draws the noise of plain
+            post-training.
+
+    Raises:
+        ValueError: if a weight bound or alpha is out of range.
+    """
+
+    steps: Int[Tensor, ""]
+    window: Float[Tensor, " statistics"]
+
+    def __init__(
+        self,
+        scorer: TransitionScorer,
+        queue: CandidateQueue | None,
+        controller: AdaptiveScaleController,
+        *,
+        alpha: float = 1.0,
+        weight_min: float = 0.25,
+        weight_max: float = 4.0,
+        identification_coef: float = 0.05,
+        ranking_coef: float = 0.25,
+        entropy_coef: float = 1e-3,
+        diversity_coef: float = 1e-3,
+        logit_clamp: float = 20.0,
+        queue_negatives: int = 64,
+        cross_rank: bool = True,
+        hard_negative_key: HardNegativeKey = "task_or_state",
+        warmup_steps: int = 3000,
+        detach_scorer_inputs: bool = False,
+        discount: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        weight_bounds(alpha, weight_min, weight_max)
+        self.scorer = scorer
+        self.queue = queue
+        self.controller = controller
+        self.alpha = alpha
+        self.weight_min = weight_min
+        self.weight_max = weight_max
+        self.identification_coef = identification_coef
+        self.ranking_coef = ranking_coef
+        self.entropy_coef = entropy_coef
+        self.diversity_coef = diversity_coef
+        self.logit_clamp = logit_clamp
+        self.queue_negatives = queue_negatives
+        self.cross_rank = cross_rank
+        self.hard_negative_key = hard_negative_key
+        self.warmup_steps = warmup_steps
+        self.detach_scorer_inputs = detach_scorer_inputs
+        self.discount = discount
+        self.seed = seed
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("window", torch.zeros(6, dtype=torch.float64))
+        # the step again, known without reading the device
+        self._step = 0
+        self._micro_step = 0
+        self._step_samples: list[Samples] = []
+        self._step_statistics: list[Tensor] = []
+        self.register_load_state_dict_post_hook(_restore_step)
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken, known without reading the device."""
+        return self._step
+
+    def forward(self, chunks: ChunkBatch) -> ObjectiveOutput:
+        """Candidates, logits, T, w, L_id and L_rank of each chunk.
+
+        In training mode ranks exchange targets, and the step's targets and statistics are kept for ``after_step``;
+        in eval mode nothing is exchanged or kept, so ranks may evaluate different numbers of batches. A chunk whose
+        summaries are not finite is scored as one without a target.
+        """
+        finite = chunks.context.isfinite().all(dim=1) & chunks.action.isfinite().all(dim=1)
+        context = torch.where(finite[:, None], chunks.context, 0.0)
+        action = torch.where(finite[:, None], chunks.action, 0.0)
+        if self.detach_scorer_inputs:
+            context, action = context.detach(), action.detach()
+        samples = replace(chunks.samples, valid=chunks.samples.usable & chunks.chunk_valid)
+        everyone = gather_across_ranks(samples) if self.training else samples
+        across = self.cross_rank and self.training
+        generator = self._generator(context.device)
+        candidates = build_candidates(
+            local=samples,
+            gathered=everyone if across else samples,
+            offset=rank_offset(len(samples.valid)) if across else 0,
+            queue=self.queue,
+            num_queue_negatives=self.queue_negatives,
+            hard_negative_ratio=self.controller.hard_negative_ratio,
+            hard_negative_key=self.hard_negative_key,
+            generator=generator,
+        )
+        mask = candidates.mask & finite[:, None]
+        target_valid = mask[:, 0]
+        # a copy, because data-parallel training may write the buffer before backward has read it
+        temperature, clamp = self.controller.temperature.clone(), self.logit_clamp
+
+        logits = candidates.logits(self.scorer(context, action), temperature, clamp)
+        score = ptr_score(logits, mask)
+        other_action, ranking_valid = masked_derangement(target_valid, generator)
+        other_query = self.scorer(context, action[other_action])
+        match = candidates.pool[candidates.index[:, :1]]
+        other_logit = identification_logits(other_query, match, temperature, clamp)[:, 0]
+
+        weight = conservative_weight(
+            score,
+            self.controller.beta,
+            self.alpha,
+            self.weight_min,
+            self.weight_max,
+            valid=target_valid if self._step >= self.warmup_steps else torch.zeros_like(target_valid),
+        )
+        identified = identification_metrics(logits, mask)
+        output = ObjectiveOutput(
+            loss=chunks.loss,
+            weight=weight.masked_fill(~chunks.chunk_valid, 0.0),
+            score=score.detach(),
+            identification=identification_loss(logits, mask),
+            ranking=ranking_loss(logits[:, 0], other_logit).masked_fill(~ranking_valid, 0.0),
+            target_valid=target_valid,
+            ranking_valid=ranking_valid,
+            chunk_valid=chunks.chunk_valid,
+            entropy=chunks.entropy,
+            diversity=chunks.diversity,
+            correct=identified.correct,
+            margin=identified.margin,
+            candidates=mask.sum(dim=1),
+        )
+        if self.training:
+            self._micro_step += 1
+            self._step_samples.append(everyone)
+            self._step_statistics.append(self._statistics(output))
+        return output
+
+    def combine(self, output: ObjectiveOutput) -> dict[str, Float[Tensor, ""]]:
+        """Eq. 32. In training every mean is over all ranks' chunks, with one all-reduce for the three denominators.
+
+        The belief's two terms are means over this rank's segments; data-parallel averaging makes them global.
+        """
+        mean = global_self_normalized_loss if self.training else self_normalized_loss
+        weight = output.weight
+        action, identification, ranking = mean(
+            torch.stack([output.loss, output.identification, output.ranking]),
+            torch.stack([weight, output.target_valid.to(weight), output.ranking_valid.to(weight)]),
+        )
+        tokenizer = self.entropy_coef * output.entropy + self.diversity_coef * output.diversity
+        loss = (
+            action + self.identification_coef * self.discount * identification + self.ranking_coef * ranking + tokenizer
+        )
+        return {
+            "action": action,
+            "identification": identification,
+            "ranking": ranking,
+            "tokenizer": tokenizer,
+            "loss": loss,
+        }
+
+    @torch.no_grad()
+    def metrics(self, output: ObjectiveOutput) -> dict[str, Float[Tensor, ""]]:
+        """This rank's figures for the log, 0-d and still on the device; a mean over nothing is 0."""
+        weight, chunk_valid, target_valid = output.weight, output.chunk_valid, output.target_valid
+        chunks = chunk_valid.sum()
+        comparable = target_valid & (output.candidates > 1)
+        low, high = weight_bounds(self.alpha, self.weight_min, self.weight_max)
+        tolerance = 1e-6 * high
+        # with alpha = 0 or a bound of 1 there is no clip to sit at
+        at_floor = (weight <= low + tolerance) & (low < 1.0)
+        at_ceiling = (weight >= high - tolerance) & (high > 1.0)
+        smallest = weight.masked_fill(~chunk_valid, torch.inf).amin()
+        largest = weight.masked_fill(~chunk_valid, 0.0).amax()
+        return {
+            "accuracy": _mean(output.correct, comparable),
+            "margin": _mean(output.margin, comparable),
+            "score": _mean(output.score, target_valid),
+            "weight_mean": _mean(weight, chunk_valid),
+            "weight_min": torch.where(chunks > 0, smallest, 0.0),
+            "weight_max": largest,
+            "weight_at_floor": _mean(at_floor, target_valid),
+            "weight_at_ceiling": _mean(at_ceiling, target_valid),
+            "effective_sample_size": effective_sample_size(weight, chunk_valid) / chunks.clamp(min=1),
+            "valid_target_ratio": _mean(target_valid, chunk_valid),
+            "temperature": self.controller.temperature.clone(),
+            "beta": self.controller.beta.clone(),
+            "hard_negative_ratio": self.controller.hard_negative_ratio.clone(),
+            "belief_entropy": output.entropy.detach(),
+            "belief_diversity": output.diversity.detach(),
+        }
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """After the optimiser step and the EMA: push the step's targets, count the step, add up its statistics."""
+        for samples in self._step_samples:
+            if self.queue is not None:
+                known = {name: vars(samples)[name] for name in ("task", "source", "episode", "frame", "state")}
+                self.queue.push(samples.targets, samples.usable, **known)
+        if self._step_statistics:
+            self.window.add_(sum_over_ranks(torch.stack(self._step_statistics).sum(dim=0)))
+        self._step_samples, self._step_statistics, self._micro_step = [], [], 0
+        self._step += 1
+        self.steps.fill_(self._step)
+
+    @torch.no_grad()
+    def update_controller(self) -> None:
+        """At a logging step, after ``after_step``: hand the controller the window's means over all ranks."""
+        correct, margin, comparable, score, targets, chunks = self.window
+        self.controller.update(correct / comparable, margin / comparable, score / targets, targets / chunks)
+        self.window.zero_()
+
+    def _statistics(self, output: ObjectiveOutput) -> Float[Tensor, " statistics"]:
+        comparable = output.target_valid & (output.candidates > 1)
+        sums = (
+            output.correct & comparable,
+            output.margin.masked_fill(~comparable, 0.0),
+            comparable,
+            output.score.masked_fill(~output.target_valid, 0.0),
+            output.target_valid,
+            output.chunk_valid,
+        )
+        return torch.stack([values.sum().to(self.window.dtype) for values in sums])
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        seed = 0
+        for part in (self.seed, self._step, rank(), self._micro_step):
+            seed = (seed * 1_000_003 + part) % 2**63
+        return torch.Generator(device).manual_seed(seed)
+
+
+def _mean(values: Float[Tensor, " batch"] | Bool[Tensor, " batch"], mask: Bool[Tensor, " batch"]) -> Float[Tensor, ""]:
+    values = values.float() if values.dtype == torch.bool else values
+    return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def _restore_step(objective: torch.nn.Module, incompatible_keys: object) -> None:
+    """After load_state_dict, the one place where the step is read from the device."""
+    assert isinstance(objective, PTRObjective)
+    objective._step = int(objective.steps)
