@@ -1,0 +1,138 @@
+"""Hooks and patches that exist only inside a `with` block, so that nothing is ever left on a policy."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftModel
+from torch import Tensor, nn
+
+
+class Capture:
+    """One tensor seen by a hook.
+
+    Gradient checkpointing fires hooks again during backward and denoising fires them once per step: `keep` says which
+    call counts.
+    """
+
+    def __init__(self, keep: str = "first") -> None:
+        self._keep = keep
+        self._value: Tensor | None = None
+
+    def offer(self, value: Tensor) -> None:
+        """Take the value of one call."""
+        if self._value is None or self._keep == "last":
+            self._value = value
+
+    @property
+    def value(self) -> Tensor:
+        """The captured tensor.
+
+        Raises:
+            RuntimeError: the hooked module was not called.
+        """
+        if self._value is None:
+            raise RuntimeError(
+                "A module that PTR reads was not called during the policy's forward: this LeRobot version lays the "
+                "policy out differently from the one that ptr_hf supports; install lerobot>=0.6.1,<0.7."
+            )
+        return self._value
+
+
+@contextmanager
+def captured_output(module: nn.Module, keep: str = "first") -> Iterator[Capture]:
+    """Capture the tensor a module returns."""
+    capture = Capture(keep)
+    handle = module.register_forward_hook(lambda _module, _args, output: capture.offer(output))
+    try:
+        yield capture
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def captured_input(module: nn.Module, keep: str = "first") -> Iterator[Capture]:
+    """Capture the first positional argument of a module."""
+    capture = Capture(keep)
+    handle = module.register_forward_pre_hook(lambda _module, args: capture.offer(args[0]))
+    try:
+        yield capture
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def edited_call(
+    module: nn.Module, edit: Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
+) -> Iterator[None]:
+    """Rewrite the arguments of every call of a module."""
+    handle = module.register_forward_pre_hook(lambda _module, args, kwargs: edit(args, kwargs), with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def patched(owner: nn.Module, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """Shadow a method of one module instance."""
+    shadowed = name in vars(owner)
+    previous = vars(owner).get(name)
+    setattr(owner, name, replacement)
+    try:
+        yield
+    finally:
+        delattr(owner, name)
+        if shadowed:
+            setattr(owner, name, previous)
+
+
+@contextmanager
+def preserved_modes(root: nn.Module, *, training: bool | None = None) -> Iterator[None]:
+    """Put every module's train/eval mode back afterwards; `training` sets one mode for the block."""
+    modes = [(module, module.training) for module in root.modules()]
+    if training is not None:
+        root.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class AdapterBase:
+    """The policy behind an adapter, and the guard that keeps two beliefs from being injected at once."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        self.policy = policy
+        self._belief_open = False
+
+    @property
+    def base(self) -> Any:
+        """The LeRobot policy itself, looked up anew because PEFT may have wrapped it."""
+        return unwrap(self.policy)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Refuse a belief scope inside another."""
+        if self._belief_open:
+            raise RuntimeError(
+                "A belief scope is already open on this policy: close it first, or pass the belief to trace/rollout "
+                "instead of opening a scope around them."
+            )
+        self._belief_open = True
+        try:
+            yield
+        finally:
+            self._belief_open = False
+
+
+def unwrap(policy: nn.Module) -> Any:
+    """The LeRobot policy inside a `PeftModel`, or the policy itself."""
+    return policy.get_base_model() if isinstance(policy, PeftModel) else policy
+
+
+def frozen_copy(tower: nn.Module) -> nn.Module:
+    """A float32 copy in eval mode that requires no gradient: what the EMA starts from."""
+    return copy.deepcopy(tower).float().requires_grad_(False).eval()
