@@ -144,11 +144,15 @@ def split_segment(batch: dict[str, Any], layout: SegmentLayout) -> Segment:
         ValueError: when the batch was not read with this layout.
     """
     offsets = layout.observation_offsets
+    for key in (ACTION, ACTION + PAD_SUFFIX, "index", "episode_index", "task_index"):
+        if key not in batch:
+            raise ValueError(f"The batch has no {key!r}; build the dataset with `layout.delta_timestamps`.")
     action = batch[ACTION]
-    if action.shape[1] != len(layout.action_offsets):
+    if action.ndim < 3 or action.shape[1] != len(layout.action_offsets):
+        held = f"{action.shape[1]} actions per sample" if action.ndim > 2 else "actions that have no time axis"
         raise ValueError(
-            f"The batch holds {action.shape[1]} actions per sample but the segment layout reads "
-            f"{len(layout.action_offsets)}; build the dataset with `layout.delta_timestamps`."
+            f"The batch holds {held} but the segment layout reads {len(layout.action_offsets)}; build the dataset with "
+            "`layout.delta_timestamps`."
         )
     batch_size, length, device = action.shape[0], layout.segment_length, action.device
     action_rows = _positions(layout.action_offsets, layout.chunk_starts, layout.action_steps, device)
@@ -158,6 +162,11 @@ def split_segment(batch: dict[str, Any], layout: SegmentLayout) -> Segment:
     unique_futures = sorted(set(layout.future_offsets))
     # Every observation is read at the same offsets, so one mask speaks for all, renamed keys included.
     pads = [value for key, value in batch.items() if key.startswith(OBSERVATION_PREFIX) and key.endswith(PAD_SUFFIX)]
+    if unique_futures and not pads:
+        raise ValueError(
+            "The batch has no `observation.*_is_pad`, which tells recorded consequences from repeated last frames; build "
+            "the dataset with `layout.delta_timestamps` and a preprocessor that keeps these keys."
+        )
     for key, value in batch.items():
         if key == ACTION or key == ACTION + PAD_SUFFIX:
             chunks[key] = _take(value, action_rows)
@@ -187,7 +196,7 @@ def split_segment(batch: dict[str, Any], layout: SegmentLayout) -> Segment:
     index = batch["index"].repeat(length) + starts
     chunk_valid = ~chunks[ACTION + PAD_SUFFIX].all(dim=1)
     future_index = tuple(unique_futures.index(offset) for offset in layout.future_offsets)
-    if pads and offsets is not None and unique_futures:
+    if offsets is not None and unique_futures:
         positions = torch.tensor([offsets.index(offset) for offset in layout.future_offsets], device=device)
         future_valid = ~pads[0].index_select(1, positions).T.reshape(-1) & chunk_valid
     else:

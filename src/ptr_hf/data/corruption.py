@@ -1,0 +1,260 @@
+"""The corruption protocol of METHOD.md section 12, and the label faults that section 13 adds to it.
+
+Every function is pure and seeded: an :class:`Episode` goes in, a new one comes out. Only recorded labels change
+(actions, the instruction); videos and states stay what the robot did. Truncation alone cuts every stream.
+
+    noise               N(0, std^2) on every action channel                     paper: ANI, std 0.1, share 0.30
+    truncation          the first 40-70 % of the steps                          paper: TT, share 0.25
+    wrong_instruction   the instruction of another task                         paper: LN, share 0.20
+    wrong_convention    the sign of some action axes flipped                    another robot's frame of reference
+    delay               each action written down some steps too late            unsynchronised logging
+    scaled              actions multiplied by a factor                          another controller gain
+    zeroed              actions lost
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+ACTION = "action"
+CLEAN = "clean"
+KINDS = ("noise", "truncation", "wrong_instruction", "wrong_convention", "delay", "scaled", "zeroed")
+PAPER_SHARES = {"noise": 0.30, "truncation": 0.25, "wrong_instruction": 0.20}
+
+Actions = Float[np.ndarray, "steps action"]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One demonstration: ``frames`` maps a feature's key to its array of shape (steps, ...), ``task`` is the instruction.
+
+    Raises:
+        ValueError: if there are no actions or the streams differ in length.
+    """
+
+    frames: Mapping[str, np.ndarray]
+    task: str
+
+    def __post_init__(self) -> None:
+        if ACTION not in self.frames:
+            raise ValueError(f"An episode needs an '{ACTION}' stream; it has {sorted(self.frames)}.")
+        lengths = {key: len(value) for key, value in self.frames.items()}
+        if len(set(lengths.values())) > 1 or self.length == 0:
+            raise ValueError(f"Every stream of an episode needs the same number of steps, at least one; got {lengths}.")
+
+    @property
+    def length(self) -> int:
+        return len(self.frames[ACTION])
+
+    @property
+    def actions(self) -> Actions:
+        return self.frames[ACTION]
+
+    def with_actions(self, actions: Actions) -> "Episode":
+        """The same episode with other action labels, in the recorded dtype."""
+        return Episode({**self.frames, ACTION: actions.astype(self.actions.dtype)}, self.task)
+
+
+def add_action_noise(episode: Episode, seed: int, std: float = 0.1, bounds: Sequence[float] | None = None) -> Episode:
+    """Adds N(0, std^2) to every action channel; ``bounds`` (low, high) clips the result to the action space."""
+    noise = np.random.default_rng(seed).normal(0.0, std, size=episode.actions.shape)
+    noisy = episode.actions + noise
+    return episode.with_actions(noisy if bounds is None else np.clip(noisy, bounds[0], bounds[1]))
+
+
+def truncate(episode: Episode, steps: int) -> Episode:
+    """Keeps the first ``steps`` steps of every stream."""
+    if not 1 <= steps <= episode.length:
+        raise ValueError(f"Cannot keep {steps} steps of an episode of {episode.length}; give 1 to {episode.length}.")
+    return Episode({key: value[:steps] for key, value in episode.frames.items()}, episode.task)
+
+
+def draw_truncation(length: int, seed: int, keep: Sequence[float] = (0.4, 0.7)) -> int:
+    """The number of steps to keep, uniform over those within the shares ``keep`` of ``length``.
+
+    Raises:
+        ValueError: if no whole number of steps lies in that range.
+    """
+    low, high = int(np.ceil(keep[0] * length)), int(np.floor(keep[1] * length))
+    if not 1 <= low <= high:
+        raise ValueError(f"No number of steps lies within {keep} of an episode of {length} steps; widen the range.")
+    return int(np.random.default_rng(seed).integers(low, high, endpoint=True))
+
+
+def replace_instruction(episode: Episode, instruction: str) -> Episode:
+    """The same motion under another instruction."""
+    return Episode(episode.frames, instruction)
+
+
+def draw_instruction(task: str, instructions: Sequence[str], seed: int) -> str:
+    """One of ``instructions`` that is not ``task``.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    others = sorted(set(instructions) - {task})
+    if not others:
+        raise ValueError(f"There is no instruction other than '{task}' to draw from; name alternatives for this task.")
+    return others[int(np.random.default_rng(seed).integers(len(others)))]
+
+
+def flip_convention(episode: Episode, axes: Sequence[int] = (0, 1)) -> Episode:
+    """Negates the action channels ``axes``: x and y of an end-effector delta, as if the base frame were turned by 180 deg."""
+    actions = episode.actions.copy()
+    actions[:, list(axes)] *= -1
+    return episode.with_actions(actions)
+
+
+def delay_actions(episode: Episode, steps: int = 8) -> Episode:
+    """Writes each action ``steps`` steps late; the first one fills the gap."""
+    if steps < 0:
+        raise ValueError(f"A delay is a number of steps from 0 on, not {steps}.")
+    source = np.maximum(np.arange(episode.length) - steps, 0)
+    return episode.with_actions(episode.actions[source])
+
+
+def scale_actions(episode: Episode, factor: float = 0.5, axes: Sequence[int] | None = None) -> Episode:
+    """Multiplies the action channels ``axes`` (default: all) by ``factor``."""
+    actions = episode.actions.copy()
+    actions[:, slice(None) if axes is None else list(axes)] *= factor
+    return episode.with_actions(actions)
+
+
+def zero_actions(episode: Episode, axes: Sequence[int] | None = None) -> Episode:
+    """Sets the action channels ``axes`` (default: all) to zero."""
+    return scale_actions(episode, 0.0, axes)
+
+
+def corrupt(
+    episode: Episode, kind: str, seed: int, instructions: Sequence[str] = (), **parameters: Any
+) -> tuple[Episode, dict[str, Any]]:
+    """Applies one corruption and says exactly what was done.
+
+    Args:
+        episode: the clean demonstration.
+        kind: one of :data:`KINDS`.
+        seed: decides every draw.
+        instructions: what ``wrong_instruction`` may pick from.
+        parameters: the keyword arguments of the kind's function.
+
+    Returns:
+        The corrupted episode and the values used, drawn ones included.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    match kind:
+        case "noise":
+            values = {"std": 0.1, "bounds": None} | parameters
+            return add_action_noise(episode, seed, **values), values
+        case "truncation":
+            steps = draw_truncation(episode.length, seed, **parameters)
+            return truncate(episode, steps), {"steps": steps, "recorded_steps": episode.length}
+        case "wrong_instruction":
+            instruction = draw_instruction(episode.task, instructions, seed)
+            return replace_instruction(episode, instruction), {"instruction": instruction}
+        case "wrong_convention":
+            values = {"axes": (0, 1)} | parameters
+            return flip_convention(episode, **values), values
+        case "delay":
+            values = {"steps": 8} | parameters
+            return delay_actions(episode, **values), values
+        case "scaled":
+            values = {"factor": 0.5, "axes": None} | parameters
+            return scale_actions(episode, **values), values
+        case "zeroed":
+            values = {"axes": None} | parameters
+            return zero_actions(episode, **values), values
+    raise ValueError(f"Unknown corruption '{kind}'; the known ones are {', '.join(KINDS)}.")
+
+
+@dataclass(frozen=True)
+class TruthRecord:
+    """What was done to one episode: the sidecar holds one per corruption, and one of kind ``clean`` for the others."""
+
+    episode_index: int
+    kind: str
+    source_task: str
+    task: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CorruptionPlan:
+    """Which episodes get which corruption.
+
+    Args:
+        shares: kind -> share of all episodes, spread evenly over the tasks.
+        seed: decides which episodes, and every draw inside a corruption.
+        parameters: kind -> keyword arguments of that corruption.
+        alternatives: instruction -> the wrong instructions that are plausible in its scene; default: all others.
+        overlapping: draw every kind independently, so that an episode may get several. Otherwise each gets at most one.
+
+    Raises:
+        ValueError: for unknown kinds, shares outside [0, 1], or shares that cannot be disjoint.
+    """
+
+    shares: Mapping[str, float]
+    seed: int = 0
+    parameters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    alternatives: Mapping[str, Sequence[str]] | None = None
+    overlapping: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = sorted((set(self.shares) | set(self.parameters)) - set(KINDS))
+        if unknown:
+            raise ValueError(f"Unknown corruptions {unknown}; the known ones are {', '.join(KINDS)}.")
+        if any(not 0.0 <= share <= 1.0 for share in self.shares.values()):
+            raise ValueError(f"Every share lies between 0 and 1; got {dict(self.shares)}.")
+        if not self.overlapping and sum(self.shares.values()) > 1.0 + 1e-9:
+            raise ValueError(f"The shares {dict(self.shares)} add up to more than 1; lower them or allow overlapping.")
+
+    def assign(self, tasks: Sequence[str]) -> list[tuple[str, ...]]:
+        """The kinds of every episode, given the episodes' tasks; () for the clean ones."""
+        rng = np.random.default_rng([self.seed, len(tasks)])
+        kinds: list[tuple[str, ...]] = [() for _ in tasks]
+        queue = _interleaved(tasks, rng)
+        for kind in (name for name in KINDS if name in self.shares):
+            count = min(round(self.shares[kind] * len(tasks)), len(queue))
+            for index in queue[:count]:
+                kinds[index] += (kind,)
+            queue = _interleaved(tasks, rng) if self.overlapping else queue[count:]
+        return kinds
+
+    def apply(self, episodes: Iterable[Episode], tasks: Sequence[str]) -> Iterator[tuple[Episode, list[TruthRecord]]]:
+        """Yields every episode as it is to be written, with its truth; ``tasks`` are the episodes' instructions in order.
+
+        Raises:
+            ValueError: if an episode's instruction is not the one announced in ``tasks``.
+        """
+        for index, (episode, kinds) in enumerate(zip(episodes, self.assign(tasks), strict=True)):
+            if episode.task != tasks[index]:
+                raise ValueError(f"Episode {index} is '{episode.task}', but the plan was made for '{tasks[index]}'.")
+            source = episode.task
+            choices = tasks if self.alternatives is None else self.alternatives.get(source, ())
+            applied: list[tuple[str, int, dict[str, Any]]] = []
+            for kind in kinds:
+                seed = int(np.random.SeedSequence([self.seed, index, KINDS.index(kind)]).generate_state(1)[0])
+                episode, values = corrupt(episode, kind, seed, choices, **self.parameters.get(kind, {}))
+                applied.append((kind, seed, values))
+            records = [TruthRecord(index, kind, source, episode.task, values, seed) for kind, seed, values in applied]
+            yield episode, records or [TruthRecord(index, CLEAN, source, source)]
+
+
+def _interleaved(tasks: Sequence[str], rng: np.random.Generator) -> list[int]:
+    """A random order of the episodes in which the tasks take turns, so that every prefix is balanced over the tasks."""
+    shuffled = rng.permutation(len(tasks)).tolist()
+    turn: dict[str, int] = {}
+    place: dict[int, tuple[int, int]] = {}
+    order = {task: position for position, task in enumerate(rng.permutation(sorted(set(tasks))).tolist())}
+    for index in shuffled:
+        turn[tasks[index]] = turn.get(tasks[index], -1) + 1
+        place[index] = (turn[tasks[index]], order[tasks[index]])
+    return sorted(place, key=place.__getitem__)
