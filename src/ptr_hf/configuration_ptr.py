@@ -33,6 +33,13 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
     )
     base_path: str | None = field(default=None, metadata={"help": "Hub id or folder of the base policy."})
     base_revision: str | None = field(default=None, metadata={"help": "Revision of base_path on the Hub."})
+    run_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps of the run that trains the policy, of which scorer_warmup_steps takes its share; PTRTrainer sets "
+            "it, LeRobot's training loop leaves it open (then the warm-up is the paper's 3000 steps)."
+        },
+    )
 
     def __post_init__(self) -> None:
         PreTrainedConfig.__post_init__(self)
@@ -97,7 +104,7 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
         return SegmentLayout(
             observation_steps=None if steps is None else tuple(steps),
             action_steps=tuple(base.action_delta_indices),
-            segment_length=self.segment_length,
+            segment_length=self.segment_length or 1,
             chunk_stride=self.chunk_stride or chunk,
             consequence_offset=(self.consequence_offset or chunk) if self.scorer else None,
         )

@@ -11,7 +11,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The paper's SFT + Belief: every part runs, no weight moves.
     "sft_belief": {"alpha": 0.0},
     # Plain post-training: the base policy's own loss, bit for bit.
-    "sft": {"alpha": 0.0, "num_belief_tokens": 0, "segment_length": 1, "scorer": False},
+    "sft": {"alpha": 0.0, "num_belief_tokens": 0, "scorer": False},
 }
 
 
@@ -31,7 +31,9 @@ class PTRHyperparameters:
 
     # Segments (4.1)
     chunk_size: int | None = _option(None, "L, actions per chunk. None: the base policy's own.")
-    segment_length: int = _option(4, "T, consecutive chunks of one episode in a training sample.")
+    segment_length: int | None = _option(
+        None, "T, consecutive chunks of one episode in a training sample. None: 4 with a scorer, 1 without."
+    )
     chunk_stride: int | None = _option(None, "Frames between the starts of two chunks of a segment. None: chunk_size.")
     consequence_offset: int | None = _option(
         None, "Δ, frames from a chunk's start to the observation taken as its consequence. None: chunk_size."
@@ -99,6 +101,8 @@ class PTRHyperparameters:
                     f"preset={self.preset!r} sets {name}={value}, but {name}={current} was given; drop one of the two."
                 )
             setattr(self, name, value)
+        if self.segment_length is None:
+            self.segment_length = 4 if self.scorer else 1
 
     def check(self) -> None:
         """Refuse values outside their range, naming field, value and range."""
@@ -119,9 +123,9 @@ class PTRHyperparameters:
             )
         for name in ("queue_size", "queue_negatives", "num_belief_tokens", "scorer_warmup_steps"):
             _require(vars(self)[name] >= 0, name, vars(self)[name], "0 or more")
-        for name in ("segment_length", "controller_interval", "scorer_dim"):
+        for name in ("controller_interval", "scorer_dim"):
             _require(vars(self)[name] >= 1, name, vars(self)[name], "1 or more")
-        for name in ("chunk_size", "chunk_stride", "consequence_offset", "target_layer"):
+        for name in ("segment_length", "chunk_size", "chunk_stride", "consequence_offset", "target_layer"):
             value = vars(self)[name]
             _require(value is None or value >= 1, name, value, "1 or more, or left out")
         for name in ("temperature", "beta", "belief_temperature", "logit_clamp", "target_eps"):

@@ -160,10 +160,11 @@ class PTRPolicy(PreTrainedPolicy):
             detach_scorer_inputs=config.detach_scorer_inputs,
             discount=config.consequence_discount**offset,
         )
-        self.set_run_length(None)
+        self.set_run_length(config.run_steps)
 
     def set_run_length(self, steps: int | None) -> None:
         """Fix the scorer's warm-up: a share of the run's steps, or the paper's count when the length is unknown."""
+        self.config.run_steps = steps
         if self.objective is None:
             return
         warmup = self.config.scorer_warmup_steps

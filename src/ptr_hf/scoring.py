@@ -121,7 +121,7 @@ def action_loss(
     return total / count
 
 
-class _evaluating:  # noqa: N801  reads as a phrase at its use
+class _evaluating:
     """Eval mode, no gradients, and a random stream of its own; everything is put back afterwards."""
 
     def __init__(self, policy: PTRPolicy, seed: int) -> None:

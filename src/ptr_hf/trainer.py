@@ -267,11 +267,12 @@ class PTRProgressCallback(ProgressCallback):
 
 def preprocess(batch: dict[str, Any], preprocessor: PolicyProcessorPipeline) -> dict[str, Any]:
     """Scale 8-bit frames to [0, 1] on the batch's device and run a LeRobot preprocessor."""
-    scaled = {
-        key: value.to(torch.float32) / 255.0 if isinstance(value, Tensor) and value.dtype == torch.uint8 else value
-        for key, value in batch.items()
-    }
+    scaled = {key: value.to(torch.float32) / 255.0 if _is_8_bit_frame(value) else value for key, value in batch.items()}
     return preprocessor(scaled)
+
+
+def _is_8_bit_frame(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.uint8 and value.ndim >= 4
 
 
 def resolve_policy(model: ModelSource, args: PTRTrainingArguments, meta: Any = None) -> PTRPolicy:

@@ -37,7 +37,7 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN losses from the log; it waits for the device at every step."}
     )
-    report_to: str | list[str] | None = field(
+    report_to: None | str | list[str] = field(  # noqa: RUF036  the order transformers parses
         default="tensorboard", metadata={"help": "Where logs go: tensorboard, trackio, wandb, none, or several."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: policies read dicts."})

@@ -1,0 +1,214 @@
+"""Post-train a LeRobot policy with Posterior-Transition Reweighting.
+
+Without arguments: a tiny SmolVLA on the bundled Meta-World demonstrations, a third of which are corrupted, SFT beside PTR.
+
+    accelerate launch recipes/train_ptr.py
+
+The real thing:
+
+    accelerate launch recipes/train_ptr.py --policy_path lerobot/smolvla_base --dataset me/my_demos --output_dir out
+
+`--config file.yaml` reads any of the options from a file; options on the command line override it.
+"""
+
+import argparse
+import copy
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import HfArgumentParser, set_seed
+
+from ptr_hf import PTRTrainer, PTRTrainingArguments, score_dataset
+from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
+from ptr_hf.hyperparameters import PRESETS
+from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
+from ptr_hf.report import (
+    SCORES_FILE,
+    Dynamics,
+    detection,
+    episode_weights,
+    read_dynamics,
+    save_figure,
+    summary_figure,
+    write_report,
+    write_scores,
+)
+from ptr_hf.scoring import action_loss
+
+DEMO = Path(__file__).parent / "experiments" / "demo.yaml"
+
+
+@dataclass
+class RecipeArguments:
+    """What to train on what."""
+
+    config: str | None = field(default=None, metadata={"help": "YAML file with any of these options."})
+    policy_path: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or folder of a LeRobot policy or a PTR checkpoint. None: the tiny demo policy."},
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the LeRobotDataset. None: the bundled demonstrations."}
+    )
+    eval_dataset: str | None = field(
+        default=None,
+        metadata={"help": "Held-out demonstrations for the action loss. None: the bundled ones in the demo."},
+    )
+    compare_sft: bool = field(
+        default=False,
+        metadata={"help": "Also train plain SFT on the same seed, data and number of chunks, and compare."},
+    )
+    score_after: bool = field(
+        default=False, metadata={"help": "After training, score every chunk of the dataset (one more pass over it)."}
+    )
+
+
+def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, PTRTrainingArguments]:
+    """Command line over YAML over defaults; without policy, dataset and YAML, the demo."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("--config", "--policy_path", "--dataset"):
+        finder.add_argument(name)
+    given, _ = finder.parse_known_args(argv)
+    parser = HfArgumentParser((RecipeArguments, PTRTrainingArguments), description=__doc__)
+    demo = not (given.config or given.policy_path or given.dataset)
+    file = Path(given.config) if given.config else DEMO if demo else None
+    if file is not None:
+        if not file.is_file():
+            parser.error(f"--config {file}: there is no such file.")
+        options = yaml.safe_load(file.read_text()) or {}
+        known = {action.dest for action in parser._actions}
+        unknown = sorted(set(options) - known)
+        if unknown:
+            parser.error(f"--config {file}: unknown options {', '.join(unknown)}; see --help.")
+        parser.set_defaults(**options)
+    recipe, args = parser.parse_args_into_dataclasses(argv)
+    if (recipe.policy_path is None) != (recipe.dataset is None):
+        parser.error("--policy_path and --dataset go together; leave both out for the demo.")
+    if args.output_dir is None:
+        parser.error("--output_dir is needed: the folder for the checkpoint, the logs and the report.")
+    return recipe, args
+
+
+def demo_policy(folder: Path, dataset: Path, args: PTRTrainingArguments) -> nn.Module:
+    """A tiny SmolVLA with random weights, its vision features centred on a few frames of the data."""
+    meta = LeRobotDatasetMetadata(dataset.name, root=dataset)
+    vlm = write_tiny_vlm(folder / "tiny_vlm", texts=list(meta.tasks.index))
+    frames = LeRobotDataset(dataset.name, root=dataset, video_backend="pyav")
+    shown = torch.linspace(0, len(frames) - 1, 32).long().tolist()
+    images = {key: torch.stack([frames[i][key] for i in shown]) for key in meta.camera_keys}
+    return tiny_smolvla(meta.features, vlm.resolve(), chunk_size=args.chunk_size or 8, seed=args.seed, frames=images)
+
+
+def sft_arguments(args: PTRTrainingArguments, folder: Path) -> PTRTrainingArguments:
+    """The same run without PTR: the same segments in the same order, the same seed, schedule and optimiser."""
+    return replace(args, output_dir=str(folder), preset="sft", **PRESETS["sft"])
+
+
+def train(model: Any, args: PTRTrainingArguments, dataset: Any) -> PTRTrainer:
+    """One run, its checkpoint in `args.output_dir`."""
+    set_seed(args.seed)
+    trainer = PTRTrainer(model, args, dataset)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    return trainer
+
+
+def comparison_table(results: dict[str, dict[str, float]]) -> Table:
+    """Runs side by side, one row a figure."""
+    table = Table(title="SFT beside PTR" if len(results) > 1 else "Result")
+    table.add_column("")
+    for run in results:
+        table.add_column(run.upper(), justify="right")
+    for name in dict.fromkeys(name for values in results.values() for name in values):
+        table.add_row(name, *(f"{values[name]:.3f}" if name in values else "–" for values in results.values()))
+    return table
+
+
+def main(argv: list[str]) -> None:
+    """Parse, train, compare, report."""
+    recipe, args = parse_arguments(argv)
+    console = Console()
+    output = Path(args.output_dir)
+    demo = recipe.dataset is None
+    dataset = bundled_demonstrations("train") if demo else recipe.dataset
+    heldout = bundled_demonstrations("heldout") if demo else recipe.eval_dataset
+    truth = {record.episode_index: record.kind for record in load_truth(dataset).records} if demo else None
+    model = demo_policy(output, dataset, args) if demo else recipe.policy_path
+
+    trainers: dict[str, PTRTrainer] = {}
+    name = args.preset
+    if recipe.compare_sft and name != "sft":
+        console.rule("SFT: the base policy alone")
+        trainers["sft"] = train(copy.deepcopy(model), sft_arguments(args, output / "sft"), dataset)
+    console.rule(
+        f"{name.upper()}: {'a tiny SmolVLA on the bundled demonstrations' if demo else f'{recipe.policy_path}'}"
+    )
+    folder = output / name if trainers else output
+    trainers[name] = train(model, replace(args, output_dir=str(folder)) if trainers else args, dataset)
+    main_trainer = trainers[name]
+    if not main_trainer.is_world_process_zero():
+        return
+
+    results: dict[str, dict[str, float]] = {run: {} for run in trainers}
+    if heldout is not None:
+        layout = main_trainer.policy.config.layout
+        for run, trainer in trainers.items():
+            loss = action_loss(trainer.policy, heldout, trainer.preprocessor, layout=layout, seed=args.seed)
+            results[run]["action loss, held-out clean episodes"] = loss
+    dynamics = Dynamics.join(
+        *(read_dynamics(Path(t.args.output_dir) / "ptr_dynamics.parquet") for t in trainers.values())
+    )
+    scores = None
+    if recipe.score_after and main_trainer.policy.objective is not None:
+        scores = score_dataset(main_trainer.policy, dataset, preprocessor=main_trainer.preprocessor, seed=args.seed)
+        write_scores(scores, output / SCORES_FILE)
+        results[name]["identification accuracy (end of training)"] = dynamics.tail("accuracy", name)
+        if truth is not None:
+            results[name] |= weights_by_truth(scores, truth)
+    report = write_report(
+        output,
+        dynamics=dynamics,
+        scores=scores,
+        truth=truth,
+        hyperparameters=main_trainer.policy.config.hyperparameters(),
+        results=results,
+    )
+    save_figure(summary_figure(dynamics, scores, truth), output / "summary.png")
+
+    console.print(comparison_table(results))
+    for label, path in (
+        ("checkpoint", folder),
+        ("report (open in a browser)", report),
+        ("figures", output / "figures"),
+        ("picture", output / "summary.png"),
+        ("TensorBoard", f"tensorboard --logdir {output}"),
+    ):
+        console.print(f"{label:28}{path}", soft_wrap=True)
+
+
+def weights_by_truth(scores: Any, truth: dict[int, str]) -> dict[str, float]:
+    """Mean weight of clean and of corrupted episodes, and the AUC of telling them apart, whole and per kind."""
+    means: dict[bool, list[float]] = {True: [], False: []}
+    for (_, episode), weight in episode_weights(scores).items():
+        means[truth[episode] == "clean"].append(weight)
+    rows = {
+        "weight, clean episodes": float(torch.tensor(means[True]).nanmean()),
+        "weight, corrupted episodes": float(torch.tensor(means[False]).nanmean()),
+        "AUC, corrupted weigh less (episodes)": detection(scores, truth).auc,
+    }
+    for kind in sorted(set(truth.values()) - {"clean"}):
+        rows[f"AUC, {kind.replace('_', ' ')}"] = detection(scores, truth, kind=kind).auc
+    return rows
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
