@@ -1,5 +1,6 @@
 """Small real policies for the datasets of `demonstrations`, and the batches they are trained on."""
 
+import copy
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.utils.data import default_collate
 
 from ptr_hf import PTRConfig, PTRPolicy
 from ptr_hf.data.datasets import open_dataset, video_backend
+from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.policies.tiny import tiny_act, tiny_smolvla, write_tiny_vlm
 from ptr_hf.trainer import preprocess
 
@@ -39,10 +41,15 @@ def vlm_folder() -> Path:
 
 def base_policy(family: str, root: Path, **settings: Any) -> PreTrainedPolicy:
     """An untrained LeRobot policy for the dataset at `root`; the same weights every time."""
+    return copy.deepcopy(_built(family, root, tuple(sorted(settings.items()))))
+
+
+@cache
+def _built(family: str, root: Path, settings: tuple[tuple[str, Any], ...]) -> PreTrainedPolicy:
     features = LeRobotDatasetMetadata("tests/points", root=root).features
     if family == "act":
-        return tiny_act(features, **{"chunk_size": CHUNK, "dim_model": 32, **settings})
-    return tiny_smolvla(features, vlm_folder(), **{"chunk_size": CHUNK, "num_steps": 2, **settings})
+        return tiny_act(features, **{"chunk_size": CHUNK, "dim_model": 32, **dict(settings)})
+    return tiny_smolvla(features, vlm_folder(), **{"chunk_size": CHUNK, "num_steps": 2, **dict(settings)})
 
 
 def ptr_policy(
@@ -57,8 +64,13 @@ def ptr_policy(
 
 def raw_batch(policy: PTRPolicy, root: Path, anchors: Sequence[int]) -> dict[str, Any]:
     """The collated segments that begin at the given frames, as the dataset gives them."""
-    dataset = open_dataset(root, policy.config.layout)
+    dataset = _opened(root, policy.config.layout)
     return default_collate([dataset[anchor] for anchor in anchors])
+
+
+@cache
+def _opened(root: Path, layout: SegmentLayout) -> LeRobotDataset:
+    return open_dataset(root, layout)
 
 
 def train_batch(policy: PTRPolicy, root: Path, anchors: Sequence[int]) -> dict[str, Any]:
@@ -97,6 +109,7 @@ def frames_of(root: Path) -> list[dict[str, Any]]:
     return [dataset[frame] for frame in range(len(dataset))]
 
 
+@cache
 def stats_of(root: Path) -> dict[str, Any]:
     """The dataset's statistics."""
     return LeRobotDatasetMetadata("tests/points", root=root).stats

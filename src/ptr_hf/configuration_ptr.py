@@ -1,7 +1,7 @@
 """`PTRConfig`: a LeRobot policy configuration that wraps the configuration of a base policy."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,8 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
                 "folder for a pretrained one."
             )
         overrides = dict(self.base)
-        if self.base_path is not None:
+        # A saved configuration holds the base policy's in full: base_path is then a record, which may be gone.
+        if self.base_path is not None and not _is_whole(overrides):
             config = PreTrainedConfig.from_pretrained(self.base_path, revision=self.base_revision)
             overrides = {**draccus.encode(config, PreTrainedConfig), **overrides}
         policy_type = overrides.pop("type", None)
@@ -160,3 +161,10 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
         if self._base_config is not None:
             self.base = draccus.encode(self.base_config, PreTrainedConfig)
         super()._save_pretrained(save_directory)
+
+
+def _is_whole(base: dict[str, Any]) -> bool:
+    """Whether a configuration dict sets every field of its policy type."""
+    choices = PreTrainedConfig.get_known_choices()
+    policy_type = base.get("type")
+    return policy_type in choices and {item.name for item in fields(choices[policy_type]) if item.init} <= base.keys()

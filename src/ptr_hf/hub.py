@@ -4,11 +4,14 @@
     policy_{pre,post}processor*                   its processors
     ptr_config.json                               PTRConfig
     ptr_scorer.safetensors                        scorer, belief, moving average (if not shared), queue, controller
+    ptr_adapter.safetensors                       with PEFT: the adapter, to resume from; model.safetensors has it merged
 
 Nothing that is read can execute: JSON and safetensors only, every key and every shape checked.
 """
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +19,18 @@ import draccus
 from huggingface_hub import file_exists, snapshot_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from lerobot.configs import PreTrainedConfig
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
 from ptr_hf.policies.hooks import unwrap
 
 PTR_SCORER_NAME = "ptr_scorer.safetensors"
+PTR_ADAPTER_NAME = "ptr_adapter.safetensors"
 BASE_PREFIX = "base."
+TOWER_PREFIX = "target_encoder.tower."
 
 
 def is_ptr_folder(path: str | Path) -> bool:
@@ -43,7 +49,7 @@ def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None 
     """Write a `PTRPolicy`'s files (not its processors) into an existing folder.
 
     With belief tokens `config.json` names the type `ptr`, since the base policy alone would miss them; without, it is
-    the base policy's own.
+    the base policy's own. A PEFT adapter is merged into the base policy's weights and stored beside them.
 
     Args:
         policy: a `PTRPolicy`.
@@ -51,6 +57,12 @@ def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None 
         state_dict: gathered by the caller where parameters are sharded; by default the policy's own.
     """
     base = unwrap(policy.base)
+    if isinstance(policy.base, PeftModel):
+        if state_dict is not None:
+            raise ValueError("A sharded PEFT model cannot be saved; train it without FSDP, or merge the adapter first.")
+        save_file(_contiguous(get_peft_model_state_dict(policy.base)), folder / PTR_ADAPTER_NAME)
+        base = copy.deepcopy(policy.base).merge_and_unload()
+        base.config.use_peft = False
     policy.config.base = draccus.encode(base.config, PreTrainedConfig)
     _write_json(folder / PTR_CONFIG_NAME, draccus.encode(policy.config, PreTrainedConfig))
     shown = policy.config if policy.config.num_belief_tokens else base.config
@@ -64,7 +76,8 @@ def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None 
         }
         save_file(_contiguous(base_state), folder / SAFETENSORS_SINGLE_FILE)
         side = {name: value for name, value in state_dict.items() if not name.startswith(BASE_PREFIX)}
-    save_file(_contiguous(side), folder / PTR_SCORER_NAME)
+    shared = policy.target_encoder is not None and policy.target_encoder.shared
+    save_file(_contiguous(side), folder / PTR_SCORER_NAME, metadata={"shared_tower": str(shared)})
 
 
 def load_policy(
@@ -99,13 +112,26 @@ def load_policy(
 
 
 def load_weights(policy: Any, folder: Path) -> None:
-    """Load base policy and side pathway from a checkpoint folder into a policy of the same shapes."""
-    base_path, side_path = folder / SAFETENSORS_SINGLE_FILE, folder / PTR_SCORER_NAME
-    try:
-        load_model(unwrap(policy.base), str(base_path), strict=True)
-        _load_side(policy, side_path)
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"The checkpoint in {folder} does not fit this policy: {error}") from error
+    """Load base policy and side pathway from a checkpoint folder into a policy of the same shapes.
+
+    A policy that is wrapped by PEFT already has its base weights and takes the adapter.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_policy`.
+    """
+    loaders: tuple[tuple[str, Callable[[Any, Path], None]], ...] = (
+        (SAFETENSORS_SINGLE_FILE, _load_base),
+        (PTR_SCORER_NAME, _load_side),
+    )
+    if isinstance(policy.base, PeftModel):
+        loaders = ((PTR_ADAPTER_NAME, _load_adapter), (PTR_SCORER_NAME, _load_side))
+    for name, load in loaders:
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"The checkpoint in {folder} lacks {name}, which this policy needs.")
+        try:
+            load(policy, folder / name)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{folder / name} is damaged or belongs to another policy: {error}") from error
 
 
 def read_config(folder: Path) -> PTRConfig:
@@ -113,9 +139,11 @@ def read_config(folder: Path) -> PTRConfig:
     path = folder / PTR_CONFIG_NAME
     try:
         raw = json.loads(path.read_text())
+        if not isinstance(raw, dict):
+            raise ValueError(f"it holds a {type(raw).__name__} instead of an object")
         raw.pop("type", None)
         return draccus.decode(PTRConfig, raw)
-    except (json.JSONDecodeError, draccus.utils.DecodingError) as error:
+    except (ValueError, draccus.utils.DecodingError) as error:
         raise ValueError(f"{path} is not a PTR configuration: {error}") from error
 
 
@@ -128,10 +156,26 @@ def resolve_folder(source: str | Path, **hub_kwargs: Any) -> Path:
     return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], **known))
 
 
-def _load_side(policy: nn.Module, path: Path) -> None:
-    own = {name: value for name, value in policy.state_dict().items() if not name.startswith(BASE_PREFIX)}
+def _load_base(policy: Any, path: Path) -> None:
+    load_model(policy.base, str(path), strict=True)
+
+
+def _load_adapter(policy: Any, path: Path) -> None:
+    tensors = load_file(path)
+    own = get_peft_model_state_dict(policy.base)
+    if {name: value.shape for name, value in tensors.items()} != {name: value.shape for name, value in own.items()}:
+        raise ValueError(f"{path} holds another PEFT adapter than this policy has.")
+    set_peft_model_state_dict(policy.base, tensors)
+
+
+def _load_side(policy: Any, path: Path) -> None:
+    own = policy.side_state_dict()
     with safe_open(path, framework="pt") as file:
+        # Targets came from the policy's own frozen tower; a policy that trains it starts the moving average there.
+        starts_average = file.metadata().get("shared_tower") == "True" and not policy.target_encoder.shared
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
+    if starts_average:
+        own = {name: value for name, value in own.items() if not name.startswith(TOWER_PREFIX)}
     missing, unknown = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
     if missing or unknown:
         raise ValueError(
@@ -143,6 +187,9 @@ def _load_side(policy: nn.Module, path: Path) -> None:
     device = next(policy.parameters()).device
     tensors = load_file(path, device=str(device))
     policy.load_state_dict(tensors, strict=False)
+    if starts_average:
+        tower = dict(policy.adapter.tower_parameters(policy.target_layer))
+        policy.target_encoder.tower.load_state_dict(tower, strict=True)
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ from ptr_hf.method import (
     TransitionScorer,
     masked_mean,
 )
-from ptr_hf.policies import PolicyAdapter, PolicyTrace, Views, make_adapter
+from ptr_hf.policies import PolicyAdapter, PolicyTrace, Views, make_adapter, supported_policies
 from ptr_hf.policies.hooks import unwrap
 
 BASE_PREFIX = "base."
@@ -83,7 +83,7 @@ class PTRPolicy(PreTrainedPolicy):
         self.config: PTRConfig = config
         if base_policy is None:
             base_policy = _build_base(config, **kwargs)
-        self.base = base_policy
+        self.base: PreTrainedPolicy = base_policy
         self._adapter: PolicyAdapter | None = None
         chunk = self.adapter.chunk_size
         if config.chunk_size not in (None, chunk):
@@ -168,7 +168,7 @@ class PTRPolicy(PreTrainedPolicy):
         if self.objective is None:
             return
         warmup = self.config.scorer_warmup_steps
-        if warmup < 1:
+        if 0 < warmup < 1:
             warmup = PAPER_WARMUP_STEPS if steps is None else round(warmup * steps)
         self.objective.warmup_steps = int(warmup)
 
@@ -179,7 +179,7 @@ class PTRPolicy(PreTrainedPolicy):
 
     # ---- training --------------------------------------------------------------------------------------------------
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, batch: dict[str, Any], reduction: Literal["mean", "none"] = "mean"
     ) -> tuple[Tensor | ObjectiveOutput, dict[str, Any]]:
         """LeRobot's contract, for a batch of segments read at `config.layout`.
@@ -380,7 +380,7 @@ class PTRPolicy(PreTrainedPolicy):
         save_policy(self, save_directory, state_dict)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, pretrained_name_or_path: str | Path, *, config: PreTrainedConfig | None = None, **kwargs: Any
     ) -> "PTRPolicy":
         """Load a PTR checkpoint from a folder or the Hub, strictly: every key, every shape.
@@ -397,6 +397,10 @@ class PTRPolicy(PreTrainedPolicy):
 
 def _build_base(config: PTRConfig, **kwargs: Any) -> PreTrainedPolicy:
     base_config = config.base_config
+    if base_config.type not in supported_policies():
+        raise ValueError(
+            f"PTR does not support the policy type {base_config.type!r}; supported: {', '.join(supported_policies())}."
+        )
     policy_class = get_policy_class(base_config.type)
     if config.base_path is None:
         return policy_class(base_config, **kwargs)

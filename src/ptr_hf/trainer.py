@@ -32,10 +32,14 @@ from ptr_hf.processor_ptr import make_ptr_pre_post_processors
 from ptr_hf.report import DYNAMICS_COLUMNS, DYNAMICS_FILE, DynamicsLog
 from ptr_hf.training_args import PTRTrainingArguments
 
+_NO_PUSH = (
+    "ptr_hf does not push to the Hub itself yet; train, call trainer.save_model(), and upload the finished folder with "
+    "`hf upload <user>/<repo> {folder} --exclude 'checkpoint-*'`."
+)
 TRAINING_ARGS_NAME = "training_args.json"
 
-ModelSource = str | Path | PreTrainedConfig | nn.Module
-DatasetSource = str | Path | LeRobotDataset
+type ModelSource = str | Path | PreTrainedConfig | nn.Module
+type DatasetSource = str | Path | LeRobotDataset
 
 
 class PTRTrainer(Trainer):
@@ -59,6 +63,8 @@ class PTRTrainer(Trainer):
         >>> trainer.train()
     """
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(
         self,
         model: ModelSource,
@@ -79,20 +85,16 @@ class PTRTrainer(Trainer):
                 "CUDA_VISIBLE_DEVICES=0."
             )
         if args.push_to_hub:
-            raise ValueError(
-                "push_to_hub=True is not available during training, since checkpoints would reach the Hub without their scorer; "
-                "call trainer.push_to_hub() when the run is done."
-            )
+            raise ValueError(_NO_PUSH.format(folder=args.output_dir))
         sources = [source for source in (train_dataset, eval_dataset) if source is not None]
         meta = dataset_metadata(sources[0], args.dataset_revision) if sources else None
         policy = resolve_policy(model, args, meta)
-        rename_map = args.rename_map if isinstance(args.rename_map, dict) else {}
         layout = policy.config.layout
         opened: dict[str, LeRobotDataset] = {}
         for name, source in (("train", train_dataset), ("eval", eval_dataset)):
             if source is not None:
                 dataset = open_dataset(source, layout, revision=args.dataset_revision)
-                check_cameras(policy.config.base_config, dataset.meta.features, rename_map)
+                check_cameras(policy.config.base_config, dataset.meta.features, args.observation_renames)
                 check_dataset(dataset, layout)
                 opened[name] = dataset
         if preprocessor is None or postprocessor is None:
@@ -164,17 +166,17 @@ class PTRTrainer(Trainer):
 
         A group's own learning rate (ACT's backbone) is kept as a ratio to the policy's preset.
         """
-        if self.optimizer is None:
-            policy = self.policy
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
-            preset = policy.config.get_optimizer_preset().lr
-            groups = policy.get_optim_params()
-            for group in groups:
-                if group.get("lr") is not None:
-                    group["lr"] = group["lr"] / preset * self.args.learning_rate
-            self.optimizer = optimizer_class([group for group in groups if group["params"]], **kwargs)
-            for group in self.optimizer.param_groups:
-                group["weight_decay"] = self.args.weight_decay
+        if self.optimizer is not None:
+            return self.optimizer
+        policy = self.policy
+        optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
+        preset = policy.config.get_optimizer_preset().lr
+        groups = policy.get_optim_params()
+        for group in groups:
+            group["weight_decay"] = self.args.weight_decay
+            if group.get("lr") is not None:
+                group["lr"] = group["lr"] / preset * self.args.learning_rate
+        self.optimizer = optimizer_class([group for group in groups if group["params"]], **kwargs)
         return self.optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -225,6 +227,10 @@ class PTRTrainer(Trainer):
         self.postprocessor.save_pretrained(folder, config_filename="policy_postprocessor.json")
         arguments = {name: value for name, value in self.args.to_dict().items() if not name.endswith("_token")}
         (folder / TRAINING_ARGS_NAME).write_text(json.dumps(arguments, indent=2, default=str) + "\n")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        """Not yet: transformers would publish a card about another kind of model and pickled arguments."""
+        raise ValueError(_NO_PUSH.format(folder=self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Restore policy, scorer, belief, moving average, queue and controller, strictly."""
@@ -321,7 +327,7 @@ def _processors(
     model: ModelSource, policy: PTRPolicy, meta: Any, args: PTRTrainingArguments
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     """The policy's own processors: a PTR checkpoint's as saved, otherwise with the dataset's statistics."""
-    rename = {"rename_map": args.rename_map or {}}
+    rename = {"rename_map": args.observation_renames}
     if isinstance(model, str | Path) and is_ptr_source(model, args.model_revision):
         return make_pre_post_processors(
             policy.config.base_config,
@@ -333,5 +339,5 @@ def _processors(
             },
         )
     return make_ptr_pre_post_processors(
-        policy.config, None if meta is None else meta.stats, meta, rename_map=args.rename_map or {}
+        policy.config, None if meta is None else meta.stats, meta, rename_map=args.observation_renames
     )

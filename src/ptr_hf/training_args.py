@@ -56,3 +56,8 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop what the policy reads; leave it at False.")
+
+    @property
+    def observation_renames(self) -> dict[str, str]:
+        """`rename_map` as the dict that transformers has parsed it to; empty without one."""
+        return self.rename_map if isinstance(self.rename_map, dict) else {}

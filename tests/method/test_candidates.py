@@ -229,6 +229,15 @@ def test_the_hard_share_comes_from_the_own_task(ratio, expected):
         assert similar.mean() < expected + 1.0
 
 
+def test_the_rest_beside_the_hard_share_is_uniform_over_all_that_is_left():
+    task = (torch.arange(200) < 100).long()
+    queue, samples = filled_queue(200, 256, task=task), make_samples(400, task=torch.ones(400, dtype=torch.int64))
+    candidates = build_candidates(samples, samples, 0, queue, 8, 0.5, "task", seeded(6))
+    similar = ((candidates.index[:, 400:] - 400) < 100).sum(dim=1).double()
+    # 4 hard ones, and 4 draws from 96 similar and 100 other entries; standard error 0.05
+    assert similar.mean().item() == pytest.approx(4 + 4 * 96 / 196, abs=0.25)
+
+
 def test_uniform_draws_fill_up_where_similar_entries_are_too_few():
     task = torch.zeros(100, dtype=torch.int64)
     task[:2] = 7

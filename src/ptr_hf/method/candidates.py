@@ -150,7 +150,7 @@ def build_candidates(
         index = torch.cat([index, total + drawn], dim=1)
         pool = torch.cat([pool, queue.targets.to(pool.dtype)])
         mask = torch.cat([mask, drawn_mask], dim=1)
-    return Candidates(pool.detach(), index, mask & own[:, None])
+    return Candidates(pool, index, mask & own[:, None])
 
 
 def _same_target(samples: Samples, others: Samples | CandidateQueue) -> Bool[Tensor, "batch others"]:
