@@ -259,12 +259,20 @@ class TestLeRobot:
         policy = make_policy(config, ds_meta=LeRobotDatasetMetadata("tests/points", root=points))
         assert isinstance(policy, PTRPolicy)
         assert tensors_equal(policy.state_dict(), trained[case].state_dict())
+        assert policy.config.pretrained_path == folders[case]
         expected = actions_of(PTRPolicy.from_pretrained(folders[case]), folders[case], [35, 50], points)
         assert torch.equal(actions_of(policy, folders[case], [35, 50], points), expected)
 
     def test_a_checkpoint_does_not_need_the_policy_it_started_from(self, points: Path, tmp_path: Path) -> None:
         source = tmp_path / "source"
-        base_policy("act", points).save_pretrained(source)
+        base = base_policy("act", points)
+        base.save_pretrained(source)
+        for name, processor in zip(
+            ("preprocessor", "postprocessor"),
+            make_pre_post_processors(base.config, dataset_stats=stats_of(points)),
+            strict=True,
+        ):
+            processor.save_pretrained(source, config_filename=f"policy_{name}.json")
         policy = PTRPolicy(PTRConfig(device="cpu", base_path=str(source), **settings_of("act-belief")))
         save(policy, points, tmp_path / "trained")
         shutil.rmtree(source)

@@ -64,9 +64,9 @@ def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None 
         base = copy.deepcopy(policy.base).merge_and_unload()
         base.config.use_peft = False
     policy.config.base = draccus.encode(base.config, PreTrainedConfig)
-    _write_json(folder / PTR_CONFIG_NAME, draccus.encode(policy.config, PreTrainedConfig))
     shown = policy.config if policy.config.num_belief_tokens else base.config
-    _write_json(folder / CONFIG_NAME, draccus.encode(shown, PreTrainedConfig))
+    for name, config in ((PTR_CONFIG_NAME, policy.config), (CONFIG_NAME, shown)):
+        _write_json(folder / name, draccus.encode(config, PreTrainedConfig) | {"pretrained_path": None})
     if state_dict is None:
         save_model(base, str(folder / SAFETENSORS_SINGLE_FILE))
         side = policy.side_state_dict()
@@ -107,6 +107,7 @@ def load_policy(
     policy = policy_class(saved)
     saved.base_path = provenance
     load_weights(policy, folder)
+    saved.pretrained_path, saved.pretrained_revision = Path(source), hub_kwargs.get("revision")
     policy.eval()
     return policy
 
@@ -143,8 +144,8 @@ def read_config(folder: Path) -> PTRConfig:
             raise ValueError(f"it holds a {type(raw).__name__} instead of an object")
         raw.pop("type", None)
         return draccus.decode(PTRConfig, raw)
-    except (ValueError, draccus.utils.DecodingError) as error:
-        raise ValueError(f"{path} is not a PTR configuration: {error}") from error
+    except (ValueError, draccus.ParsingError) as error:
+        raise ValueError(f"{path} is not a PTR configuration: {error.__cause__ or error}") from error
 
 
 def resolve_folder(source: str | Path, **hub_kwargs: Any) -> Path:
@@ -172,7 +173,7 @@ def _load_side(policy: Any, path: Path) -> None:
     own = policy.side_state_dict()
     with safe_open(path, framework="pt") as file:
         # Targets came from the policy's own frozen tower; a policy that trains it starts the moving average there.
-        starts_average = file.metadata().get("shared_tower") == "True" and not policy.target_encoder.shared
+        starts_average = (file.metadata() or {}).get("shared_tower") == "True" and not policy.target_encoder.shared
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
     if starts_average:
         own = {name: value for name, value in own.items() if not name.startswith(TOWER_PREFIX)}

@@ -25,6 +25,7 @@ from transformers.trainer_callback import ProgressCallback
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.datasets import check_cameras, check_dataset, dataset_metadata, open_dataset
 from ptr_hf.hub import is_ptr_folder, is_ptr_source, load_weights
+from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.metrics import MetricsWindow
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.policies.hooks import unwrap
@@ -98,7 +99,7 @@ class PTRTrainer(Trainer):
                 check_dataset(dataset, layout)
                 opened[name] = dataset
         if preprocessor is None or postprocessor is None:
-            preprocessor, postprocessor = _processors(model, policy, meta, args)
+            preprocessor, postprocessor = _processors(policy, meta, args)
         self.preprocessor, self.postprocessor = preprocessor, postprocessor
         self.window = MetricsWindow()
         super().__init__(
@@ -293,10 +294,12 @@ def resolve_policy(model: ModelSource, args: PTRTrainingArguments, meta: Any = N
         ValueError: the model is none of these, or the policy's type is not supported.
     """
     device = args.device.type
-    if isinstance(model, PTRPolicy):
-        return model.to(args.device)
     if isinstance(model, str | Path) and is_ptr_source(model, args.model_revision):
-        return PTRPolicy.from_pretrained(model, revision=args.model_revision).to(args.device)
+        model = PTRPolicy.from_pretrained(model, revision=args.model_revision)
+    if isinstance(model, PTRPolicy):
+        _check_hyperparameters(args, model.config)
+        model.config.device = device
+        return model.to(args.device)
     hyperparameters = args.hyperparameters()
     if isinstance(model, nn.Module):
         base = unwrap(model)
@@ -306,10 +309,25 @@ def resolve_policy(model: ModelSource, args: PTRTrainingArguments, meta: Any = N
             )
         base.config.device = device
         return PTRPolicy(PTRConfig(device=device, **hyperparameters), base_policy=model.to(args.device))
+    if isinstance(model, PTRConfig):
+        raise ValueError("Give the base policy's configuration with the hyperparameters in args, or PTRPolicy(config).")
     if isinstance(model, PreTrainedConfig):
         return _fresh_policy(model, device, hyperparameters, meta)
     config = PTRConfig(device=device, base_path=str(model), base_revision=args.model_revision, **hyperparameters)
     return PTRPolicy(config)
+
+
+def _check_hyperparameters(args: PTRTrainingArguments, config: PTRConfig) -> None:
+    """Refuse hyperparameters that a finished `PTRPolicy` would silently overrule."""
+    defaults = PTRHyperparameters()
+    defaults.apply_preset()
+    own = config.hyperparameters()
+    for name, value in args.hyperparameters().items():
+        if value not in (vars(defaults)[name], own[name]):
+            raise ValueError(
+                f"{name}={value} was given, but the PTRPolicy brings {name}={own[name]}, which was fixed when it was built: "
+                f"leave {name} out, or start from a LeRobot policy."
+            )
 
 
 def _fresh_policy(config: PreTrainedConfig, device: str, hyperparameters: dict[str, Any], meta: Any) -> PTRPolicy:
@@ -324,15 +342,15 @@ def _fresh_policy(config: PreTrainedConfig, device: str, hyperparameters: dict[s
 
 
 def _processors(
-    model: ModelSource, policy: PTRPolicy, meta: Any, args: PTRTrainingArguments
+    policy: PTRPolicy, meta: Any, args: PTRTrainingArguments
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     """The policy's own processors: a PTR checkpoint's as saved, otherwise with the dataset's statistics."""
     rename = {"rename_map": args.observation_renames}
-    if isinstance(model, str | Path) and is_ptr_source(model, args.model_revision):
+    if policy.config.pretrained_path is not None:
         return make_pre_post_processors(
             policy.config.base_config,
-            pretrained_path=str(model),
-            pretrained_revision=args.model_revision,
+            pretrained_path=str(policy.config.pretrained_path),
+            pretrained_revision=policy.config.pretrained_revision,
             preprocessor_overrides={
                 "device_processor": {"device": policy.config.device},
                 "rename_observations_processor": rename,

@@ -1,0 +1,1 @@
+"""Segments, datasets, the corruption protocol and the bundled demonstrations."""
