@@ -200,13 +200,16 @@ def weights_by_truth(scores: Any, truth: dict[int, str]) -> dict[str, float]:
     means: dict[bool, list[float]] = {True: [], False: []}
     for (_, episode), weight in episode_weights(scores).items():
         means[truth[episode] == "clean"].append(weight)
+    small_loss = replace(scores, weight=-scores.loss)
     rows = {
         "weight, clean episodes": float(torch.tensor(means[True]).nanmean()),
         "weight, corrupted episodes": float(torch.tensor(means[False]).nanmean()),
-        "AUC, corrupted weigh less (episodes)": detection(scores, truth).auc,
+        "AUC, corrupted episodes weigh less (chance 0.5)": detection(scores, truth).auc,
+        "AUC of the action loss instead (baseline)": detection(small_loss, truth).auc,
     }
     for kind in sorted(set(truth.values()) - {"clean"}):
         rows[f"AUC, {kind.replace('_', ' ')}"] = detection(scores, truth, kind=kind).auc
+        rows[f"AUC of the action loss, {kind.replace('_', ' ')}"] = detection(small_loss, truth, kind=kind).auc
     return rows
 
 

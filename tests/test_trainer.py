@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -15,7 +16,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.vqbet.configuration_vqbet import VQBeTConfig
 from lerobot.policies.vqbet.modeling_vqbet import VQBeTPolicy
 from peft import LoraConfig, get_peft_model
-from small_policies import FAMILIES, base_policy, ptr_policy, stats_of, tensors_equal
+from small_policies import base_policy, ptr_policy, stats_of, tensors_equal
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import default_collate
@@ -75,9 +76,11 @@ def output_of(trainer: PTRTrainer) -> Path:
 
 
 class TestPlainPostTraining:
-    @pytest.mark.parametrize("family", FAMILIES)
-    def test_sft_equals_a_hand_written_loop_bit_for_bit(self, points: Path, family: str, tmp_path: Path) -> None:
-        args = arguments(tmp_path, preset="sft", max_steps=20, learning_rate=1e-3, optim="adamw_torch")
+    @pytest.mark.parametrize(("family", "steps"), [("smolvla", 20), ("act", 8)])
+    def test_sft_equals_a_hand_written_loop_bit_for_bit(
+        self, points: Path, family: str, steps: int, tmp_path: Path
+    ) -> None:
+        args = arguments(tmp_path, preset="sft", max_steps=steps, learning_rate=1e-3, optim="adamw_torch")
         trainer = PTRTrainer(base_policy(family, points), args, train_dataset=points)
         read: list[list[int]] = []
 
@@ -100,7 +103,7 @@ class TestPlainPostTraining:
             if "lr" in group:
                 group["lr"] *= 1e-3 / alone.config.optimizer_lr
         optimizer = torch.optim.AdamW(groups, lr=1e-3, weight_decay=0.01)
-        scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=20)
+        scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=1, num_training_steps=steps)
         losses = []
         for step, index in enumerate(read):
             batch = preprocessor(default_collate([dataset[frame] for frame in index]))
@@ -112,7 +115,7 @@ class TestPlainPostTraining:
             scheduler.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        assert len(logged) == 20
+        assert len(logged) == steps
         assert logged == losses
         assert tensors_equal(trainer.policy.base.state_dict(), alone.state_dict())
         assert not tensors_equal(alone.state_dict(), base_policy(family, points).state_dict())
@@ -211,25 +214,30 @@ class TestResume:
     def test_a_new_run_in_the_same_folder_starts_its_dynamics_anew(self, points: Path, tmp_path: Path) -> None:
         for steps in (3, 2):
             args = arguments(tmp_path, max_steps=steps, preset="sft")
-            PTRTrainer(base_policy("smolvla", points), args, train_dataset=points).train()
-            assert read_dynamics(tmp_path / DYNAMICS_FILE).steps("sft").tolist() == list(range(1, steps + 1))
+            trainer = PTRTrainer(base_policy("smolvla", points), args, train_dataset=points)
+            for _ in range(2):
+                trainer.train()
+                assert read_dynamics(tmp_path / DYNAMICS_FILE).steps("sft").tolist() == list(range(1, steps + 1))
 
     def test_the_best_checkpoint_comes_back_whole(self, points: Path, tmp_path: Path) -> None:
         args = arguments(
             tmp_path,
-            max_steps=4,
             learning_rate=1.0,
+            warmup_steps=1,
             save_strategy="steps",
-            save_steps=2,
+            save_steps=1,
             eval_strategy="steps",
-            eval_steps=2,
+            eval_steps=1,
             load_best_model_at_end=True,
             num_belief_tokens=0,
             **SMALL,
         )
         trainer = PTRTrainer(base_policy("smolvla", points), args, train_dataset=points, eval_dataset=points)
         trainer.train()
+        assert trainer.state.best_model_checkpoint.endswith("checkpoint-1"), "the second step is far too long"
         best = PTRPolicy.from_pretrained(trainer.state.best_model_checkpoint)
+        last = PTRPolicy.from_pretrained(tmp_path / "checkpoint-2")
+        assert not tensors_equal(last.state_dict(), best.state_dict())
         assert tensors_equal(trainer.policy.state_dict(), best.state_dict())
 
     def test_a_peft_run_resumes(self, points: Path, tmp_path: Path) -> None:
@@ -249,9 +257,9 @@ class TestResume:
 class TestModels:
     @pytest.fixture(scope="class")
     def sources(self, points: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-        """Every way to name the same ACT policy."""
+        """Every way to name the same policy."""
         root = tmp_path_factory.mktemp("models")
-        base = base_policy("act", points)
+        base = base_policy("smolvla", points)
         base.save_pretrained(root / "lerobot")
         for name, processor in zip(
             ("preprocessor", "postprocessor"),
@@ -264,8 +272,8 @@ class TestModels:
         return {
             "folder of a LeRobot policy": str(root / "lerobot"),
             "path of a LeRobot policy": root / "lerobot",
-            "LeRobot policy": base_policy("act", points),
-            "PTRPolicy": ptr_policy("act", points, **SMALL),
+            "LeRobot policy": base_policy("smolvla", points),
+            "PTRPolicy": ptr_policy("smolvla", points, **SMALL),
             "PTR checkpoint": str(root / "ptr"),
             "loaded PTR checkpoint": PTRPolicy.from_pretrained(root / "ptr"),
         }
@@ -283,13 +291,15 @@ class TestModels:
     )
     def test_every_kind_of_model_trains(self, points: Path, tmp_path: Path, sources: dict[str, Any], name: str) -> None:
         settings = {} if "PTR" in name else SMALL
-        trainer = PTRTrainer(sources[name], arguments(tmp_path, max_steps=1, **settings), train_dataset=points)
+        trainer = PTRTrainer(
+            sources[name], arguments(tmp_path, max_steps=1, warmup_steps=0, **settings), train_dataset=points
+        )
         assert trainer.policy.config.segment_length == 2
-        assert tensors_equal(trainer.policy.base.state_dict(), base_policy("act", points).state_dict())
+        assert tensors_equal(trainer.policy.base.state_dict(), base_policy("smolvla", points).state_dict())
         trainer.train()
         assert trainer.state.global_step == 1
         assert trainer.policy.objective.step == 1
-        assert not tensors_equal(trainer.policy.base.state_dict(), base_policy("act", points).state_dict())
+        assert not tensors_equal(trainer.policy.base.state_dict(), base_policy("smolvla", points).state_dict())
 
     def test_a_configuration_starts_from_random_weights(self, points: Path, tmp_path: Path) -> None:
         config = ACTConfig(
@@ -323,7 +333,7 @@ class TestModels:
         config = VQBeTConfig(
             input_features={
                 **features.input_features,
-                "observation.image": type(features.input_features["observation.image"])("VISUAL", (3, 96, 96)),
+                "observation.image": PolicyFeature(FeatureType.VISUAL, (3, 96, 96)),
             },
             output_features=features.output_features,
             pretrained_backbone_weights=None,
@@ -424,7 +434,11 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"2 GPUs are visible.*accelerate launch --multi_gpu --num_processes 2"):
             PTRTrainer(base_policy("act", points), args, train_dataset=points)
 
+    def test_training_on_nothing(self, points: Path, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"nothing to train on: give PTRTrainer a train_dataset"):
+            PTRTrainer(base_policy("smolvla", points), arguments(tmp_path, preset="sft")).train()
+
     def test_pushing_during_training(self, points: Path, tmp_path: Path) -> None:
         args = arguments(tmp_path, push_to_hub=True)
-        with pytest.raises(ValueError, match=r"push_to_hub"):
+        with pytest.raises(ValueError, match=r"does not push to the Hub.*trainer.save_model"):
             PTRTrainer(base_policy("act", points), args, train_dataset=points)

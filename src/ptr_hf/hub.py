@@ -18,6 +18,7 @@ from typing import Any
 import draccus
 from huggingface_hub import file_exists, snapshot_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from huggingface_hub.errors import HFValidationError
 from lerobot.configs import PreTrainedConfig
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -39,10 +40,17 @@ def is_ptr_folder(path: str | Path) -> bool:
 
 
 def is_ptr_source(source: str | Path, revision: str | None = None) -> bool:
-    """Whether a folder or a Hub repo holds a PTR checkpoint."""
+    """Whether a folder or a Hub repo holds a PTR checkpoint.
+
+    Raises:
+        ValueError: there is no such folder and no repo could have that name.
+    """
     if Path(source).is_dir():
         return is_ptr_folder(source)
-    return file_exists(str(source), PTR_CONFIG_NAME, revision=revision)
+    try:
+        return file_exists(str(source), PTR_CONFIG_NAME, revision=revision)
+    except HFValidationError as error:
+        raise ValueError(f"{source} is neither a folder nor the name of a repo on the Hub (user/name).") from error
 
 
 def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -20,6 +20,7 @@ from lerobot.utils.collate import lerobot_collate_fn
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 
 from ptr_hf.configuration_ptr import PTRConfig
@@ -182,11 +183,14 @@ class PTRTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer.train`; `resume_from_checkpoint` takes a checkpoint folder or True."""
+        if self.train_dataset is None:
+            raise ValueError("There is nothing to train on: give PTRTrainer a train_dataset.")
         steps = self.args.max_steps
         if steps <= 0:
             per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             steps = math.ceil(len(self.train_dataset) / per_step * self.args.num_train_epochs)
         self.policy.set_run_length(steps)
+        self._dynamics_log, self._resumed_step = None, 0
         return super().train(*args, **kwargs)
 
     # ---- logs ------------------------------------------------------------------------------------------------------
@@ -204,17 +208,14 @@ class PTRTrainer(Trainer):
         super().log(logs, start_time)
 
     _dynamics_log: DynamicsLog | None = None
+    _resumed_step: int = 0
 
     def _dynamics(self) -> DynamicsLog:
         if self._dynamics_log is None:
             path = Path(self.args.output_dir) / DYNAMICS_FILE
-            start = min(
-                (row["step"] for row in self.state.log_history if "loss" in row), default=self.state.global_step
-            )
-            resumed = start < self.state.global_step
-            if not resumed and path.is_file():
+            if not self._resumed_step and path.is_file():
                 path.unlink()
-            self._dynamics_log = DynamicsLog(path, self.policy.config.preset, self.state.global_step if resumed else 0)
+            self._dynamics_log = DynamicsLog(path, self.policy.config.preset, self._resumed_step)
         return self._dynamics_log
 
     # ---- files -----------------------------------------------------------------------------------------------------
@@ -241,6 +242,7 @@ class PTRTrainer(Trainer):
                 f"{folder} is no PTR checkpoint; resume from a checkpoint-<step> folder of this run's output_dir."
             )
         load_weights(self.policy, folder)
+        self._resumed_step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
 
     def _load_best_model(self) -> None:
         """Go back to the best checkpoint, whole."""

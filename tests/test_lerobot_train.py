@@ -1,0 +1,95 @@
+"""LeRobot's own `lerobot-train` finds the policy type `ptr` by itself, trains it, saves it and resumes it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
+from small_policies import tensors_equal
+
+from ptr_hf import PTRConfig, PTRPolicy
+from ptr_hf.hub import read_config
+
+LEROBOT_TRAIN = Path(sys.executable).parent / "lerobot-train"
+BASE = {
+    "type": "act",
+    "chunk_size": 4,
+    "n_action_steps": 4,
+    "dim_model": 32,
+    "n_heads": 4,
+    "dim_feedforward": 64,
+    "n_encoder_layers": 1,
+    "use_vae": False,
+    "vision_backbone": "resnet18",
+    "pretrained_backbone_weights": None,
+}
+SETTINGS = {
+    "segment_length": 2,
+    "queue_size": 32,
+    "queue_negatives": 8,
+    "scorer_warmup_steps": 2,
+    "controller_interval": 2,
+}
+
+
+def lerobot_train(*arguments: str) -> str:
+    done = subprocess.run(
+        [str(LEROBOT_TRAIN), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def start(points: Path, output: Path, steps: int, **settings: Any) -> str:
+    given = {**SETTINGS, **settings}
+    return lerobot_train(
+        "--policy.type=ptr",
+        f"--policy.base={json.dumps(BASE)}",
+        *(f"--policy.{name}={value}" for name, value in given.items()),
+        "--policy.device=cpu",
+        "--policy.push_to_hub=false",
+        "--dataset.repo_id=tests/points",
+        f"--dataset.root={points}",
+        f"--output_dir={output}",
+        f"--steps={steps}",
+        "--save_freq=2",
+        "--log_freq=1",
+        "--batch_size=4",
+        "--num_workers=0",
+        "--env_eval_freq=0",
+    )
+
+
+def checkpoint(output: Path, step: int) -> Path:
+    return output / CHECKPOINTS_DIR / f"{step:06d}" / PRETRAINED_MODEL_DIR
+
+
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_it_trains_saves_and_resumes(points: Path, tmp_path: Path, tokens: int) -> None:
+    output = tmp_path / "run"
+    log = start(points, output, steps=4, num_belief_tokens=tokens)
+    assert "weight_mean" in log
+    middle, end = (PTRPolicy.from_pretrained(checkpoint(output, step)) for step in (2, 4))
+    assert (middle.objective.step, end.objective.step) == (2, 4)
+    assert len(end.objective.queue) > len(middle.objective.queue) > 0
+    assert int(end.objective.controller.updates) == 2
+    assert end.objective.warmup_steps == 2
+    assert not tensors_equal(middle.base.state_dict(), end.base.state_dict())
+    config = read_config(checkpoint(output, 4))
+    assert isinstance(config, PTRConfig)
+    assert (config.base["type"], config.num_belief_tokens, config.base_config.chunk_size) == ("act", tokens, 4)
+
+    lerobot_train(f"--config_path={checkpoint(output, 2) / 'train_config.json'}", "--resume=true")
+    resumed = PTRPolicy.from_pretrained(checkpoint(output, 4))
+    assert resumed.objective.step == 4
+    for name, value in end.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0, msg=name)
