@@ -13,6 +13,7 @@ The real thing:
 
 import argparse
 import copy
+import json
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -171,9 +172,12 @@ def main(argv: list[str]) -> None:
     if recipe.score_after and main_trainer.policy.objective is not None:
         scores = score_dataset(main_trainer.policy, dataset, preprocessor=main_trainer.preprocessor, seed=args.seed)
         write_scores(scores, output / SCORES_FILE)
-        results[name]["identification accuracy (end of training)"] = dynamics.tail("accuracy", name)
+        results[name]["identification accuracy, end of training"] = dynamics.tail("accuracy", name)
+        results[name]["chance accuracy, 1 / |Y|"] = 1 / dynamics.tail("candidates", name)
         if truth is not None:
             results[name] |= weights_by_truth(scores, truth)
+    candidates = dynamics.tail("candidates", name)
+    chance = 1 / candidates if candidates > 0 else None
     report = write_report(
         output,
         dynamics=dynamics,
@@ -181,9 +185,11 @@ def main(argv: list[str]) -> None:
         truth=truth,
         hyperparameters=main_trainer.policy.config.hyperparameters(),
         results=results,
+        chance=chance,
     )
-    save_figure(summary_figure(dynamics, scores, truth), output / "summary.png")
+    save_figure(summary_figure(dynamics, scores, truth, chance), output / "summary.png")
 
+    (output / "results.json").write_text(json.dumps({"seed": args.seed, **results}, indent=2) + "\n")
     console.print(comparison_table(results))
     for label, path in (
         ("checkpoint", folder),

@@ -91,8 +91,11 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
         overrides["push_to_hub"] = False
         try:
             return draccus.decode(choices[policy_type], overrides)
-        except draccus.utils.DecodingError as error:
-            raise ValueError(f"The configuration of the base policy {policy_type!r} does not parse: {error}") from error
+        except draccus.ParsingError as error:
+            reason = error.__cause__ or error
+            raise ValueError(
+                f"The configuration of the base policy {policy_type!r} does not parse: {reason}"
+            ) from error
 
     @property
     def layout(self) -> SegmentLayout:

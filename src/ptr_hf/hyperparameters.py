@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+HARD_NEGATIVE_KEYS = ("task", "state", "task_or_state")
 PAPER_WARMUP_STEPS = 3000
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -138,6 +139,8 @@ class PTRHyperparameters:
             _require(values[0] <= values[1] <= values[2], f"{low}, {start}, {high}", values, "in rising order")
         for name in ("ema_decay", "controller_decay", "hard_negative_ratio_max", "consequence_discount"):
             _require(0.0 <= vars(self)[name] <= 1.0, name, vars(self)[name], "in [0, 1]")
+        key = self.hard_negative_key
+        _require(key in HARD_NEGATIVE_KEYS, "hard_negative_key", repr(key), f"one of {', '.join(HARD_NEGATIVE_KEYS)}")
         _require(self.score == "posterior", "score", repr(self.score), "'posterior' (the paper's T)")
         if not self.scorer and (self.alpha != 0.0 or self.num_belief_tokens != 0):
             raise ValueError(

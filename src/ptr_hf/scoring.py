@@ -162,7 +162,9 @@ def _load(
 ) -> tuple[PTRPolicy, PolicyProcessorPipeline]:
     if isinstance(policy, PTRPolicy):
         if preprocessor is None:
-            raise ValueError("Give the policy's preprocessor too (trainer.preprocessor), or name the checkpoint to load both.")
+            raise ValueError(
+                "Give the policy's preprocessor too (trainer.preprocessor), or name the checkpoint to load both."
+            )
         return policy, preprocessor
     loaded = PTRPolicy.from_pretrained(policy)
     if preprocessor is None:

@@ -88,6 +88,9 @@ class PTRTrainer(Trainer):
             )
         if args.push_to_hub:
             raise ValueError(_NO_PUSH.format(folder=args.output_dir))
+        if args.device.type == "cpu":
+            # there is no accelerator to pin memory for; PyTorch would warn about it
+            args.dataloader_pin_memory = False
         sources = [source for source in (train_dataset, eval_dataset) if source is not None]
         meta = dataset_metadata(sources[0], args.dataset_revision) if sources else None
         policy = resolve_policy(model, args, meta)

@@ -301,6 +301,7 @@ def test_metrics_are_what_they_are_called():
     assert values == pytest.approx(
         {
             "accuracy": 2 / 3,
+            "candidates": 9.0,
             "margin": 2.0,
             "score": 0.5,
             "weight_mean": sum(kept) / 5,

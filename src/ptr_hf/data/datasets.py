@@ -1,12 +1,14 @@
 """Open LeRobot datasets at a segment layout, and refuse the ones a run could not learn from before it starts."""
 
 import importlib
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub.errors import HFValidationError
 from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
@@ -33,16 +35,25 @@ def is_dataset_folder(source: str | Path) -> bool:
 
 
 def dataset_metadata(source: str | Path | LeRobotDataset, revision: str | None = None) -> LeRobotDatasetMetadata:
-    """Metadata of a dataset by Hub id or folder, or of one that is open."""
+    """Metadata of a dataset by Hub id or folder, or of one that is open.
+
+    Raises:
+        ValueError: the folder is no dataset or an empty one, or there is no such folder and no repo of that name.
+    """
     if isinstance(source, LeRobotDataset):
         return source.meta
     if is_dataset_folder(source):
+        if json.loads((Path(source) / "meta" / "info.json").read_text())["total_frames"] == 0:
+            raise ValueError(f"The dataset {source} is empty: it has no frames to train on.")
         return LeRobotDatasetMetadata(Path(source).resolve().name, root=Path(source), revision=revision)
     if Path(source).exists():
         raise ValueError(
             f"{source} is no LeRobotDataset: it has no meta/info.json. Give a dataset's folder or its Hub id."
         )
-    return LeRobotDatasetMetadata(str(source), revision=revision)
+    try:
+        return LeRobotDatasetMetadata(str(source), revision=revision)
+    except HFValidationError as error:
+        raise ValueError(f"{source} is neither a folder nor the name of a dataset on the Hub (user/name).") from error
 
 
 def open_dataset(
@@ -61,28 +72,36 @@ def open_dataset(
         revision: of the Hub repo.
 
     Raises:
-        ValueError: the folder is no dataset, or an episode does not exist.
+        ValueError: the folder is no dataset or lacks some of its files, or an episode does not exist.
     """
     meta = dataset_metadata(source, revision)
     backend, transforms = video_backend(), None
     if isinstance(source, LeRobotDataset):
         episodes = source.episodes if episodes is None else episodes
         revision, transforms = source.revision, source.image_transforms
+    if episodes is not None and not len(episodes):
+        raise ValueError("episodes is empty: name at least one episode, or leave episodes out to take all.")
     unknown = sorted(set(episodes or ()) - set(range(meta.total_episodes)))
     if unknown:
         raise ValueError(
             f"{meta.repo_id} has episodes 0 to {meta.total_episodes - 1}; episodes {unknown[:5]} do not exist."
         )
-    return LeRobotDataset(
-        meta.repo_id,
-        root=meta.root,
-        episodes=None if episodes is None else list(episodes),
-        delta_timestamps=layout.delta_timestamps(list(meta.features), meta.fps),
-        revision=revision,
-        image_transforms=transforms,
-        video_backend=backend,
-        return_uint8=True,
-    )
+    try:
+        return LeRobotDataset(
+            meta.repo_id,
+            root=meta.root,
+            episodes=None if episodes is None else list(episodes),
+            delta_timestamps=layout.delta_timestamps(list(meta.features), meta.fps),
+            revision=revision,
+            image_transforms=transforms,
+            video_backend=backend,
+            return_uint8=True,
+        )
+    except (OSError, HFValidationError) as error:
+        # LeRobot asks the Hub for what a local folder lacks.
+        raise ValueError(
+            f"The dataset {meta.repo_id} cannot be read: files are missing in {meta.root} and the Hub gave none ({error})."
+        ) from error
 
 
 def episode_spans(dataset: LeRobotDataset) -> list[tuple[int, int, int]]:

@@ -269,6 +269,7 @@ class PTRObjective(NeverLowered):
         largest = weight.masked_fill(~chunk_valid, 0.0).amax()
         return {
             "accuracy": _mean(output.correct, comparable),
+            "candidates": _mean(output.candidates.float(), comparable),
             "margin": _mean(output.margin, comparable),
             "score": _mean(output.score, target_valid),
             "weight_mean": _mean(weight, chunk_valid),

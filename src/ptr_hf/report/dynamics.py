@@ -37,6 +37,7 @@ DYNAMICS_COLUMNS: dict[str, Column] = {
     "grad_norm": Column(_REAL, "", "norm of the gradient before clipping"),
     "learning_rate": Column(_REAL, "", "learning rate of the first parameter group"),
     "accuracy": Column(_REAL, "fraction", "identification accuracy"),
+    "candidates": Column(_REAL, "", "candidates per chunk, the match included (|Y|)"),
     "margin": Column(_REAL, "logits", "logit of the match minus the best other"),
     "score": Column(_REAL, "nats", "mean PTR score T (Eq. 14)"),
     "weight_mean": Column(_REAL, "", "mean weight (Eq. 21)"),
