@@ -121,12 +121,6 @@ def write_real_vlm(folder: Path, texts: Sequence[str]) -> Path:
     return folder
 
 
-def build_ptr(case: Case, meta: LeRobotDatasetMetadata, folder: Path, seed: int) -> PTRPolicy:
-    """The case's policy with the paper's PTR around it."""
-    config = PTRConfig(device="cpu", segment_length=case.segment_length, num_belief_tokens=case.belief_tokens)
-    return PTRPolicy(config, base_policy=build_policy(case.policy, meta, folder, seed))
-
-
 # ---- paired steps --------------------------------------------------------------------------------------------------
 
 
@@ -136,18 +130,8 @@ def paired_steps(case: Case, dataset: Path, pairs: int, seed: int, progress: Cal
     SFT is the base policy's own forward on the chunks as plain rows. PTR is `PTRPolicy.forward` on the segments, with the
     objective, the metrics and `update()`. Both run backward, clipping and AdamW; loading and preprocessing lie outside.
     """
-    meta = dataset_metadata(dataset)
     torch.manual_seed(seed)
-    with tempfile.TemporaryDirectory() as folder:
-        policy = build_ptr(case, meta, Path(folder), seed).train()
-    loader = DataLoader(
-        open_dataset(dataset, policy.config.layout),
-        batch_size=case.segments,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    preprocessor, _ = make_pre_post_processors(policy.config.base_config, dataset_stats=meta.stats)
-    segments = preprocess(next(iter(loader)), preprocessor)
+    policy, segments = _policy_and_batch(case, dataset, seed)
     chunks = split_segment(segments, policy.config.layout).chunks
     optimizer = torch.optim.AdamW([value for value in policy.parameters() if value.requires_grad], lr=1e-5)
 
@@ -174,6 +158,19 @@ def paired_steps(case: Case, dataset: Path, pairs: int, seed: int, progress: Cal
         result[f"sft_{name}_s"], result[f"ptr_{name}_s"] = statistics.median(sft), statistics.median(ptr)
         result[f"ratio_{name}"] = spread([after / before for before, after in zip(sft, ptr, strict=True)])
     return result
+
+
+def _policy_and_batch(case: Case, dataset: Path, seed: int) -> tuple[PTRPolicy, dict[str, Any]]:
+    """The case's policy with the paper's PTR around it, and a preprocessed batch of segments for it."""
+    meta = dataset_metadata(dataset)
+    with tempfile.TemporaryDirectory() as folder:
+        config = PTRConfig(device="cpu", segment_length=case.segment_length, num_belief_tokens=case.belief_tokens)
+        policy = PTRPolicy(config, base_policy=build_policy(case.policy, meta, Path(folder), seed)).train()
+        preprocessor, _ = make_pre_post_processors(policy.config.base_config, dataset_stats=meta.stats)
+    opened = open_dataset(dataset, policy.config.layout)
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(opened, batch_size=case.segments, shuffle=True, generator=generator)
+    return policy, preprocess(next(iter(loader)), preprocessor)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

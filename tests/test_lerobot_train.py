@@ -93,7 +93,7 @@ def checkpoint(output: Path, step: int) -> Path:
     return output / CHECKPOINTS_DIR / f"{step:06d}" / PRETRAINED_MODEL_DIR
 
 
-@pytest.mark.parametrize(("run", "tokens"), [(as_a_command, 0), (in_this_process, 2)])
+@pytest.mark.parametrize(("run", "tokens"), [(as_a_command, 0), (in_this_process, 2)], ids=["M=0", "M=2"])
 def test_it_trains_saves_and_resumes(points: Path, tmp_path: Path, run: Run, tokens: int) -> None:
     output = tmp_path / "run"
     log = start(run, points, output, steps=4, num_belief_tokens=tokens)
@@ -108,7 +108,7 @@ def test_it_trains_saves_and_resumes(points: Path, tmp_path: Path, run: Run, tok
     assert isinstance(config, PTRConfig)
     assert (config.base["type"], config.num_belief_tokens, config.base_config.chunk_size) == ("act", tokens, 4)
 
-    run([f"--config_path={checkpoint(output, 2) / 'train_config.json'}", "--resume=true"])
+    in_this_process([f"--config_path={checkpoint(output, 2) / 'train_config.json'}", "--resume=true"])
     resumed = PTRPolicy.from_pretrained(checkpoint(output, 4))
     assert resumed.objective.step == 4
     assert tensors_equal(resumed.state_dict(), end.state_dict())

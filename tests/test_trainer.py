@@ -438,6 +438,10 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"nothing to train on: give PTRTrainer a train_dataset"):
             PTRTrainer(base_policy("smolvla", points), arguments(tmp_path, preset="sft")).train()
 
+    def test_gradient_checkpointing(self, points: Path, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"gradient_checkpointing=True.*the base policy's configuration"):
+            PTRTrainer(base_policy("smolvla", points), arguments(tmp_path, gradient_checkpointing=True))
+
     def test_pushing_during_training(self, points: Path, tmp_path: Path) -> None:
         args = arguments(tmp_path, push_to_hub=True)
         with pytest.raises(ValueError, match=r"does not push to the Hub.*trainer.save_model"):

@@ -88,6 +88,11 @@ class PTRTrainer(Trainer):
             )
         if args.push_to_hub:
             raise ValueError(_NO_PUSH.format(folder=args.output_dir))
+        if args.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing=True is a switch of transformers models, which LeRobot policies lack: leave it out, "
+                "and turn it on in the base policy's configuration where the policy has it."
+            )
         if args.device.type == "cpu":
             # there is no accelerator to pin memory for; PyTorch would warn about it
             args.dataloader_pin_memory = False
