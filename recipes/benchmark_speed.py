@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from speed_probes import Case, decoded_frames, paired_steps, spread, training_run
+from speed_frames import decoded_frames
+from speed_probes import Case, paired_steps, spread, training_run
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -169,7 +170,9 @@ def _span(values: dict[str, float]) -> str:
 
 def main() -> None:
     """Measure, show, save."""
-    (arguments,) = HfArgumentParser(SpeedArguments, description=__doc__).parse_args_into_dataclasses()
+    (arguments,) = HfArgumentParser(
+        SpeedArguments, description=__doc__.partition("\n")[0]
+    ).parse_args_into_dataclasses()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(arguments.threads)
@@ -182,15 +185,24 @@ def main() -> None:
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("lerobot_policy_ptr", "lerobot", "torch", "transformers", "av")},
         "frames": measure_frames(arguments, dataset),
-        "training_runs": measure_runs(arguments, dataset, RUNS, arguments.run_steps, 5),
-        "step_time": measure_steps(arguments, dataset, STEPS, arguments.pairs),
+        "step_time": [],
+        "training_runs": [],
     }
+    plan = [(STEPS, arguments.pairs, RUNS, arguments.run_steps, 5)]
     if arguments.real_size:
-        result["step_time"] += measure_steps(arguments, dataset, REAL_STEPS, arguments.real_size_pairs)
-        result["training_runs"] += measure_runs(arguments, dataset, REAL_RUNS, 3, 1)
+        plan.append((REAL_STEPS, arguments.real_size_pairs, REAL_RUNS, 3, 1))
+    for steps, pairs, runs, run_steps, skip in plan:
+        result["step_time"] += measure_steps(arguments, dataset, steps, pairs)
+        save(result, arguments.output)
+        result["training_runs"] += measure_runs(arguments, dataset, runs, run_steps, skip)
+        save(result, arguments.output)
     show(result)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """Write the result as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
