@@ -16,13 +16,14 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.vqbet.configuration_vqbet import VQBeTConfig
 from lerobot.policies.vqbet.modeling_vqbet import VQBeTPolicy
 from peft import LoraConfig, get_peft_model
-from small_policies import base_policy, ptr_policy, stats_of, tensors_equal
+from small_policies import CHUNK, base_policy, ptr_policy, stats_of, tensors_equal, vlm_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils.data import default_collate
 from transformers import get_scheduler
 
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments
+from ptr_hf.policies.tiny import tiny_smolvla
 from ptr_hf.report import DYNAMICS_COLUMNS, DYNAMICS_FILE, read_dynamics
 
 SECRET = "hf_secretsecretsecret"
@@ -351,6 +352,28 @@ class TestModels:
         with pytest.raises(ValueError, match=r"alpha=0.5 was given, but the PTRPolicy brings alpha=1.0"):
             PTRTrainer(policy, arguments(tmp_path, alpha=0.5), train_dataset=points)
         PTRTrainer(policy, arguments(tmp_path, **SMALL), train_dataset=points)
+
+
+class TestAnotherRobot:
+    def test_a_vla_saved_for_another_robot_takes_this_ones_sizes(self, points: Path, tmp_path: Path) -> None:
+        camera = PolicyFeature(FeatureType.VISUAL, (3, 32, 32))
+        cameras = {f"observation.images.camera{index}": camera for index in (1, 2, 3)}
+        state, action = PolicyFeature(FeatureType.STATE, (6,)), PolicyFeature(FeatureType.ACTION, (6,))
+        policy = tiny_smolvla(
+            ({**cameras, "observation.state": state}, {"action": action}), vlm_folder(), chunk_size=CHUNK, num_steps=2
+        )
+        folder = tmp_path / "released"
+        policy.save_pretrained(folder)
+        for processor in make_pre_post_processors(policy.config, dataset_stats={}):
+            processor.save_pretrained(folder)
+        renames = {"observation.image": "observation.images.camera1"}
+        trainer = PTRTrainer(folder, arguments(tmp_path / "out", max_steps=2, rename_map=renames), points)
+        trainer.train()
+        trainer.save_model(str(tmp_path / "final"))
+        loaded = PTRPolicy.from_pretrained(tmp_path / "final")
+        assert loaded.config.robot_state_feature.shape == (4,)
+        assert loaded.config.action_feature.shape == (2,)
+        assert len(trainer.policy.objective.queue) > 0
 
 
 class TestData:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lerobot.configs import PreTrainedConfig
+from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.collate import lerobot_collate_fn
+from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
@@ -324,7 +325,23 @@ def resolve_policy(model: ModelSource, args: PTRTrainingArguments, meta: Any = N
     if isinstance(model, PreTrainedConfig):
         return _fresh_policy(model, device, hyperparameters, meta)
     config = PTRConfig(device=device, base_path=str(model), base_revision=args.model_revision, **hyperparameters)
+    if meta is not None:
+        _fit_to_robot(config, meta.features)
     return PTRPolicy(config)
+
+
+def _fit_to_robot(config: PTRConfig, features: dict[str, Any]) -> None:
+    """Give a pretrained policy this robot's action and state sizes, as LeRobot does; its cameras stay its own.
+
+    A released VLA was saved with another robot's sizes and pads every robot's to the same width.
+    """
+    robot = dataset_to_policy_features(features)
+    declared = config.base_config.input_features or {}
+    config.output_features = {key: feature for key, feature in robot.items() if feature.type is FeatureType.ACTION}
+    config.input_features = {
+        key: robot[key] if feature.type is FeatureType.STATE and key in robot else feature
+        for key, feature in declared.items()
+    }
 
 
 def _check_hyperparameters(args: PTRTrainingArguments, config: PTRConfig) -> None:
