@@ -57,7 +57,9 @@ class SpeedArguments:
     real_size: bool = field(default=False, metadata={"help": "Also measure SmolVLA at its released size."})
     pairs: int = field(default=20, metadata={"help": "Pairs of steps of a tiny policy."})
     real_size_pairs: int = field(default=5, metadata={"help": "Pairs of steps at the released size."})
-    rounds: int = field(default=3, metadata={"help": "Training runs of each kind."})
+    rounds: int = field(
+        default=3, metadata={"help": "Training runs of each kind on a tiny policy; one at the released size."}
+    )
     run_steps: int = field(default=25, metadata={"help": "Steps of a training run; the first five do not count."})
     frame_samples: int = field(default=256, metadata={"help": "Samples in which decoded frames are counted."})
     threads: int = field(default=1, metadata={"help": "Threads of torch."})
@@ -74,14 +76,14 @@ def measure_steps(arguments: SpeedArguments, dataset: Path, cases: list[Case], p
 
 
 def measure_runs(
-    arguments: SpeedArguments, dataset: Path, cases: list[Case], steps: int, skip: int
+    arguments: SpeedArguments, dataset: Path, cases: list[Case], rounds: int, steps: int, skip: int
 ) -> list[dict[str, Any]]:
     """Throughput and peak memory of `lerobot-train`, and of `PTRTrainer` without and with PTR."""
     results = []
     for case in cases:
         runs: dict[str, list[dict[str, float]]] = {runner: [] for runner in RUNNERS}
-        with tqdm(total=arguments.rounds * len(RUNNERS), desc=case.label, unit="run") as bar:
-            for _ in range(arguments.rounds):
+        with tqdm(total=rounds * len(RUNNERS), desc=case.label, unit="run") as bar:
+            for _ in range(rounds):
                 for runner in RUNNERS:
                     runs[runner].append(
                         training_run(runner, case, dataset, steps, skip, arguments.threads, arguments.seed)
@@ -93,7 +95,7 @@ def measure_runs(
         }
         results.append(
             asdict(case)
-            | {"chunks": case.chunks, "steps": steps - skip, "runs": figures}
+            | {"chunks": case.chunks, "rounds": rounds, "steps": steps - skip, "runs": figures}
             | {
                 "sft_to_lerobot_samples_per_cpu_s": _ratio(runs, "samples_per_cpu_s", "sft", "lerobot-train"),
                 "ptr_to_lerobot_samples_per_cpu_s": _ratio(runs, "samples_per_cpu_s", "ptr", "lerobot-train"),
@@ -188,13 +190,13 @@ def main() -> None:
         "step_time": [],
         "training_runs": [],
     }
-    plan = [(STEPS, arguments.pairs, RUNS, arguments.run_steps, 5)]
+    plan = [(STEPS, arguments.pairs, RUNS, arguments.rounds, arguments.run_steps, 5)]
     if arguments.real_size:
-        plan.append((REAL_STEPS, arguments.real_size_pairs, REAL_RUNS, 3, 1))
-    for steps, pairs, runs, run_steps, skip in plan:
+        plan.append((REAL_STEPS, arguments.real_size_pairs, REAL_RUNS, 1, 3, 1))
+    for steps, pairs, runs, rounds, run_steps, skip in plan:
         result["step_time"] += measure_steps(arguments, dataset, steps, pairs)
         save(result, arguments.output)
-        result["training_runs"] += measure_runs(arguments, dataset, runs, run_steps, skip)
+        result["training_runs"] += measure_runs(arguments, dataset, runs, rounds, run_steps, skip)
         save(result, arguments.output)
     show(result)
 

@@ -172,8 +172,9 @@ def _policy_and_batch(case: Case, dataset: Path, seed: int) -> tuple[PTRPolicy, 
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and extremes."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return {"low": low, "median": median, "high": high}
 
 
 # ---- whole runs ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ import argparse
 import copy
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,15 @@ class RecipeArguments:
     )
 
 
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What the library refuses before training ends the program with its sentence, without a traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"train_ptr.py: {error}") from error
+
+
 def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, PTRTrainingArguments]:
     """Command line over YAML over defaults; without policy, dataset and YAML, the demo."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -91,7 +102,8 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, PTRTrainingArgume
         if unknown:
             parser.error(f"--config {file}: unknown options {', '.join(unknown)}; see --help.")
         parser.set_defaults(**options)
-    recipe, args = parser.parse_args_into_dataclasses(argv)
+    with refusals():
+        recipe, args = parser.parse_args_into_dataclasses(argv)
     if (recipe.policy_path is None) != (recipe.dataset is None):
         parser.error("--policy_path and --dataset go together; leave both out for the demo.")
     if args.output_dir is None:
@@ -117,7 +129,8 @@ def sft_arguments(args: PTRTrainingArguments, folder: Path) -> PTRTrainingArgume
 def train(model: Any, args: PTRTrainingArguments, dataset: Any) -> PTRTrainer:
     """One run, its checkpoint in `args.output_dir`."""
     set_seed(args.seed)
-    trainer = PTRTrainer(model, args, dataset)
+    with refusals():
+        trainer = PTRTrainer(model, args, dataset)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     return trainer

@@ -1,0 +1,111 @@
+"""The main recipe as a user runs it: real processes, the bundled demonstrations, a folder with somebody's policy."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.policies.factory import make_pre_post_processors
+from safetensors.torch import load_file
+from small_policies import base_policy
+
+from ptr_hf import PTRPolicy
+from ptr_hf.report import read_dynamics, read_scores
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "train_ptr.py"
+LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", str(RECIPE)]
+PLAIN = [sys.executable, str(RECIPE)]
+
+
+def run(command: list[str], *options: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*command, *options], capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"})
+    assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+def test_the_demo_from_launch_to_report(tmp_path: Path) -> None:
+    done = run(LAUNCH, "--output_dir", str(tmp_path / "demo"), "--max_steps", "6", "--logging_steps", "2")
+    folder = tmp_path / "demo"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["sft"]["action loss, held-out clean episodes"] > 0
+    assert results["ptr"]["action loss, held-out clean episodes"] > 0
+    assert "SFT beside PTR" in done.stdout
+    assert str(folder / "ptr") in done.stdout
+    assert "it/s" in done.stderr or "s/it" in done.stderr
+    dynamics = read_dynamics(folder / "ptr" / "ptr_dynamics.parquet")
+    assert dynamics.steps("ptr").tolist() == [2, 4, 6]
+    scores = read_scores(folder / "ptr_scores.parquet")
+    assert len(set(scores.episode_index.tolist())) == 60
+    assert (folder / "ptr_report.html").stat().st_size > 100_000
+    assert (folder / "summary.png").read_bytes()[:4] == b"\x89PNG"
+    assert PTRPolicy.from_pretrained(folder / "ptr").config.num_belief_tokens == 4
+    assert list((folder / "ptr" / "runs").rglob("events.out.tfevents.*"))
+
+
+def test_somebodys_policy_and_data_with_a_configuration_file(points: Path, tmp_path: Path) -> None:
+    policy, folder = base_policy("act", points), tmp_path / "policy"
+    policy.save_pretrained(folder)
+    stats = LeRobotDatasetMetadata("tests/points", root=points).stats
+    for processor in make_pre_post_processors(policy.config, dataset_stats=stats):
+        processor.save_pretrained(folder)
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"policy_path: {folder}\ndataset: {points}\noutput_dir: {tmp_path / 'unused'}\nmax_steps: 50\n"
+        "num_belief_tokens: 0\nsegment_length: 2\nreport_to: none\nper_device_train_batch_size: 4\nuse_cpu: true\n"
+    )
+    run(
+        PLAIN,
+        "--config",
+        str(config),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--max_steps",
+        "3",
+        "--logging_steps",
+        "1",
+    )
+    assert not (tmp_path / "unused").exists()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["type"] == "act"
+    assert PTRPolicy.from_pretrained(tmp_path / "out").config.num_belief_tokens == 0
+    trained = load_file(tmp_path / "out" / "model.safetensors")
+    assert any((value != load_file(folder / "model.safetensors")[name]).any() for name, value in trained.items())
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    """The recipe as a module, to call its `main` without another start of Python."""
+    specification = importlib.util.spec_from_file_location("train_ptr", RECIPE)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["train_ptr"] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_help_explains_every_option(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        recipe.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for option in ("--policy_path", "--dataset", "--config", "--alpha", "--num_belief_tokens", "--preset"):
+        assert option in shown
+    assert "how far weights may leave 1" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--alpha", "2"], "alpha=2.0 is out of range: it must be in [0, 1]."),
+        (["--config", "nowhere.yaml"], "there is no such file"),
+        (["--dataset", "me/demos"], "--policy_path and --dataset go together"),
+    ],
+)
+def test_a_refusal_is_one_sentence(
+    recipe: ModuleType, options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        recipe.main(options)
+    assert sentence in capsys.readouterr().err + str(refusal.value)
