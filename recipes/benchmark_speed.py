@@ -150,12 +150,12 @@ def show(result: dict[str, Any]) -> None:
         runs.add_row(label, *figures, *(_span(row[name]) for name in ratios))
     console.print(runs)
     frames = _table(
-        "Frames per chunk and camera", "sample", "requested", "distinct", "through the codec", "decoded twice"
+        "Frames per chunk and camera", "sample", "requested", "distinct", "codec", "decoded twice", "inside"
     )
     for row in result["frames"]:
         codec = "–" if row["codec_per_chunk"] is None else f"{row['codec_per_chunk']:.2f}"
-        figures = (f"{row['requested_per_chunk']:.2f}", f"{row['distinct_per_chunk']:.2f}", codec, str(row["twice"]))
-        frames.add_row(f"{row['preset']}, T={row['segment_length']}", *figures)
+        counts = (f"{row['requested_per_chunk']:.2f}", f"{row['distinct_per_chunk']:.2f}", codec, str(row["twice"]))
+        frames.add_row(f"{row['preset']}, T={row['segment_length']}", *counts, f"{row['chunks_inside_episode']:.0%}")
     console.print(frames)
 
 

@@ -9,8 +9,9 @@ from unittest.mock import patch
 import av
 import torch
 from lerobot.datasets import dataset_reader, video_utils
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from ptr_hf.data.datasets import open_dataset, video_backend
+from ptr_hf.data.datasets import episode_spans, open_dataset, video_backend
 from ptr_hf.data.segments import SegmentLayout
 
 
@@ -64,7 +65,8 @@ def decoded_frames(layout: SegmentLayout, dataset: Path, samples: int, seed: int
     Returns:
         `requested_per_chunk` counts the frames that the samples hold; `distinct_per_chunk` leaves out the last frame of an
         episode repeated past its end; `twice` counts frames that were decoded more than once for one sample;
-        `codec_per_chunk` counts what the codec decodes on its way from a key frame (null for torchcodec, which does not tell).
+        `codec_per_chunk` counts what the codec decodes on its way from a key frame (null for torchcodec, which does not tell);
+        `chunks_inside_episode` is the share of chunks that begin inside their episode when segments begin at any frame.
     """
     opened = open_dataset(dataset, layout)
     order = torch.randperm(len(opened), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
@@ -86,6 +88,12 @@ def decoded_frames(layout: SegmentLayout, dataset: Path, samples: int, seed: int
         "distinct_per_chunk": distinct / chunks,
         "twice": twice,
         "codec_per_chunk": codec / chunks if codec else None,
+        "chunks_inside_episode": _share_inside(opened, layout),
         "samples": len(order),
         "backend": video_backend(),
     }
+
+
+def _share_inside(dataset: LeRobotDataset, layout: SegmentLayout) -> float:
+    inside = [max(0, length - start) for _, _, length in episode_spans(dataset) for start in layout.chunk_starts]
+    return sum(inside) / (len(dataset) * layout.segment_length)

@@ -1,6 +1,7 @@
 """Look at a dataset through a trained scorer: T, weight and policy loss of every chunk; and the action loss of a policy."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -121,25 +122,17 @@ def action_loss(
     return total / count
 
 
-class _evaluating:
+@contextmanager
+def _evaluating(policy: PTRPolicy, seed: int) -> Iterator[None]:
     """Eval mode, no gradients, and a random stream of its own; everything is put back afterwards."""
-
-    def __init__(self, policy: PTRPolicy, seed: int) -> None:
-        self._policy, self._seed = policy, seed
-
-    def __enter__(self) -> None:
-        self._training = self._policy.training
-        self._policy.eval()
-        self._stream = torch.random.fork_rng()
-        self._stream.__enter__()
-        torch.manual_seed(self._seed)
-        self._grad = torch.no_grad()
-        self._grad.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._grad.__exit__(*error)
-        self._stream.__exit__(*error)
-        self._policy.train(self._training)
+    training = policy.training
+    policy.eval()
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            yield
+    finally:
+        policy.train(training)
 
 
 def _segments(
