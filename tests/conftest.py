@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from jaxtyping import install_import_hook
 
 # transformers' argument dataclasses change their own types after initialisation, so those modules stay unchecked
-CHECKED = ("method", "policies", "data", "report", "modeling_ptr", "metrics", "scoring", "trainer", "hub")
+CHECKED = ("method", "policies", "data", "report", "modeling_ptr", "pathway", "metrics", "scoring", "trainer", "hub")
 install_import_hook([f"ptr_hf.{name}" for name in CHECKED], "beartype.beartype")
 
 

@@ -21,32 +21,12 @@ from torch import Tensor, nn
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.segments import Segment, split_segment
 from ptr_hf.hyperparameters import PAPER_WARMUP_STEPS
-from ptr_hf.method import (
-    AdaptiveScaleController,
-    BeliefMemory,
-    BeliefTokenizer,
-    CandidateQueue,
-    ChunkBatch,
-    ConsequenceEncoder,
-    ObjectiveOutput,
-    PTRObjective,
-    Samples,
-    TransitionScorer,
-    masked_mean,
-)
+from ptr_hf.method import ChunkBatch, ConsequenceEncoder, ObjectiveOutput, PTRObjective, Samples, masked_mean
+from ptr_hf.pathway import BeliefModule, build_objective
 from ptr_hf.policies import PolicyAdapter, PolicyTrace, Views, make_adapter, supported_policies
 from ptr_hf.policies.hooks import unwrap
 
 BASE_PREFIX = "base."
-
-
-class BeliefModule(nn.Module):
-    """The belief's two learned parts, named apart from the base policy."""
-
-    def __init__(self, dim: int, backbone_dim: int, num_tokens: int, temperature: float) -> None:
-        super().__init__()
-        self.tokenizer = BeliefTokenizer(dim, num_tokens, temperature)
-        self.memory = BeliefMemory(dim, num_tokens, backbone_dim)
 
 
 class TracedChunks(NamedTuple):
@@ -122,44 +102,12 @@ class PTRPolicy(PreTrainedPolicy):
         return self.config.target_layer or max(1, self.adapter.num_tower_layers() // 2)
 
     def _build_scorer(self) -> None:
-        config, adapter = self.config, self.adapter
-        layer = self.target_layer
-        target_dim = adapter.target_dim(layer)
+        config, adapter, layer = self.config, self.adapter, self.target_layer
         shared = adapter.tower_is_frozen()
         tower = adapter.build_tower(layer, share=shared)
         self._shared_tower = (tower,) if shared else ()
         self.target_encoder = ConsequenceEncoder(None if shared else tower, config.ema_decay, config.target_eps)
-        state = config.robot_state_feature
-        queue = (
-            CandidateQueue(config.queue_size, target_dim, state.shape[0] if state else 0) if config.queue_size else None
-        )
-        offset = (config.consequence_offset or config.resolved_chunk_size) / config.resolved_chunk_size
-        self.objective = PTRObjective(
-            TransitionScorer(adapter.context_dim, adapter.action_dim, target_dim, config.scorer_dim),
-            queue,
-            AdaptiveScaleController(
-                config.temperature,
-                config.beta,
-                config.controller_decay,
-                (config.temperature_min, config.temperature_max),
-                (config.beta_min, config.beta_max),
-                config.hard_negative_ratio_max,
-                enabled=config.controller,
-            ),
-            alpha=config.alpha,
-            weight_min=config.weight_min,
-            weight_max=config.weight_max,
-            identification_coef=config.identification_coef,
-            ranking_coef=config.ranking_coef,
-            entropy_coef=config.entropy_coef,
-            diversity_coef=config.diversity_coef,
-            logit_clamp=config.logit_clamp,
-            queue_negatives=config.queue_negatives,
-            cross_rank=config.cross_rank_negatives,
-            hard_negative_key=config.hard_negative_key,
-            detach_scorer_inputs=config.detach_scorer_inputs,
-            discount=config.consequence_discount**offset,
-        )
+        self.objective = build_objective(config, adapter.context_dim, adapter.action_dim, adapter.target_dim(layer))
         self.set_run_length(config.run_steps)
 
     def set_run_length(self, steps: int | None) -> None:
