@@ -55,6 +55,7 @@ class SpeedArguments:
         default=None, metadata={"help": "Folder of a LeRobotDataset. None: the bundled demonstrations."}
     )
     real_size: bool = field(default=False, metadata={"help": "Also measure SmolVLA at its released size."})
+    tiny: bool = field(default=True, metadata={"help": "Measure the tiny policies."})
     pairs: int = field(default=20, metadata={"help": "Pairs of steps of a tiny policy."})
     real_size_pairs: int = field(default=5, metadata={"help": "Pairs of steps at the released size."})
     rounds: int = field(
@@ -190,7 +191,9 @@ def main() -> None:
         "step_time": [],
         "training_runs": [],
     }
-    plan = [(STEPS, arguments.pairs, RUNS, arguments.rounds, arguments.run_steps, 5)]
+    plan = []
+    if arguments.tiny:
+        plan.append((STEPS, arguments.pairs, RUNS, arguments.rounds, arguments.run_steps, 5))
     if arguments.real_size:
         plan.append((REAL_STEPS, arguments.real_size_pairs, REAL_RUNS, 1, 3, 1))
     for steps, pairs, runs, rounds, run_steps, skip in plan:
