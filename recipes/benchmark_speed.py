@@ -197,8 +197,9 @@ def main() -> None:
     if arguments.real_size:
         plan.append((REAL_STEPS, arguments.real_size_pairs, REAL_RUNS, 1, 3, 1))
     for steps, pairs, runs, rounds, run_steps, skip in plan:
-        result["step_time"] += measure_steps(arguments, dataset, steps, pairs)
-        save(result, arguments.output)
+        for case in steps:
+            result["step_time"] += measure_steps(arguments, dataset, [case], pairs)
+            save(result, arguments.output)
         result["training_runs"] += measure_runs(arguments, dataset, runs, rounds, run_steps, skip)
         save(result, arguments.output)
     show(result)

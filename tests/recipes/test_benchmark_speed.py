@@ -54,12 +54,12 @@ def test_the_counter_sees_a_frame_that_is_decoded_twice() -> None:
     assert len(counter.codec_frames) == 2 * len(set(counter.codec_frames)) > 0
 
 
-def test_lerobot_and_our_trainer_report_throughput_and_memory() -> None:
+@pytest.mark.parametrize("runner", ["lerobot-train", pytest.param("ptr", marks=pytest.mark.slow)])
+def test_a_training_run_reports_throughput_and_memory(runner: str) -> None:
     case = Case("smolvla", segments=1, segment_length=2, belief_tokens=2)
-    for runner in ("lerobot-train", "ptr"):
-        figures = training_run(runner, case, bundled_demonstrations(), steps=2, skip=1, threads=1, seed=0)
-        assert set(figures) == {"samples_per_cpu_s", "samples_per_s", "peak_mib"}
-        assert all(value > 0 for value in figures.values())
+    figures = training_run(runner, case, bundled_demonstrations(), steps=2, skip=1, threads=1, seed=0)
+    assert set(figures) == {"samples_per_cpu_s", "samples_per_s", "peak_mib"}
+    assert all(value > 0 for value in figures.values())
 
 
 def test_an_unknown_policy_is_named(tmp_path: Path) -> None:
