@@ -51,7 +51,7 @@ class TestRanges:
             ({"controller_interval": 0}, r"controller_interval=0"),
             ({"scorer_warmup_steps": -1}, r"scorer_warmup_steps=-1"),
             ({"hard_negative_key": "colour"}, r"hard_negative_key='colour'.*task, state, task_or_state"),
-            ({"score": "magic"}, r"score='magic'.*'posterior'"),
+            ({"score": "magic"}, r"score='magic'.*one of posterior"),
             ({"scorer": False}, r"scorer=False trains the base policy alone.*preset='sft'"),
         ],
         ids=settings_id,

@@ -154,7 +154,7 @@ class TestOnePass:
     def test_reused_features_are_the_targets_encoded_anew(self, points: Path, family: str) -> None:
         policy = frozen_policy(points, family)
         segment = split_segment(train_batch(policy, points, ANCHORS), policy.config.layout)
-        reused = policy._targets(segment, policy._encode_views(segment))
+        reused, _ = policy._targets(segment, policy._encode_views(segment))
         tower, key = policy.adapter.build_tower(policy.target_layer), "observation.image"
         anew = [
             consequence_embedding([policy.adapter.encode_image(tower, key, segment.futures[key][future])])

@@ -10,8 +10,10 @@ import lerobot.policies  # noqa: F401  registers LeRobot's own policy configurat
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import LRSchedulerConfig, OptimizerConfig
 
+import ptr_hf.policies.configuration_smolvla_state  # noqa: F401  registers the policy type `smolvla_state`
 from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.hyperparameters import PTRHyperparameters
+from ptr_hf.scores import WHOLE_EPISODE
 
 PTR_CONFIG_NAME = "ptr_config.json"
 
@@ -40,6 +42,9 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
             "it, LeRobot's training loop leaves it open (then the warm-up is the paper's 3000 steps)."
         },
     )
+    num_episodes: int = field(default=0, metadata={"help": "Episodes of the training data; set when it is known."})
+    num_slots: int = field(default=0, metadata={"help": "Stretches of them that have a verdict; set when it is known."})
+    num_tasks: int = field(default=0, metadata={"help": "Instructions of the training data; set when it is known."})
 
     def __post_init__(self) -> None:
         PreTrainedConfig.__post_init__(self)
@@ -110,8 +115,15 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
             action_steps=tuple(base.action_delta_indices),
             segment_length=self.segment_length or 1,
             chunk_stride=self.chunk_stride or chunk,
-            consequence_offset=(self.consequence_offset or chunk) if self.scorer else None,
+            consequence_offset=(self.consequence_offset or chunk) if self.reads_futures else None,
         )
+
+    @property
+    def slot_frames(self) -> int:
+        """Frames that share one verdict: a whole episode's, a stretch's or a chunk's."""
+        if self.aggregation == "trajectory":
+            return WHOLE_EPISODE
+        return self.aggregation_frames or 2 * self.resolved_chunk_size
 
     @property
     def resolved_chunk_size(self) -> int:

@@ -181,7 +181,8 @@ def _load_side(policy: Any, path: Path) -> None:
     own = policy.side_state_dict()
     with safe_open(path, framework="pt") as file:
         # Targets came from the policy's own frozen tower; a policy that trains it starts the moving average there.
-        starts_average = (file.metadata() or {}).get("shared_tower") == "True" and not policy.target_encoder.shared
+        trains_tower = policy.target_encoder is not None and not policy.target_encoder.shared
+        starts_average = trains_tower and (file.metadata() or {}).get("shared_tower") == "True"
         stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
     if starts_average:
         own = {name: value for name, value in own.items() if not name.startswith(TOWER_PREFIX)}

@@ -3,8 +3,29 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from ptr_hf.scores import (
+    AGGREGATIONS,
+    MISSING_FUTURE,
+    READS_FUTURES,
+    READS_POSTERIOR,
+    SCORES,
+    WEIGHT_MAPS,
+)
+
 HARD_NEGATIVE_KEYS = ("task", "state", "task_or_state")
 PAPER_WARMUP_STEPS = 3000
+
+# What every preset of ours shares: an ordinary policy, no loss term of the scorer in it, an episode's mean as its verdict.
+_OURS: dict[str, Any] = {
+    "num_belief_tokens": 0,
+    "detach_scorer_inputs": True,
+    "hard_negative_key": "state",
+    "aggregation": "trajectory",
+    "missing_future": "episode",
+    "weight_map": "exponential",
+    "weight_min": 0.02,
+    "scorer_warmup_steps": 0.15,
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's method (Table 6).
@@ -13,7 +34,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sft_belief": {"alpha": 0.0},
     # Plain post-training: the base policy's own loss, bit for bit.
     "sft": {"alpha": 0.0, "num_belief_tokens": 0, "scorer": False},
+    # Ours (METHOD section 13): which action, which instruction, belongs to what followed?
+    "ptr_consequence": {"score": "consequence", **_OURS},
+    "ptr_consequence_loss": {"score": "consequence_loss", "standardize_by": "task", **_OURS},
+    "ptr_consequence_shuffled": {"score": "consequence", "shuffle_consequences": True, **_OURS},
+    "ptr_margin": {"score": "action_margin", **_OURS},
+    # Controls: the same aggregation and map on what needs no consequence, random weights, and perfect knowledge.
+    "small_loss": {"score": "loss", "standardize_by": "task", **_OURS},
+    "small_loss_rejection": {"score": "loss", "standardize_by": "task", **_OURS, "weight_map": "rejection"},
+    "random_weights": {"score": "random", **_OURS},
+    "motion": {"score": "motion", "standardize_by": "task", **_OURS},
+    "length": {"score": "length", "standardize_by": "task", **_OURS},
+    "oracle": {"score": "oracle", **_OURS, "aggregation": "sample", "weight_map": "paper", "weight_min": 0.001},
 }
+
+
+_DEFINING = ("score", "alpha", "scorer", "shuffle_consequences")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -55,7 +91,32 @@ class PTRHyperparameters:
 
     # Scorer and candidates (4.2)
     scorer: bool = _option(True, "False trains the base policy alone (SFT): no futures are read, nothing is scored.")
-    score: str = _option("posterior", "What weighs the loss. 'posterior' is the paper's T.")
+    score: str = _option(
+        "posterior", f"What weighs the loss: one of {', '.join(SCORES)}. 'posterior' is the paper's T."
+    )
+    aggregation: Literal["sample", "segment", "trajectory"] = _option(
+        "sample",
+        "Whose verdict weighs a chunk: its own (sample), its stretch's (segment) or its episode's (trajectory).",
+    )
+    aggregation_frames: int | None = _option(None, "Frames of a stretch for aggregation=segment. None: two chunks.")
+    standardize_by: str = _option(
+        "all", "Whom a verdict is compared with: all, task, or a column of the dataset's episode metadata."
+    )
+    weight_map: Literal["paper", "rejection", "exponential", "calibrated"] = _option(
+        "paper", "From verdict to weight: Eq. 21 on the verdict itself, or a map of its robust z-score."
+    )
+    missing_future: Literal["one", "episode", "batch"] = _option(
+        "one", "Weight of a chunk without a recorded future: 1 (one), its episode's, or the batch's mean."
+    )
+    shuffle_consequences: bool = _option(False, "Control: give every chunk another chunk's future.")
+    cross_fit: bool = _option(True, "Score every episode by a head that was trained on the others (two folds).")
+    self_weighting: bool = _option(True, "Multiply the losses of the scores' own heads by the weights.")
+    score_refresh_steps: int = _option(20, "Steps between two refreshes of the episodes' weights.")
+    score_horizon: float = _option(32.0, "Visits that an episode's mean verdict looks back on.")
+    head_dim: int = _option(128, "Hidden width of the heads of action_ and instruction_identification.")
+    head_learning_rate: float | None = _option(
+        None, "Learning rate of the side pathway (scorer, heads, belief). None: the run's."
+    )
     temperature: float = _option(0.12, "τ, temperature of the identification posterior (start value).")
     logit_clamp: float = _option(20.0, "Identification logits are clamped to ± this value.")
     scorer_dim: int = _option(256, "Hidden width of the scorer's head.")
@@ -91,19 +152,23 @@ class PTRHyperparameters:
     hard_negative_ratio_max: float = _option(0.5, "Upper bound of ρ, the share of hard negatives.")
 
     def apply_preset(self) -> None:
-        """Give the fields that the preset owns its values; a field set to something else is a contradiction."""
+        """Give the fields that the preset sets its values.
+
+        A field already set to something else keeps it, unless it defines the preset: that is a contradiction.
+        """
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is unknown; choose one of {', '.join(PRESETS)}.")
         defaults = {item.name: item.default for item in fields(PTRHyperparameters)}
         for name, value in PRESETS[self.preset].items():
             current = vars(self)[name]
-            if current not in (value, defaults[name]):
+            if current in (value, defaults[name]):
+                setattr(self, name, value)
+            elif name in _DEFINING:
                 raise ValueError(
                     f"preset={self.preset!r} sets {name}={value}, but {name}={current} was given; drop one of the two."
                 )
-            setattr(self, name, value)
         if self.segment_length is None:
-            self.segment_length = 4 if self.scorer else 1
+            self.segment_length = 4 if self.reads_futures or self.num_belief_tokens else 1
 
     def check(self) -> None:
         """Refuse values outside their range, naming field, value and range."""
@@ -126,7 +191,8 @@ class PTRHyperparameters:
             _require(vars(self)[name] >= 0, name, vars(self)[name], "0 or more")
         for name in ("controller_interval", "scorer_dim"):
             _require(vars(self)[name] >= 1, name, vars(self)[name], "1 or more")
-        for name in ("segment_length", "chunk_size", "chunk_stride", "consequence_offset", "target_layer"):
+        lengths = ("segment_length", "chunk_size", "chunk_stride", "consequence_offset", "aggregation_frames")
+        for name in (*lengths, "target_layer"):
             value = vars(self)[name]
             _require(value is None or value >= 1, name, value, "1 or more, or left out")
         for name in ("temperature", "beta", "belief_temperature", "logit_clamp", "target_eps"):
@@ -141,12 +207,48 @@ class PTRHyperparameters:
             _require(0.0 <= vars(self)[name] <= 1.0, name, vars(self)[name], "in [0, 1]")
         key = self.hard_negative_key
         _require(key in HARD_NEGATIVE_KEYS, "hard_negative_key", repr(key), f"one of {', '.join(HARD_NEGATIVE_KEYS)}")
-        _require(self.score == "posterior", "score", repr(self.score), "'posterior' (the paper's T)")
+        for name, known in (
+            ("score", tuple(SCORES)),
+            ("aggregation", AGGREGATIONS),
+            ("weight_map", WEIGHT_MAPS),
+            ("missing_future", MISSING_FUTURE),
+        ):
+            _require(vars(self)[name] in known, name, repr(vars(self)[name]), f"one of {', '.join(known)}")
+        for name in ("score_refresh_steps", "score_horizon", "head_dim"):
+            _require(vars(self)[name] >= 1, name, vars(self)[name], "1 or more")
+        value = self.head_learning_rate
+        _require(value is None or value > 0, "head_learning_rate", value, "positive, or left out")
+        _require(
+            self.aggregation != "sample" or self.weight_map == "paper",
+            "aggregation, weight_map",
+            (self.aggregation, self.weight_map),
+            "trajectory or segment with any map, or sample with paper, which needs no comparison with other chunks",
+        )
         if not self.scorer and (self.alpha != 0.0 or self.num_belief_tokens != 0):
             raise ValueError(
                 f"scorer=False trains the base policy alone, so alpha and num_belief_tokens must be 0, not {self.alpha} "
                 f"and {self.num_belief_tokens}; use preset='sft'."
             )
+
+    @property
+    def is_paper(self) -> bool:
+        """Whether the weight is the paper's own: Eq. 21 on each chunk's T."""
+        return (self.score, self.aggregation, self.weight_map, self.missing_future) == (
+            "posterior",
+            "sample",
+            "paper",
+            "one",
+        )
+
+    @property
+    def reads_posterior(self) -> bool:
+        """Whether the paper's scorer f(h, e) has to run."""
+        return bool(set(SCORES.get(self.score, ())) & set(READS_POSTERIOR))
+
+    @property
+    def reads_futures(self) -> bool:
+        """Whether futures have to be read."""
+        return self.scorer and bool(set(SCORES.get(self.score, ())) & set(READS_FUTURES))
 
     def hyperparameters(self) -> dict[str, Any]:
         """The method's fields alone, by name."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
@@ -19,12 +19,21 @@ from lerobot.utils.constants import OBS_STATE
 from torch import Tensor, nn
 
 from ptr_hf.configuration_ptr import PTRConfig
-from ptr_hf.data.segments import Segment, split_segment
+from ptr_hf.data.segments import ACTION, PAD_SUFFIX, Segment, split_segment
 from ptr_hf.hyperparameters import PAPER_WARMUP_STEPS
-from ptr_hf.method import ChunkBatch, ConsequenceEncoder, ObjectiveOutput, PTRObjective, Samples, masked_mean
-from ptr_hf.pathway import BeliefModule, build_objective
+from ptr_hf.method import (
+    ChunkBatch,
+    ChunkDetails,
+    ConsequenceEncoder,
+    ObjectiveOutput,
+    PTRObjective,
+    Samples,
+    masked_mean,
+)
+from ptr_hf.pathway import ACTION_STRETCHES, BeliefModule, build_objective
 from ptr_hf.policies import PolicyAdapter, PolicyTrace, Views, make_adapter, supported_policies
 from ptr_hf.policies.hooks import unwrap
+from ptr_hf.scores import EpisodeTable, ScoreWeigher
 
 BASE_PREFIX = "base."
 
@@ -35,6 +44,7 @@ class TracedChunks(NamedTuple):
     loss: Float[Tensor, " rows"]
     context: Float[Tensor, "rows context_dim"]
     action: Float[Tensor, "rows action_dim"]
+    stretches: Float[Tensor, "rows stretches action_dim"]
     entropy: Float[Tensor, ""]
     diversity: Float[Tensor, ""]
 
@@ -85,6 +95,10 @@ class PTRPolicy(PreTrainedPolicy):
                 adapter.action_dim, adapter.context_dim, config.num_belief_tokens, config.belief_temperature
             )
         self.to(config.device)
+        # LeRobot's factory tells which data the policy is for
+        meta = kwargs.get("dataset_meta")
+        if meta is not None:
+            self.set_episodes(EpisodeTable.from_metadata(meta, config.standardize_by))
         self.reset()
 
     # ---- construction ----------------------------------------------------------------------------------------------
@@ -102,13 +116,22 @@ class PTRPolicy(PreTrainedPolicy):
         return self.config.target_layer or max(1, self.adapter.num_tower_layers() // 2)
 
     def _build_scorer(self) -> None:
-        config, adapter, layer = self.config, self.adapter, self.target_layer
+        config, adapter = self.config, self.adapter
+        self.objective = self._new_objective()
+        self.set_run_length(config.run_steps)
+        if not config.reads_futures:
+            return
+        layer = self.target_layer
         shared = adapter.tower_is_frozen()
         tower = adapter.build_tower(layer, share=shared)
         self._shared_tower = (tower,) if shared else ()
         self.target_encoder = ConsequenceEncoder(None if shared else tower, config.ema_decay, config.target_eps)
-        self.objective = build_objective(config, adapter.context_dim, adapter.action_dim, adapter.target_dim(layer))
-        self.set_run_length(config.run_steps)
+
+    def _new_objective(self) -> PTRObjective:
+        """A fresh objective for the data that the configuration knows of."""
+        config, adapter = self.config, self.adapter
+        target_dim = adapter.target_dim(self.target_layer) if config.reads_futures else 0
+        return build_objective(config, adapter.context_dim, adapter.action_dim, target_dim)
 
     def set_run_length(self, steps: int | None) -> None:
         """Fix the scorer's warm-up: a share of the run's steps, or the paper's count when the length is unknown."""
@@ -119,6 +142,30 @@ class PTRPolicy(PreTrainedPolicy):
         if 0 < warmup < 1:
             warmup = PAPER_WARMUP_STEPS if steps is None else round(warmup * steps)
         self.objective.warmup_steps = int(warmup)
+
+    def set_episodes(self, episodes: EpisodeTable, seed: int = 0) -> None:
+        """Say which episodes the run trains on; a score that is kept per episode starts anew.
+
+        Args:
+            episodes: of the training data.
+            seed: of the random weights, a control.
+        """
+        config, old = self.config, self.objective
+        if old is None or old.weigher is None:
+            return
+        sizes = (episodes.num_episodes, episodes.num_tasks, episodes.num_slots(config.slot_frames))
+        if sizes != (config.num_episodes, config.num_tasks, config.num_slots):
+            config.num_episodes, config.num_tasks, config.num_slots = sizes
+            self.objective = self._new_objective()
+            self.to(config.device)
+            # heads that do not depend on the data are kept: a trained scorer can be reused on new demonstrations
+            own, learned = self.objective.state_dict(), old.state_dict()
+            kept = {name: value for name, value in learned.items() if own[name].shape == value.shape}
+            self.objective.load_state_dict(own | kept)
+            self.set_run_length(config.run_steps)
+        weigher = None if self.objective is None else self.objective.weigher
+        assert isinstance(weigher, ScoreWeigher)
+        weigher.lay_out(episodes, seed)
 
     def seed_draws(self, seed: int) -> None:
         """Seed the method's private random stream (queue draws, derangements)."""
@@ -167,7 +214,11 @@ class PTRPolicy(PreTrainedPolicy):
         segment = split_segment(batch, self.config.layout)
         views = self._encode_views(segment)
         traced = self._trace(segment, views)
-        samples = self._samples(segment, self._targets(segment, views))
+        targets, current = self._targets(segment, views)
+        samples = self._samples(segment, targets)
+        details = None
+        if self.objective.weigher is not None:
+            details = ChunkDetails(traced.stretches, current, _motion(segment.chunks), segment.index)
         return self.objective(
             ChunkBatch(
                 loss=traced.loss,
@@ -177,6 +228,7 @@ class PTRPolicy(PreTrainedPolicy):
                 chunk_valid=segment.chunk_valid,
                 entropy=traced.entropy,
                 diversity=traced.diversity,
+                weighed_by=details,
             )
         )
 
@@ -212,23 +264,41 @@ class PTRPolicy(PreTrainedPolicy):
             summaries.append(_summaries(trace))
             entropies.append(update.entropy)
             diversities.append(update.diversity)
-        loss, context, action = (torch.cat(parts) for parts in zip(*summaries, strict=True))
-        return TracedChunks(loss, context, action, torch.stack(entropies).mean(), torch.stack(diversities).mean())
+        loss, context, action, stretches = (torch.cat(parts) for parts in zip(*summaries, strict=True))
+        return TracedChunks(
+            loss, context, action, stretches, torch.stack(entropies).mean(), torch.stack(diversities).mean()
+        )
 
     @torch.no_grad()
-    def _targets(self, segment: Segment, views: Views) -> Float[Tensor, "rows target_dim"]:
-        """y⁺ of every chunk (4.2): every view is encoded once, and one the policy has just seen is not encoded again."""
-        assert self.target_encoder is not None
+    def _targets(
+        self, segment: Segment, views: Views
+    ) -> tuple[Float[Tensor, "rows target_dim"], Float[Tensor, "rows target_dim"]]:
+        """y⁺ of every chunk (4.2), and the same embedding of its own view where a score reads it (else zeros).
+
+        Every view is encoded once, and one the policy has just seen is not encoded again.
+        """
+        rows = segment.length * segment.batch_size
+        if self.target_encoder is None:
+            nothing = segment.index.new_zeros(rows, 0, dtype=torch.float32)
+            return nothing, nothing
         layout, size = self.config.layout, segment.batch_size
-        seen: dict[int, int] = {}
+        # a view is the future of some chunk ("future", f), or else the current view of chunk t ("chunk", t)
+        weighs = self.objective is not None and self.objective.weigher is not None
+        shown_by = {
+            segment.future_index[t]: chunk
+            for t in range(segment.length)
+            if (chunk := layout.future_chunk(t)) is not None
+        }
+        embeddings: dict[tuple[str, int], Tensor] = {}
         if self._shared_tower:
-            reused = {segment.future_index[t]: layout.future_chunk(t) for t in range(segment.length)}
-            seen = {future: chunk for future, chunk in reused.items() if chunk is not None}
-        unseen = [future for future in sorted(set(segment.future_index)) if future not in seen]
-        embeddings: dict[int, Tensor] = {}
-        for future, chunk in seen.items():
-            rows = segment.rows(chunk)
-            embeddings[future] = self.target_encoder.embed([state[rows] for state in views.tower.values()])
+            for t in range(segment.length) if weighs else sorted(shown_by.values()):
+                states = [state[segment.rows(t)] for state in views.tower.values()]
+                embeddings["chunk", t] = self.target_encoder.embed(states)
+            embeddings |= {("future", future): embeddings["chunk", chunk] for future, chunk in shown_by.items()}
+        wanted = [("future", future) for future in sorted(set(segment.future_index))]
+        if weighs:
+            wanted += [("chunk", t) for t in range(segment.length) if t not in shown_by.values()]
+        unseen = [view for view in wanted if view not in embeddings]
         if unseen:
             tower = self._shared_tower[0] if self._shared_tower else self.target_encoder.tower
             assert tower is not None
@@ -236,11 +306,15 @@ class PTRPolicy(PreTrainedPolicy):
             for key in self.adapter.target_keys():
                 # A camera that the robot lacks is skipped, as the policy itself does.
                 if key in segment.futures:
-                    images = segment.futures[key][unseen].flatten(0, 1)
+                    images = torch.cat([_view(segment, key, kind, number) for kind, number in unseen])
                     features.append(self.adapter.encode_image(tower, key, images))
             encoded = self.target_encoder.embed(features).unflatten(0, (len(unseen), size))
             embeddings |= dict(zip(unseen, encoded.unbind(0), strict=True))
-        return torch.cat([embeddings[future] for future in segment.future_index])
+        targets = torch.cat([embeddings["future", future] for future in segment.future_index])
+        if not weighs:
+            return targets, torch.zeros_like(targets)
+        embeddings |= {("chunk", chunk): embeddings["future", future] for future, chunk in shown_by.items()}
+        return targets, torch.cat([embeddings["chunk", t] for t in range(segment.length)])
 
     def _samples(self, segment: Segment, targets: Float[Tensor, "rows target_dim"]) -> Samples:
         state = segment.chunks.get(OBS_STATE)
@@ -261,9 +335,9 @@ class PTRPolicy(PreTrainedPolicy):
     @torch.no_grad()
     def update(self) -> None:
         """After the optimiser step, in this order and identically on every rank: EMA, queue, controller."""
-        if self.objective is None or self.target_encoder is None:
+        if self.objective is None:
             return
-        if not self.target_encoder.shared:
+        if self.target_encoder is not None and not self.target_encoder.shared:
             self.target_encoder.update(self.adapter.tower_parameters(self.target_layer))
         self.objective.after_step()
         if self.objective.step % self.config.controller_interval == 0:
@@ -274,7 +348,9 @@ class PTRPolicy(PreTrainedPolicy):
         groups = unwrap(self.base).get_optim_params()
         groups = list(groups) if isinstance(groups, list) else [{"params": [p for p in groups if p.requires_grad]}]
         side = [p for name, p in self.named_parameters() if not name.startswith(BASE_PREFIX) and p.requires_grad]
-        return [*groups, {"params": side}] if side else groups
+        rate = self.config.head_learning_rate
+        own_rate = {} if rate is None else {"lr": rate}
+        return [*groups, {"params": side, **own_rate}] if side else groups
 
     def side_state_dict(self) -> dict[str, Tensor]:
         """Everything but the base policy: scorer, belief, moving average (when not shared), queue, controller."""
@@ -355,10 +431,39 @@ def _build_base(config: PTRConfig, **kwargs: Any) -> PreTrainedPolicy:
     return policy_class.from_pretrained(config.base_path, config=base_config, revision=config.base_revision, **kwargs)
 
 
-def _summaries(trace: PolicyTrace) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, h (masked mean of H) and e (masked mean of A) of a trace."""
+def _summaries(trace: PolicyTrace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, h (masked mean of H), e (masked mean of A), and A by consecutive stretches of time."""
     return (
         trace.loss,
         masked_mean(trace.context, trace.context_mask),
         masked_mean(trace.action_tokens, trace.action_mask),
+        _stretches(trace.action_tokens.detach(), trace.action_mask),
     )
+
+
+def _stretches(
+    tokens: Float[Tensor, "rows steps dim"], mask: Bool[Tensor, "rows steps"]
+) -> Float[Tensor, "rows stretches dim"]:
+    """Mean token of each of the chunk's consecutive stretches over its valid steps, zeros where it has none."""
+    steps = tokens.shape[1]
+    count = min(ACTION_STRETCHES, steps)
+    # stretch of step i, as even as the numbers allow
+    place = torch.div(torch.arange(steps, device=tokens.device) * count, steps, rounding_mode="floor")
+    member = torch.nn.functional.one_hot(place, count).to(tokens)
+    weight = mask.to(tokens)[:, :, None] * member
+    return torch.einsum("bsk,bsd->bkd", weight, tokens) / weight.sum(dim=1).clamp(min=1)[..., None]
+
+
+def _motion(chunks: dict[str, Any]) -> Float[Tensor, " rows"]:
+    """Mean square of a chunk's normalised actions over its valid steps."""
+    action, pad = chunks[ACTION], chunks[ACTION + PAD_SUFFIX]
+    return masked_mean(action.square().mean(dim=-1, keepdim=True), ~pad)[:, 0]
+
+
+def _view(segment: Segment, key: str, kind: str, number: int) -> Float[Tensor, "batch ..."]:
+    """One camera's frames of a future, or of a chunk's own time, of every segment of the batch."""
+    if kind == "future":
+        return segment.futures[key][number]
+    own = segment.chunks[key][segment.rows(number)]
+    # a policy with several observation steps sees the last one as its present
+    return own if own.ndim == segment.futures[key].ndim - 1 else own[:, -1]

@@ -1,5 +1,6 @@
 """The side pathway as a configuration describes it: the objective with its scorer, queue and controller, and the belief."""
 
+import torch
 from torch import nn
 
 from ptr_hf.configuration_ptr import PTRConfig
@@ -11,6 +12,23 @@ from ptr_hf.method import (
     PTRObjective,
     TransitionScorer,
 )
+from ptr_hf.scores import (
+    SCORES,
+    ActionIdentification,
+    ActionMargin,
+    InstructionIdentification,
+    Motion,
+    NegativeLoss,
+    OfEpisode,
+    Posterior,
+    Score,
+    ScoreWeigher,
+    SlotMemory,
+    Uniform,
+)
+
+ACTION_STRETCHES = 8
+"""Stretches of a chunk whose action tokens are averaged for the scores: enough to see a delay, few enough to be cheap."""
 
 
 class BeliefModule(nn.Module):
@@ -23,19 +41,20 @@ class BeliefModule(nn.Module):
 
 
 def build_objective(config: PTRConfig, context_dim: int, action_dim: int, target_dim: int) -> PTRObjective:
-    """The objective of Eq. 32 with fresh scorer, empty queue and controller.
+    """The objective of Eq. 32 with fresh scorer, empty queue and controller, and the strategy that weighs the loss.
 
     Args:
         config: of the policy; its base's features are known.
         context_dim, action_dim: widths of the adapter's h and e.
-        target_dim: width of a consequence embedding.
+        target_dim: width of a consequence embedding, 0 where no futures are read.
     """
     state = config.robot_state_feature
     state_dim = state.shape[0] if state else 0
-    queue = CandidateQueue(config.queue_size, target_dim, state_dim) if config.queue_size else None
+    identifies = config.reads_posterior
+    queue = CandidateQueue(config.queue_size, target_dim, state_dim) if config.queue_size and identifies else None
     chunk = config.resolved_chunk_size
     return PTRObjective(
-        TransitionScorer(context_dim, action_dim, target_dim, config.scorer_dim),
+        TransitionScorer(context_dim, action_dim, target_dim, config.scorer_dim) if identifies else None,
         queue,
         AdaptiveScaleController(
             config.temperature,
@@ -59,4 +78,46 @@ def build_objective(config: PTRConfig, context_dim: int, action_dim: int, target
         hard_negative_key=config.hard_negative_key,
         detach_scorer_inputs=config.detach_scorer_inputs,
         discount=config.consequence_discount ** ((config.consequence_offset or chunk) / chunk),
+        shuffle_consequences=config.shuffle_consequences,
+        weigher=None if config.is_paper else _build_weigher(config, action_dim, target_dim),
     )
+
+
+def _build_weigher(config: PTRConfig, action_dim: int, target_dim: int) -> ScoreWeigher:
+    """Score × Aggregation × WeightMap; what depends on the training data has the size that the configuration knows."""
+    names = SCORES[config.score]
+    memory = None
+    if config.aggregation != "sample":
+        channels = 2 * len(names)
+        memory = SlotMemory(config.num_episodes, config.num_slots, channels, config.slot_frames, config.score_horizon)
+    return ScoreWeigher(
+        {name: _build_score(name, config, action_dim, target_dim) for name in names},
+        memory,
+        weight_map=config.weight_map,
+        floor=config.weight_min,
+        ceiling=config.weight_max,
+        alpha=config.alpha,
+        missing_future=config.missing_future,
+        self_weighting=config.self_weighting,
+        refresh_interval=config.score_refresh_steps,
+    )
+
+
+def _build_score(name: str, config: PTRConfig, action_dim: int, target_dim: int) -> Score:
+    match name:
+        case "posterior":
+            return Posterior()
+        case "action_margin":
+            return ActionMargin()
+        case "action_identification":
+            width = min(ACTION_STRETCHES, config.resolved_chunk_size) * action_dim
+            return ActionIdentification(target_dim, width, config.head_dim, config.cross_fit)
+        case "instruction_identification":
+            return InstructionIdentification(target_dim, max(1, config.num_tasks), config.head_dim, config.cross_fit)
+        case "uniform":
+            return Uniform()
+        case "loss":
+            return NegativeLoss()
+        case "motion":
+            return Motion()
+    return OfEpisode(torch.zeros(config.num_episodes))

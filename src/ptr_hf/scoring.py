@@ -10,19 +10,22 @@ import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from ptr_hf.data.datasets import check_cameras, check_dataset, episode_spans, open_dataset
+from ptr_hf.data.in_memory import InMemorySegments, collate_segments
 from ptr_hf.data.segments import SegmentLayout, split_segment
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.report import ChunkScores
+from ptr_hf.scores import EpisodeTable, ScoreWeigher, SlotMemory
 from ptr_hf.trainer import preprocess
 
 
 def score_dataset(
     policy: PTRPolicy | str | Path,
-    dataset: LeRobotDataset | str | Path,
+    dataset: LeRobotDataset | InMemorySegments | str | Path,
     *,
     preprocessor: PolicyProcessorPipeline | None = None,
     episodes: Sequence[int] | None = None,
@@ -37,7 +40,7 @@ def score_dataset(
 
     Args:
         policy: a trained `PTRPolicy`, or the folder or Hub id of one.
-        dataset: a LeRobotDataset, its folder or its Hub id.
+        dataset: a LeRobotDataset, its folder or its Hub id, or one that a trainer has read into memory.
         preprocessor: the policy's own; by default the one saved with the checkpoint, which then must be named.
         episodes: a subset of episodes.
         batch_size: segments per batch; the number of candidates grows with it.
@@ -54,13 +57,18 @@ def score_dataset(
     if policy.objective is None:
         raise ValueError("This policy has no scorer (preset='sft'), so it cannot score data; train with preset='ptr'.")
     layout = policy.config.layout
-    opened = open_dataset(dataset, layout, episodes=episodes)
-    check_cameras(policy.config.base_config, opened.meta.features, _rename_map(preprocessor))
-    check_dataset(opened, layout)
+    if isinstance(dataset, InMemorySegments):
+        opened, segments = dataset.dataset, dataset
+    else:
+        opened = segments = open_dataset(dataset, layout, episodes=episodes)
+        check_cameras(policy.config.base_config, opened.meta.features, _rename_map(preprocessor))
+        check_dataset(opened, layout)
+    anchors = _anchors(opened, layout)
     first_frame = dict(zip(range(opened.meta.total_episodes), opened.meta.episodes["dataset_from_index"], strict=True))
     columns: dict[str, list[np.ndarray]] = {}
+    verdicts: list[Tensor] = []
     with _evaluating(policy, seed):
-        for batch in _segments(opened, layout, batch_size, seed, progress, "scoring"):
+        for batch in _segments(segments, anchors, batch_size, seed, progress, "scoring"):
             batch = preprocess(_to_device(batch, policy), preprocessor)
             output, segment = policy.compute(batch), split_segment(batch, layout)
             kept = {
@@ -72,10 +80,22 @@ def score_dataset(
                 "weight": output.weight,
                 "loss": output.loss,
             }
+            if output.weighing is not None:
+                both = torch.cat([output.weighing.verdicts, output.weighing.nulls], dim=1)
+                verdicts.append(both[segment.chunk_valid].cpu())
             for name, value in kept.items():
                 columns.setdefault(name, []).append(value[segment.chunk_valid].detach().cpu().numpy())
     table = {name: np.concatenate(parts) for name, parts in columns.items()}
     order = np.argsort(table["index"])
+    by_score: dict[str, np.ndarray] = {}
+    weigher = policy.objective.weigher
+    if isinstance(weigher, ScoreWeigher):
+        known = torch.cat(verdicts)
+        by_score = {name: known[order, column].double().numpy() for column, name in enumerate(weigher.names)}
+        if weigher.memory is not None:
+            of_episodes = EpisodeTable.from_metadata(opened.meta, policy.config.standardize_by)
+            table["weight"] = _weights_by_slot(weigher, policy.config.slot_frames, of_episodes, table, known)
+            table["score"] = known[:, : len(weigher.names)].nansum(dim=1).numpy()
     table = {name: values[order] for name, values in table.items()}
     names = np.asarray(opened.meta.tasks.index, dtype=object)
     starts = np.asarray([first_frame[episode] for episode in table["episode_index"].tolist()])
@@ -83,7 +103,22 @@ def score_dataset(
         **table | {"task": names[table["task"]]},
         frame_index=table["index"] - starts,
         source=np.full(len(order), opened.repo_id, dtype=object),
+        verdicts=by_score,
     )
+
+
+def _weights_by_slot(
+    weigher: ScoreWeigher, window: int, episodes: EpisodeTable, table: dict[str, np.ndarray], verdicts: Tensor
+) -> np.ndarray:
+    """The weights that the verdicts of one pass over a dataset give, as training would give them."""
+    scores = len(weigher.names)
+    chunks = len(verdicts)
+    memory = SlotMemory(episodes.num_episodes, episodes.num_slots(window), 2 * scores, window, horizon=max(2, chunks))
+    memory.fill(episodes)
+    slot = memory.slot(torch.from_numpy(table["episode_index"]), torch.from_numpy(table["index"]))
+    memory.remember(slot, verdicts)
+    mean = memory.mean
+    return weigher.slot_weights(mean[:, :scores], mean[:, scores:], memory.group)[slot].numpy()
 
 
 def action_loss(
@@ -111,10 +146,11 @@ def action_loss(
     """
     layout = layout or policy.config.layout
     opened = open_dataset(dataset, layout)
+    anchors = _anchors(opened, layout)
     total, count = 0.0, 0
     with _evaluating(policy, seed):
         for _ in range(repeats):
-            for batch in _segments(opened, layout, batch_size, seed, False, ""):
+            for batch in _segments(opened, anchors, batch_size, seed, False, ""):
                 segment = split_segment(preprocess(_to_device(batch, policy), preprocessor), layout)
                 loss = policy.chunk_losses(segment)[segment.chunk_valid]
                 total += float(loss.double().sum())
@@ -135,17 +171,21 @@ def _evaluating(policy: PTRPolicy, seed: int) -> Iterator[None]:
         policy.train(training)
 
 
-def _segments(
-    dataset: LeRobotDataset, layout: SegmentLayout, batch_size: int, seed: int, progress: bool, label: str
-) -> Iterator[dict[str, Any]]:
+def _anchors(dataset: LeRobotDataset, layout: SegmentLayout) -> list[int]:
+    """First frames of the segments that cover every episode from its first frame on, without overlap."""
     step = layout.segment_length * layout.chunk_stride
-    anchors = [first + start for _, first, length in episode_spans(dataset) for start in range(0, length, step)]
+    return [first + start for _, first, length in episode_spans(dataset) for start in range(0, length, step)]
+
+
+def _segments(
+    dataset: Dataset, anchors: list[int], batch_size: int, seed: int, progress: bool, label: str
+) -> Iterator[dict[str, Any]]:
     loader = DataLoader(
         Subset(dataset, anchors),
         batch_size=batch_size,
         shuffle=True,
         generator=torch.Generator().manual_seed(seed),
-        collate_fn=default_collate,
+        collate_fn=collate_segments,
     )
     return iter(tqdm(loader, desc=label, unit="batch", disable=not progress))
 

@@ -19,13 +19,14 @@ from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.collate import lerobot_collate_fn
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.datasets import check_cameras, check_dataset, dataset_metadata, open_dataset
+from ptr_hf.data.demonstrations import load_truth
+from ptr_hf.data.in_memory import InMemorySegments, collate_segments
 from ptr_hf.hub import is_ptr_folder, is_ptr_source, load_weights
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.metrics import MetricsWindow
@@ -33,6 +34,7 @@ from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.policies.hooks import unwrap
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
 from ptr_hf.report import DYNAMICS_COLUMNS, DYNAMICS_FILE, DynamicsLog
+from ptr_hf.scores import EpisodeTable
 from ptr_hf.training_args import PTRTrainingArguments
 
 _NO_PUSH = (
@@ -101,13 +103,19 @@ class PTRTrainer(Trainer):
         meta = dataset_metadata(sources[0], args.dataset_revision) if sources else None
         policy = resolve_policy(model, args, meta)
         layout = policy.config.layout
-        opened: dict[str, LeRobotDataset] = {}
+        opened: dict[str, LeRobotDataset | InMemorySegments] = {}
         for name, source in (("train", train_dataset), ("eval", eval_dataset)):
             if source is not None:
                 dataset = open_dataset(source, layout, revision=args.dataset_revision)
                 check_cameras(policy.config.base_config, dataset.meta.features, args.observation_renames)
                 check_dataset(dataset, layout)
-                opened[name] = dataset
+                if name == "train":
+                    policy.set_episodes(_episode_table(policy.config, dataset, args), args.seed)
+                opened[name] = (
+                    InMemorySegments(dataset, layout, max_gigabytes=args.max_gigabytes, frames_cache=args.frames_cache)
+                    if args.in_memory
+                    else dataset
+                )
         if preprocessor is None or postprocessor is None:
             preprocessor, postprocessor = _processors(policy, meta, args)
         self.preprocessor, self.postprocessor = preprocessor, postprocessor
@@ -115,7 +123,7 @@ class PTRTrainer(Trainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=lerobot_collate_fn if meta is not None and meta.has_language_columns else default_collate,
+            data_collator=lerobot_collate_fn if meta is not None and meta.has_language_columns else collate_segments,
             train_dataset=opened.get("train"),
             eval_dataset=opened.get("eval"),
             callbacks=[_AfterStep(), *callbacks],
@@ -328,6 +336,15 @@ def resolve_policy(model: ModelSource, args: PTRTrainingArguments, meta: Any = N
     if meta is not None:
         _fit_to_robot(config, meta.features)
     return PTRPolicy(config)
+
+
+def _episode_table(config: PTRConfig, dataset: LeRobotDataset, args: PTRTrainingArguments) -> EpisodeTable:
+    """The training episodes; for the oracle alone, with the truth about them."""
+    corrupted: list[int] = []
+    if config.score == "oracle":
+        truth = load_truth(Path(args.truth) if args.truth else Path(dataset.root))
+        corrupted = truth.corrupted.nonzero()[0].tolist()
+    return EpisodeTable.from_metadata(dataset.meta, config.standardize_by, corrupted)
 
 
 def _fit_to_robot(config: PTRConfig, features: dict[str, Any]) -> None:

@@ -45,6 +45,18 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
         default=None, metadata={"help": "Dataset key -> policy key, as JSON, for cameras and states named differently."}
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
+    in_memory: bool = field(
+        default=False,
+        metadata={"help": "Read the whole dataset into memory first, videos decoded; up to max_gigabytes."},
+    )
+    max_gigabytes: float = field(default=4.0, metadata={"help": "Most memory that in_memory may take."})
+    frames_cache: str | None = field(
+        default=None, metadata={"help": "Folder where in_memory keeps decoded videos for the next run."}
+    )
+    truth: str | None = field(
+        default=None,
+        metadata={"help": "Truth sidecar of the training data, for score=oracle. Default: the one beside its folder."},
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of the policy on the Hub."})
 
     # transformers parses JSON given on the command line for the fields listed here

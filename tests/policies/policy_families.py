@@ -109,12 +109,15 @@ _SMOLVLA = {
     "lora": r".*(action_in_proj|action_out_proj|state_proj|lm_expert.*[qv]_proj)",
     "tower": "model.vlm_with_expert.vlm.model.vision_model.embeddings",
 }
+_STATE = {"build": _smolvla, "cameras": (), "lora": r".*(action_in_proj|action_out_proj|lm_expert.*[qv]_proj)"}
 _ACT = {"build": _act, "lora": r".*(action_head|linear1|action_input_proj)", "tower": "model.backbone.conv1"}
 
 FAMILIES = (
     Family("smolvla", **_SMOLVLA),
     Family("smolvla-two-cameras", cameras=(TOP, WRIST), settings={"empty_cameras": 1}, **_SMOLVLA),
     Family("smolvla-frozen", settings={"freeze_vision_encoder": True, "train_expert_only": True}, **_SMOLVLA),
+    Family("smolvla-state", **_STATE),
+    Family("smolvla-state-frozen", settings={"train_state_proj": False, "expert_width_multiplier": 1.0}, **_STATE),
     Family("act", cameras=(TOP, WRIST), **_ACT),
     Family("act-vae", settings={"use_vae": True, "n_decoder_layers": 2}, **_ACT),
     Family("act-state", cameras=(), env_state=True, **{**_ACT, "tower": None}),

@@ -248,6 +248,17 @@ class CorruptionPlan:
             yield episode, records or [TruthRecord(index, CLEAN, source, source)]
 
 
+def draw_episodes(tasks: Sequence[str], share: float, seed: int) -> list[int]:
+    """A share of the episodes, spread evenly over their tasks: those that a plan of the same seed would corrupt first.
+
+    Raises:
+        ValueError: for a share outside [0, 1].
+    """
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"A share lies between 0 and 1, not {share}.")
+    return sorted(_interleaved(tasks, np.random.default_rng([seed, len(tasks)]))[: round(share * len(tasks))])
+
+
 def _interleaved(tasks: Sequence[str], rng: np.random.Generator) -> list[int]:
     """A random order of the episodes in which the tasks take turns, so that every prefix is balanced over the tasks."""
     shuffled = rng.permutation(len(tasks)).tolist()

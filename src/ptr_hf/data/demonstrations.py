@@ -153,7 +153,7 @@ def write_demonstrations(
     count = 0
     for episode in episodes:
         if dataset is None:
-            features = {key: _feature(value, (names or {}).get(key)) for key, value in episode.frames.items()}
+            features = {key: stream_feature(value, (names or {}).get(key)) for key, value in episode.frames.items()}
             dataset = LeRobotDataset.create(
                 repo_id=path.name,
                 fps=fps,
@@ -179,7 +179,8 @@ def write_demonstrations(
     return count
 
 
-def _feature(stream: np.ndarray, names: Sequence[str] | None) -> dict[str, Any]:
+def stream_feature(stream: np.ndarray, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """LeRobot's description of a stream (steps, ...): images of 8 bits are videos."""
     if stream.dtype == np.uint8 and stream.ndim == 4:
         return {"dtype": "video", "shape": stream.shape[1:], "names": ["height", "width", "channels"]}
     return {"dtype": str(stream.dtype), "shape": stream.shape[1:], "names": None if names is None else list(names)}

@@ -8,6 +8,7 @@ Needs the extra ``lerobot_policy_ptr[metaworld]`` and, to render, a headless GL:
 set before ``mujoco`` is first imported.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +118,7 @@ class MetaworldScene(gym.Env):
     ) -> tuple[Observation, dict[str, Any]]:
         """A new scene; the same seed gives the scene that LeRobot's environment gives."""
         self.reset_physics(seed)
-        return self._observation(), {"is_success": False}
+        return self.observation(), {"is_success": False}
 
     def reset_physics(self, seed: int | None = None) -> None:
         """As :meth:`reset`, without rendering."""
@@ -127,8 +128,12 @@ class MetaworldScene(gym.Env):
         self._state, _ = self._env.reset(seed=seed)
         # The goal marker is moved after the last forward pass: without this the first image shows the previous goal.
         mujoco.mj_kinematics(self._env.model, self._env.data)
-        self._expert = TASK_POLICY_MAPPING[self.task]()
+        self._expert = self._new_expert()
         self.success, self._steps = False, 0
+
+    def _new_expert(self) -> Any:
+        """The scripted expert of the task, at the beginning of its script."""
+        return TASK_POLICY_MAPPING[self.task]()
 
     def step(self, action: Float[np.ndarray, "4"]) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """One control step of 1/80 s. Ends the episode on success, but resets nothing: stepping on is allowed."""
@@ -137,7 +142,7 @@ class MetaworldScene(gym.Env):
         info: dict[str, Any] = {"task": self.task, "is_success": solved}
         if solved or truncated:
             info["final_info"] = {"task": self.task, "is_success": self.success}
-        return self._observation(), reward, solved, truncated, info
+        return self.observation(), reward, solved, truncated, info
 
     def step_physics(self, action: Float[np.ndarray, "4"]) -> tuple[float, bool]:
         """As :meth:`step`, without rendering: the reward, and whether the task is solved in the new state."""
@@ -158,9 +163,13 @@ class MetaworldScene(gym.Env):
             self._env.model.vis.global_.offheight = max(side, self._env.model.vis.global_.offheight)
             self._renderer = mujoco.Renderer(self._env.model, side, side)
         self._renderer.update_scene(self._env.data, camera=CAMERA)
+        self._draw_markers(self._renderer.scene)
         image = np.flip(self._renderer.render(), (0, 1)).astype(np.float32)
         size, factor = self.image_size, self.supersample
         return image.reshape(size, factor, size, factor, 3).mean((1, 3)).round().astype(np.uint8)
+
+    def _draw_markers(self, scene: Any) -> None:
+        """Adds shapes to MuJoCo's abstract scene before it is rendered; a scene of its own has none."""
 
     def close(self) -> None:
         """Frees the rendering context; EGL complains if the interpreter has to do it."""
@@ -169,7 +178,8 @@ class MetaworldScene(gym.Env):
             self._renderer = None
         self._env.close()
 
-    def _observation(self) -> Observation:
+    def observation(self) -> Observation:
+        """What a policy sees now."""
         return {"pixels": self.render(), "agent_pos": self.agent_pos}
 
 
@@ -184,7 +194,13 @@ class Recording:
 
 
 def record_expert(
-    scene: MetaworldScene, seed: int, steps_after_success: int = 20, max_steps: int = 150, images: bool = True
+    scene: MetaworldScene,
+    seed: int,
+    steps_after_success: int = 20,
+    max_steps: int = 150,
+    images: bool = True,
+    must_stay: bool = True,
+    operator: Callable[[MetaworldScene], Float32[np.ndarray, "4"]] | None = None,
 ) -> Recording | None:
     """Lets the scripted expert solve the scene ``seed``.
 
@@ -197,10 +213,12 @@ def record_expert(
         steps_after_success: number of frames after the one whose action solved the task.
         max_steps: give up when the task is not solved by then.
         images: False leaves ``observation.image`` out and needs no GL.
+        must_stay: the task has to be solved after the last step too.
+        operator: chooses the actions, in [-1, 1]; the scripted expert if None.
 
     Returns:
-        ``observation.image`` (steps, H, W, 3) uint8, ``observation.state`` (steps, 4) and ``action`` (steps, 4) float32 under
-        LeRobot's keys for Meta-World; None if the expert failed or did not stay successful to the end.
+        ``observation.image`` (steps, H, W, 3) uint8, ``observation.state`` (steps, state) and ``action`` (steps, 4) float32 under
+        LeRobot's keys for Meta-World; None if the expert failed, or did not stay successful to the end as ``must_stay`` demands.
     """
     scene.reset_physics(seed)
     frames: dict[str, list[np.ndarray]] = {"observation.state": [], "action": []}
@@ -211,7 +229,7 @@ def record_expert(
         step = len(frames["action"])
         if step >= max_steps:
             return None
-        action = scene.expert_action()
+        action = scene.expert_action() if operator is None else operator(scene)
         if images:
             frames["observation.image"].append(scene.render())
         frames["observation.state"].append(scene.agent_pos.astype(np.float32))
@@ -219,7 +237,7 @@ def record_expert(
         _, solved = scene.step_physics(action)
         if solved and success_step is None:
             success_step = step
-    if not solved:
+    if must_stay and not solved:
         return None
     episode = Episode({key: np.stack(values) for key, values in frames.items()}, scene.task_description)
     return Recording(episode, scene.task, seed, success_step)

@@ -22,7 +22,9 @@ from ptr_hf.method.candidates import (
     rank_offset,
 )
 from ptr_hf.method.controller import AdaptiveScaleController
-from ptr_hf.method.objective import ChunkBatch, ObjectiveOutput, PTRObjective
+from ptr_hf.method.evidence import Evidence, Weigher, Weighing
+from ptr_hf.method.numerics import NeverLowered, full_precision
+from ptr_hf.method.objective import ChunkBatch, ChunkDetails, ObjectiveOutput, PTRObjective
 from ptr_hf.method.scorer import (
     IdentificationMetrics,
     TransitionScorer,
@@ -53,13 +55,18 @@ __all__ = [
     "CandidateQueue",
     "Candidates",
     "ChunkBatch",
+    "ChunkDetails",
     "ConsequenceEncoder",
+    "Evidence",
     "HardNegativeKey",
     "IdentificationMetrics",
+    "NeverLowered",
     "ObjectiveOutput",
     "PTRObjective",
     "Samples",
     "TransitionScorer",
+    "Weigher",
+    "Weighing",
     "belief_diversity",
     "belief_entropy",
     "build_candidates",
@@ -67,6 +74,7 @@ __all__ = [
     "conservative_weight",
     "derangement",
     "effective_sample_size",
+    "full_precision",
     "gather_across_ranks",
     "global_self_normalized_loss",
     "identification_logits",

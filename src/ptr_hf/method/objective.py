@@ -19,6 +19,7 @@ from ptr_hf.method.candidate_queue import CandidateQueue
 from ptr_hf.method.candidates import HardNegativeKey, Samples, build_candidates, gather_across_ranks, rank_offset
 from ptr_hf.method.controller import AdaptiveScaleController
 from ptr_hf.method.distributed import rank, sum_over_ranks
+from ptr_hf.method.evidence import Evidence, Weigher, Weighing
 from ptr_hf.method.numerics import NeverLowered
 from ptr_hf.method.scorer import (
     TransitionScorer,
@@ -50,6 +51,7 @@ class ChunkBatch:
         chunk_valid: False where the whole chunk lies past its episode's end.
         entropy: H_tok, 0 without belief.
         diversity: D_tok, 0 without belief.
+        weighed_by: what a ``Weigher`` reads beyond that; None when the paper's T weighs.
     """
 
     loss: Float[Tensor, " batch"]
@@ -59,11 +61,25 @@ class ChunkBatch:
     chunk_valid: Bool[Tensor, " batch"]
     entropy: Float[Tensor, ""]
     diversity: Float[Tensor, ""]
+    weighed_by: "ChunkDetails | None" = None
+
+
+@dataclass
+class ChunkDetails:
+    """What only a ``Weigher`` reads of a chunk; see ``Evidence``."""
+
+    action: Float[Tensor, "batch stretches action_dim"]
+    current: Float[Tensor, "batch dim"]
+    motion: Float[Tensor, " batch"]
+    index: Int[Tensor, " batch"]
 
 
 @dataclass
 class ObjectiveOutput:
-    """Per chunk: losses, score and weight (0 where not ``chunk_valid``), and what each may be averaged over."""
+    """Per chunk: losses, score and weight (0 where not ``chunk_valid``), and what each may be averaged over.
+
+    ``weighing`` is what a ``Weigher`` said, its heads' losses among it; None when the paper's T weighs.
+    """
 
     loss: Float[Tensor, " batch"]
     weight: Float[Tensor, " batch"]
@@ -78,13 +94,29 @@ class ObjectiveOutput:
     correct: Bool[Tensor, " batch"]
     margin: Float[Tensor, " batch"]
     candidates: Int[Tensor, " batch"]
+    weighing: Weighing | None = None
+
+
+@dataclass
+class Identified:
+    """What the identification posterior says of each chunk (Eq. 12-14, 31)."""
+
+    target_valid: Bool[Tensor, " batch"]
+    score: Float[Tensor, " batch"]
+    identification: Float[Tensor, " batch"]
+    ranking: Float[Tensor, " batch"]
+    ranking_valid: Bool[Tensor, " batch"]
+    contrast: Float[Tensor, " batch"]
+    correct: Bool[Tensor, " batch"]
+    margin: Float[Tensor, " batch"]
+    candidates: Int[Tensor, " batch"]
 
 
 class PTRObjective(NeverLowered):
     """Scores a step's chunks, weighs their loss and puts Eq. 32 together; defaults are Table 6's.
 
     Args:
-        scorer: f(h, e).
+        scorer: f(h, e), or None where a ``weigher`` asks for no identification posterior.
         queue: past targets, or None to do without.
         controller: holder of τ, β and ρ.
         alpha, weight_min, weight_max: of Eq. 21.
@@ -97,6 +129,9 @@ class PTRObjective(NeverLowered):
         warmup_steps: optimiser steps during which every weight is 1 while the scorer trains.
         detach_scorer_inputs: keep L_id and L_rank from reaching the policy (ours; the paper lets them).
         discount: γ^Δ', factor on the identification loss.
+        shuffle_consequences: give every chunk another chunk's target, a control for any score.
+        weigher: weighs the loss by something else than Eq. 21; its heads' losses are added with coefficient 1 (their
+            inputs are constants and Adam ignores the scale).
         seed: of the private random stream; the global one is never touched, so α = 0 draws the noise of plain
             post-training.
 
@@ -109,7 +144,7 @@ class PTRObjective(NeverLowered):
 
     def __init__(
         self,
-        scorer: TransitionScorer,
+        scorer: TransitionScorer | None,
         queue: CandidateQueue | None,
         controller: AdaptiveScaleController,
         *,
@@ -128,6 +163,8 @@ class PTRObjective(NeverLowered):
         detach_scorer_inputs: bool = False,
         discount: float = 1.0,
         seed: int = 0,
+        shuffle_consequences: bool = False,
+        weigher: Weigher | None = None,
     ) -> None:
         super().__init__()
         weight_bounds(alpha, weight_min, weight_max)
@@ -149,6 +186,8 @@ class PTRObjective(NeverLowered):
         self.detach_scorer_inputs = detach_scorer_inputs
         self.discount = discount
         self.seed = seed
+        self.shuffle_consequences = shuffle_consequences
+        self.weigher = weigher
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("window", torch.zeros(6, dtype=torch.float64))
         # the step again, known without reading the device
@@ -171,14 +210,59 @@ class PTRObjective(NeverLowered):
         summaries are not finite is scored as one without a target.
         """
         finite = chunks.context.isfinite().all(dim=1) & chunks.action.isfinite().all(dim=1)
+        samples = replace(chunks.samples, valid=chunks.samples.usable & chunks.chunk_valid)
+        generator = self._generator(chunks.loss.device)
+        if self.shuffle_consequences:
+            other, _ = masked_derangement(samples.valid, generator)
+            samples = replace(samples, targets=samples.targets[other])
+        everyone = gather_across_ranks(samples) if self.training else samples
+        if self.scorer is None:
+            identified = _unidentified(samples.valid & finite, chunks.loss)
+        else:
+            identified = self._identify(self.scorer, chunks, finite, samples, everyone, generator)
+        weighing = self._weigh(chunks, samples, identified, generator)
+        output = ObjectiveOutput(
+            loss=chunks.loss,
+            weight=weighing.weight.masked_fill(~chunks.chunk_valid, 0.0),
+            score=identified.score.detach(),
+            identification=identified.identification,
+            ranking=identified.ranking,
+            target_valid=identified.target_valid,
+            ranking_valid=identified.ranking_valid,
+            chunk_valid=chunks.chunk_valid,
+            entropy=chunks.entropy,
+            diversity=chunks.diversity,
+            correct=identified.correct,
+            margin=identified.margin,
+            candidates=identified.candidates,
+            weighing=weighing if self.weigher is not None else None,
+        )
+        if self.training:
+            self._micro_step += 1
+            self._step_samples.append(everyone)
+            self._step_statistics.append(self._statistics(output))
+        return output
+
+    @property
+    def warm(self) -> bool:
+        """Whether the scorer's warm-up is over."""
+        return self._step >= self.warmup_steps
+
+    def _identify(
+        self,
+        scorer: TransitionScorer,
+        chunks: ChunkBatch,
+        finite: Bool[Tensor, " batch"],
+        samples: Samples,
+        everyone: Samples,
+        generator: torch.Generator,
+    ) -> Identified:
+        """The identification posterior of every chunk and its two losses."""
         context = torch.where(finite[:, None], chunks.context, 0.0)
         action = torch.where(finite[:, None], chunks.action, 0.0)
         if self.detach_scorer_inputs:
             context, action = context.detach(), action.detach()
-        samples = replace(chunks.samples, valid=chunks.samples.usable & chunks.chunk_valid)
-        everyone = gather_across_ranks(samples) if self.training else samples
         across = self.cross_rank and self.training
-        generator = self._generator(context.device)
         candidates = build_candidates(
             local=samples,
             gathered=everyone if across else samples,
@@ -194,42 +278,55 @@ class PTRObjective(NeverLowered):
         # a copy, because data-parallel training may write the buffer before backward has read it
         temperature, clamp = self.controller.temperature.clone(), self.logit_clamp
 
-        logits = candidates.logits(self.scorer(context, action), temperature, clamp)
-        score = ptr_score(logits, mask)
+        logits = candidates.logits(scorer(context, action), temperature, clamp)
         other_action, ranking_valid = masked_derangement(target_valid, generator)
-        other_query = self.scorer(context, action[other_action])
+        other_query = scorer(context, action[other_action])
         match = candidates.pool[candidates.index[:, :1]]
         other_logit = identification_logits(other_query, match, temperature, clamp)[:, 0]
-
-        weight = conservative_weight(
-            score,
-            self.controller.beta,
-            self.alpha,
-            self.weight_min,
-            self.weight_max,
-            valid=target_valid if self._step >= self.warmup_steps else torch.zeros_like(target_valid),
-        )
-        identified = identification_metrics(logits, mask)
-        output = ObjectiveOutput(
-            loss=chunks.loss,
-            weight=weight.masked_fill(~chunks.chunk_valid, 0.0),
-            score=score.detach(),
+        metrics = identification_metrics(logits, mask)
+        return Identified(
+            target_valid=target_valid,
+            score=ptr_score(logits, mask),
             identification=identification_loss(logits, mask),
             ranking=ranking_loss(logits[:, 0], other_logit).masked_fill(~ranking_valid, 0.0),
-            target_valid=target_valid,
             ranking_valid=ranking_valid,
-            chunk_valid=chunks.chunk_valid,
-            entropy=chunks.entropy,
-            diversity=chunks.diversity,
-            correct=identified.correct,
-            margin=identified.margin,
+            contrast=(logits[:, 0] - other_logit).detach(),
+            correct=metrics.correct,
+            margin=metrics.margin,
             candidates=mask.sum(dim=1),
         )
-        if self.training:
-            self._micro_step += 1
-            self._step_samples.append(everyone)
-            self._step_statistics.append(self._statistics(output))
-        return output
+
+    def _weigh(
+        self, chunks: ChunkBatch, samples: Samples, identified: Identified, generator: torch.Generator
+    ) -> Weighing:
+        """Eq. 21 on T, or what the ``weigher`` makes of the evidence."""
+        valid, beta = identified.target_valid, self.controller.beta
+        if self.weigher is None:
+            known = valid if self.warm else torch.zeros_like(valid)
+            weight = conservative_weight(
+                identified.score, beta, self.alpha, self.weight_min, self.weight_max, valid=known
+            )
+            nothing = torch.zeros_like(weight)
+            return Weighing(weight, nothing[:, None], nothing[:, None], nothing, nothing)
+        details = chunks.weighed_by
+        if details is None:
+            raise ValueError("A weigher reads ChunkBatch.weighed_by, which is missing.")
+        evidence = Evidence(
+            loss=chunks.loss.detach(),
+            action=details.action.detach().nan_to_num(),
+            current=details.current.nan_to_num(),
+            target=samples.targets.nan_to_num(),
+            target_valid=valid,
+            chunk_valid=chunks.chunk_valid,
+            posterior=identified.score.detach(),
+            contrast=identified.contrast,
+            contrast_valid=identified.ranking_valid,
+            motion=details.motion.detach(),
+            task=samples.task,
+            episode=samples.episode,
+            index=details.index,
+        )
+        return self.weigher.weigh(evidence, beta, self.warm, generator)
 
     def combine(self, output: ObjectiveOutput) -> dict[str, Float[Tensor, ""]]:
         """Eq. 32. In training every mean is over all ranks' chunks, with one all-reduce for the three denominators.
@@ -238,21 +335,20 @@ class PTRObjective(NeverLowered):
         """
         mean = global_self_normalized_loss if self.training else self_normalized_loss
         weight = output.weight
-        action, identification, ranking = mean(
-            torch.stack([output.loss, output.identification, output.ranking]),
-            torch.stack([weight, output.target_valid.to(weight), output.ranking_valid.to(weight)]),
-        )
+        losses = [output.loss, output.identification, output.ranking]
+        weights = [weight, output.target_valid.to(weight), output.ranking_valid.to(weight)]
+        if output.weighing is not None:
+            losses, weights = [*losses, output.weighing.head_loss], [*weights, output.weighing.head_weight]
+        action, identification, ranking, *heads = mean(torch.stack(losses), torch.stack(weights))
         tokenizer = self.entropy_coef * output.entropy + self.diversity_coef * output.diversity
         loss = (
             action + self.identification_coef * self.discount * identification + self.ranking_coef * ranking + tokenizer
         )
-        return {
-            "action": action,
-            "identification": identification,
-            "ranking": ranking,
-            "tokenizer": tokenizer,
-            "loss": loss,
-        }
+        terms = {"action": action, "identification": identification, "ranking": ranking, "tokenizer": tokenizer}
+        for head in heads:
+            terms["heads"] = head
+            loss = loss + head
+        return terms | {"loss": loss}
 
     @torch.no_grad()
     def metrics(self, output: ObjectiveOutput) -> dict[str, Float[Tensor, ""]]:
@@ -298,10 +394,14 @@ class PTRObjective(NeverLowered):
         self._step_samples, self._step_statistics, self._micro_step = [], [], 0
         self._step += 1
         self.steps.fill_(self._step)
+        if self.weigher is not None:
+            self.weigher.after_step(self._step, self.warm)
 
     @torch.no_grad()
     def update_controller(self) -> None:
         """At a logging step, after ``after_step``: hand the controller the window's means over all ranks."""
+        if self.scorer is None:
+            return
         correct, margin, comparable, score, targets, chunks = self.window
         self.controller.update(correct / comparable, margin / comparable, score / targets, targets / chunks)
         self.window.zero_()
@@ -323,6 +423,22 @@ class PTRObjective(NeverLowered):
         for part in (self.seed, self._step, rank(), self._micro_step):
             seed = (seed * 1_000_003 + part) % 2**63
         return torch.Generator(device).manual_seed(seed)
+
+
+def _unidentified(target_valid: Bool[Tensor, " batch"], loss: Float[Tensor, " batch"]) -> Identified:
+    """Nothing is identified: no score, no loss, no candidate."""
+    zero, never = torch.zeros_like(loss.detach()), torch.zeros_like(target_valid)
+    return Identified(
+        target_valid=target_valid,
+        score=zero,
+        identification=zero,
+        ranking=zero,
+        ranking_valid=never,
+        contrast=zero,
+        correct=never,
+        margin=zero,
+        candidates=torch.zeros_like(target_valid, dtype=torch.int64),
+    )
 
 
 def _mean(values: Float[Tensor, " batch"] | Bool[Tensor, " batch"], mask: Bool[Tensor, " batch"]) -> Float[Tensor, ""]:

@@ -6,7 +6,7 @@ from torch import nn
 from ptr_hf.policies.act import ACTAdapter
 from ptr_hf.policies.hooks import unwrap
 from ptr_hf.policies.protocol import Batch, BeliefMask, PolicyAdapter, PolicyTrace, RolloutTrace, Views
-from ptr_hf.policies.smolvla import SmolVLAAdapter
+from ptr_hf.policies.smolvla import SmolVLAAdapter, SmolVLAStateAdapter
 
 __all__ = [
     "ACTAdapter",
@@ -16,13 +16,14 @@ __all__ = [
     "PolicyTrace",
     "RolloutTrace",
     "SmolVLAAdapter",
+    "SmolVLAStateAdapter",
     "Views",
     "make_adapter",
     "supported_policies",
 ]
 
 _ADAPTERS: dict[str, type[ACTAdapter] | type[SmolVLAAdapter]] = {
-    adapter.family: adapter for adapter in (ACTAdapter, SmolVLAAdapter)
+    adapter.family: adapter for adapter in (ACTAdapter, SmolVLAAdapter, SmolVLAStateAdapter)
 }
 
 

@@ -1,6 +1,7 @@
-"""SmolVLA: a SmolVLM backbone whose hidden states condition a flow-matching action expert."""
+"""SmolVLA, with cameras or without: a SmolVLM backbone whose hidden states condition a flow-matching action expert."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -85,7 +86,7 @@ class SmolVLAAdapter(AdapterBase):
                 images, image_masks = policy.prepare_images(batch)
             else:
                 images, image_masks = list(views.features.values()), list(views.masks.values())
-                if images[0].shape[0] != action.shape[0]:
+                if images and images[0].shape[0] != action.shape[0]:
                     raise ValueError(f"views has {images[0].shape[0]} rows and the batch {action.shape[0]}.")
                 scope.enter_context(patched(self._experts, "embed_image", _identity))
             prefix_pad = scope.enter_context(self._prefix(belief, belief_mask))
@@ -270,6 +271,70 @@ class SmolVLAAdapter(AdapterBase):
 
     def _action_tokens(self, action: Float[Tensor, "batch steps dim"]) -> Float[Tensor, "batch steps action_dim"]:
         return self.base.model.action_in_proj(self.base.prepare_action({ACTION: action})).float()
+
+
+class SmolVLAStateAdapter(SmolVLAAdapter):
+    """Reads a `SmolVLAStatePolicy`: as SmolVLA, with a prefix of instruction and state alone.
+
+    The consequence tower is the policy's own state projector: one layer, one token.
+    """
+
+    family = "smolvla_state"
+
+    def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
+        """Views without images, with the state's token when a layer is asked for; see `PolicyAdapter.encode_views`."""
+        require_keys(batch, [OBS_STATE], self.family)
+        if layer is None:
+            return Views(features={}, masks={})
+        check_layer(layer, self.num_tower_layers())
+        if not self.tower_is_frozen():
+            raise ValueError("Layer states are shared only while the state projector is frozen; pass layer=None.")
+        return Views(
+            features={}, masks={}, tower={OBS_STATE: self.encode_image(self._tower(), OBS_STATE, batch[OBS_STATE])}
+        )
+
+    def target_keys(self) -> tuple[str, ...]:
+        """The state."""
+        return (OBS_STATE,)
+
+    def tower_is_frozen(self) -> bool:
+        """Whether no parameter of the state projector trains."""
+        return not any(parameter.requires_grad for parameter in self.base.model.state_proj.parameters())
+
+    def num_tower_layers(self) -> int:
+        """The state projector."""
+        return 1
+
+    def target_dim(self, layer: int) -> int:
+        """Width of the state projector, which is that of the text model."""
+        check_layer(layer, self.num_tower_layers())
+        return self.context_dim
+
+    def build_tower(self, layer: int, share: bool = False) -> nn.Module:
+        """The state projector; see `PolicyAdapter.build_tower`."""
+        check_layer(layer, self.num_tower_layers())
+        return self._tower() if share else frozen_copy(self._tower())
+
+    def tower_parameters(self, layer: int) -> Iterable[tuple[str, Tensor]]:
+        """The live state projector's parameters under the names of `build_tower(layer).state_dict()`."""
+        check_layer(layer, self.num_tower_layers())
+        return self._tower().state_dict().items()
+
+    @torch.no_grad()
+    def encode_image(
+        self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
+    ) -> Float[Tensor, "batch patches target_dim"]:
+        """The one token of a normalised state (batch, state_dim), padded by the policy itself."""
+        if key != OBS_STATE:
+            raise ValueError(f"{key!r} is not a target feature of this policy, which has {OBS_STATE}.")
+        state = self._state({OBS_STATE: image})
+        return tower(state.to(next(tower.parameters()).dtype)).unsqueeze(1)
+
+    def _tower(self) -> nn.Module:
+        return nn.Sequential(OrderedDict(projection=self.base.model.state_proj))
+
+    def _check_images(self, batch: Batch) -> None:
+        """There are none to check."""
 
 
 def _identity(image: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.act.modeling_act import ACTPolicy
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from lerobot.utils.constants import ACTION, OBS_STATE
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # type: ignore[import-untyped]
 from torch import Tensor, nn
@@ -25,7 +26,9 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 from transformers.models.smolvlm.image_processing_smolvlm import SmolVLMImageProcessor
 from transformers.models.smolvlm.video_processing_smolvlm import SmolVLMVideoProcessor
 
+from ptr_hf.policies.configuration_smolvla_state import SmolVLAStateConfig
 from ptr_hf.policies.hooks import captured_output
+from ptr_hf.policies.modeling_smolvla_state import SmolVLAStatePolicy
 
 PAD, END, IMAGE = "<pad>", "<end_of_utterance>", "<image>"
 FAKE_IMAGE, GLOBAL_IMAGE = "<fake_token_around_image>", "<global-img>"
@@ -132,6 +135,9 @@ def tiny_smolvla(
 ) -> SmolVLAPolicy:
     """A `SmolVLAPolicy` over the VLM that `write_tiny_vlm` described, with random weights.
 
+    Without a camera among the features it is a `SmolVLAStatePolicy`, as wide as the robot's own state and actions: a VLM
+    with `text_dim=64, text_layers=2` and `expert_width_multiplier=1.0` is enough for Meta-World's 39-d states.
+
     Args:
         features: a LeRobot dataset's `meta.features`, or (input_features, output_features).
         vlm_folder: what `write_tiny_vlm` returned.
@@ -157,7 +163,11 @@ def tiny_smolvla(
         "push_to_hub": False,
         "optimizer_lr": 1e-3,
     }
-    policy_config = SmolVLAConfig(
+    sees = any(feature.type is FeatureType.VISUAL for feature in inputs.values())
+    if not sees:
+        widths = {key: feature.shape[0] for key, feature in {**inputs, **outputs}.items()}
+        settings |= {"max_state_dim": widths.get(OBS_STATE, 0), "max_action_dim": widths[ACTION]}
+    policy_config = (SmolVLAConfig if sees else SmolVLAStateConfig)(
         input_features=inputs,
         output_features=outputs,
         chunk_size=chunk_size,
@@ -172,6 +182,8 @@ def tiny_smolvla(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if not sees:
+            return SmolVLAStatePolicy(policy_config).to(device)
         policy = SmolVLAPolicy(policy_config)
         _spread_vision_features(policy.model.vlm_with_expert.get_vlm_model().vision_model)
     policy.to(device)

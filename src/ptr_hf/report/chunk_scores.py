@@ -1,6 +1,6 @@
 """The scores of a dataset: one row per chunk, in `ptr_scores.parquet`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ SCORE_COLUMNS: dict[str, pa.DataType] = {
     "weight": pa.float64(),
     "loss": pa.float64(),
 }
+VERDICT_PREFIX = "score_"
 SCORE_SCHEMA = pa.schema(list(SCORE_COLUMNS.items()))
 
 
@@ -31,6 +32,8 @@ class ChunkScores:
     """Score T (nats), weight and policy loss of every scored chunk, one array per column of `SCORE_COLUMNS`.
 
     A chunk whose `target_valid` is False has no recorded future: its weight says nothing about its quality.
+    `verdicts` holds every single score's, by name, where the weight comes from other scores than T; in the file they are
+    columns `score_<name>`.
     """
 
     index: Int[np.ndarray, " chunks"]
@@ -42,6 +45,7 @@ class ChunkScores:
     score: Float[np.ndarray, " chunks"]
     weight: Float[np.ndarray, " chunks"]
     loss: Float[np.ndarray, " chunks"]
+    verdicts: dict[str, Float[np.ndarray, " chunks"]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -60,16 +64,24 @@ class ChunkScores:
         missing = [name for name in SCORE_COLUMNS if name not in table.column_names]
         if missing:
             raise ValueError(f"Chunk scores need the columns {list(SCORE_COLUMNS)}, missing are {missing}.")
+        verdicts = {
+            name.removeprefix(VERDICT_PREFIX): table[name].cast(pa.float64()).to_numpy()
+            for name in table.column_names
+            if name.startswith(VERDICT_PREFIX)
+        }
         table = table.select(list(SCORE_COLUMNS)).cast(SCORE_SCHEMA)
         measured = ("score", "weight", "loss")
         for name in (name for name in SCORE_COLUMNS if name not in measured):
             if table[name].null_count:
                 raise ValueError(f"The column {name!r} of the chunk scores has {table[name].null_count} empty rows.")
-        return ChunkScores(**{name: table[name].to_numpy() for name in SCORE_COLUMNS})
+        return ChunkScores(**{name: table[name].to_numpy() for name in SCORE_COLUMNS}, verdicts=verdicts)
 
     def to_table(self) -> pa.Table:
         """The same as an Arrow table in the file's schema."""
-        return pa.table({name: pa.array(self.__dict__[name]) for name in SCORE_COLUMNS}).cast(SCORE_SCHEMA)
+        table = pa.table({name: pa.array(self.__dict__[name]) for name in SCORE_COLUMNS}).cast(SCORE_SCHEMA)
+        for name, values in self.verdicts.items():
+            table = table.append_column(VERDICT_PREFIX + name, pa.array(values, pa.float64()))
+        return table
 
 
 def read_scores(path: str | Path) -> ChunkScores:

@@ -1,0 +1,257 @@
+"""A whole LeRobotDataset in memory, for small data sets whose reading would otherwise cost more than the training step.
+
+LeRobot reads a sample frame by frame from Arrow tables and seeks in its videos. Here every column is one tensor, every
+video is decoded once, and a batch of segments is a few index operations. The batches equal LeRobot's.
+"""
+
+import hashlib
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from huggingface_hub.utils import WeakFileLock
+from jaxtyping import Bool, Int, Shaped, UInt8
+from lerobot.datasets.language import is_language_column
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.video_utils import decode_video_frames
+from lerobot.utils.feature_utils import dataset_to_policy_features
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from ptr_hf.data.datasets import episode_spans, video_backend
+from ptr_hf.data.segments import ACTION, OBSERVATION_PREFIX, PAD_SUFFIX, SegmentLayout
+
+GIGABYTE = 10**9
+DECODED_AT_ONCE = 128 * 10**6
+
+logger = logging.getLogger(__name__)
+
+
+class InMemorySegments(Dataset[dict[str, Any]]):
+    """The segments of a LeRobotDataset, read once into memory.
+
+    `__getitems__` returns one collated batch, with the keys, dtypes and values of
+    `default_collate([dataset[i] for i in indices])` for the dataset `open_dataset(source, layout)`; give a DataLoader
+    `collate_fn=collate_segments`. Workers gain nothing: leave `num_workers` at 0.
+
+    Args:
+        dataset: an open LeRobotDataset, with all episodes or some of them; its own `delta_timestamps` do not matter.
+        layout: the offsets to read.
+        frames_cache: a folder that keeps the decoded frames as memory-mapped arrays, one file a camera, for later runs and
+            other processes; files of another data set, or of one that has changed, are left alone. None decodes anew.
+        max_gigabytes: the most that columns and frames may take, 10^9 bytes each.
+
+    Attributes:
+        dataset, meta, layout: as given.
+
+    Raises:
+        ValueError: the data set takes more than `max_gigabytes`, or holds what a plain tensor cannot (depth maps, language
+            columns, missing values).
+    """
+
+    def __init__(
+        self,
+        dataset: LeRobotDataset,
+        layout: SegmentLayout,
+        *,
+        frames_cache: str | Path | None = None,
+        max_gigabytes: float = 4.0,
+    ) -> None:
+        self.dataset, self.meta, self.layout = dataset, dataset.meta, layout
+        _check_supported(dataset, max_gigabytes)
+        self._columns: dict[str, Tensor] = {}
+        self._texts: dict[str, list[str]] = {}
+        for key in dataset.hf_dataset.column_names:
+            if key in self.meta.image_keys:
+                continue
+            if self.meta.features[key]["dtype"] == "string":
+                self._texts[key] = dataset.hf_dataset.data.column(key).to_pylist()
+            else:
+                self._columns[key] = _read_column(dataset, key)
+        self._frames = {key: _load_frames(dataset, key, frames_cache) for key in self.meta.camera_keys}
+        self._first, self._last = _episode_bounds(dataset)
+        self._task_names: list[str] = self.meta.tasks.index.tolist()
+        self._offsets: dict[str, Tensor] = {}
+        for key in self.meta.features:
+            if key == ACTION:
+                self._offsets[key] = torch.tensor(layout.action_offsets)
+            elif key.startswith(OBSERVATION_PREFIX) and layout.observation_offsets is not None:
+                self._offsets[key] = torch.tensor(layout.observation_offsets)
+
+    def __len__(self) -> int:
+        return len(self._first)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One sample, without the batch dimension."""
+        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+        """A collated batch of the segments that start at the given positions, in their order.
+
+        Raises:
+            IndexError: a position is outside the data set.
+        """
+        rows = torch.tensor(indices, dtype=torch.int64)
+        if ((rows < -len(self)) | (rows >= len(self))).any():
+            raise IndexError(f"The data set has positions 0 to {len(self) - 1}; the batch asks for {list(indices)}.")
+        rows = torch.where(rows < 0, rows + len(self), rows)
+        observed = self._around(rows, self.layout.observation_offsets)
+        acted = self._around(rows, self.layout.action_offsets)
+        batch: dict[str, Any] = {}
+        for key in [*self.meta.video_keys, *self.dataset.hf_dataset.column_names]:
+            where = rows
+            if key in self._offsets:
+                where = (acted if key == ACTION else observed)[0]
+            if key in self._frames:
+                batch[key] = self._pictures(key, where)
+            elif key in self._columns:
+                batch[key] = _take(self._columns[key], where)
+            else:
+                batch[key] = [self._texts[key][row] for row in rows.tolist()]
+        for key in self._offsets:
+            batch[key + PAD_SUFFIX] = (acted if key == ACTION else observed)[1]
+        batch["task"] = [self._task_names[task] for task in batch["task_index"].tolist()]
+        return batch
+
+    def _around(
+        self, rows: Int[Tensor, " batch"], offsets: list[int] | None
+    ) -> tuple[Int[Tensor, "batch steps"], Bool[Tensor, "batch steps"]]:
+        """Positions at the offsets, held at the episode's ends, and whether they were."""
+        wanted = rows.unsqueeze(1) + torch.tensor(offsets or [0])
+        first, last = self._first[rows].unsqueeze(1), self._last[rows].unsqueeze(1)
+        return wanted.clamp(first, last), (wanted < first) | (wanted > last)
+
+    def _pictures(self, key: str, where: Int[Tensor, "batch *steps"]) -> Shaped[Tensor, "batch ..."]:
+        """Frames as LeRobot gives them: uint8 from videos, float32 in [0, 1] from image files, then the transforms."""
+        frames = _take(self._frames[key], where)
+        if key in self.meta.image_keys:
+            frames = frames.to(torch.float32).div(255)
+        elif where.ndim > 1 and where.shape[1] == 1:
+            # LeRobot drops the time axis of a single video frame, and of no other feature.
+            frames = frames.squeeze(1)
+        if self.dataset.image_transforms is not None:
+            frames = torch.stack([self.dataset.image_transforms(sample) for sample in frames])
+        return frames
+
+
+def collate_segments(samples: Mapping[str, Any] | Sequence[Any]) -> Any:
+    """Collate function for `InMemorySegments`: passes its batches through, collates lists of samples as PyTorch does."""
+    return samples if isinstance(samples, Mapping) else default_collate(list(samples))
+
+
+def _check_supported(dataset: LeRobotDataset, max_gigabytes: float) -> None:
+    meta = dataset.meta
+    unsupported = [*meta.depth_keys, *filter(is_language_column, meta.features)]
+    if unsupported:
+        raise ValueError(
+            f"{meta.repo_id} holds depth maps or language columns ({', '.join(unsupported)}), which InMemorySegments does not "
+            "read: use the LeRobotDataset itself."
+        )
+    per_frame = 0
+    for item in meta.features.values():
+        width = 1 if item["dtype"] in ("image", "video") else 4 if item["dtype"].startswith("float") else 8
+        per_frame += width * math.prod(item["shape"])
+    gigabytes = len(dataset) * per_frame / GIGABYTE
+    if gigabytes > max_gigabytes:
+        raise ValueError(
+            f"{meta.repo_id} takes {gigabytes:.3g} GB in memory ({len(dataset)} frames), more than "
+            f"max_gigabytes={max_gigabytes:g}: raise the limit, choose fewer episodes, or read the LeRobotDataset from disk."
+        )
+
+
+def _read_column(dataset: LeRobotDataset, key: str) -> Shaped[Tensor, "frames *shape"]:
+    """A column as one tensor, with the dtype and shape that LeRobot gives its rows."""
+    sample = dataset.hf_dataset[:1][key][0]
+    column = dataset.hf_dataset.data.column(key).combine_chunks()
+    if column.null_count:
+        raise ValueError(f"{dataset.repo_id} lacks {column.null_count} values of {key!r}; InMemorySegments needs all.")
+    values = column.storage if isinstance(column, pa.ExtensionArray) else column
+    for _ in range(sample.ndim):
+        values = values.flatten()
+    array = values.to_numpy(zero_copy_only=False)
+    return torch.tensor(array, dtype=sample.dtype).reshape(-1, *sample.shape)
+
+
+def _episode_bounds(dataset: LeRobotDataset) -> tuple[Int[Tensor, " frames"], Int[Tensor, " frames"]]:
+    """Position of the first and of the last frame of each frame's episode."""
+    index = dataset.hf_dataset.data.column("index").to_numpy()
+    first, last = torch.empty(len(index), dtype=torch.int64), torch.empty(len(index), dtype=torch.int64)
+    for episode, start, length in episode_spans(dataset):
+        recorded = dataset.meta.episodes[episode]
+        expected = np.arange(recorded["dataset_from_index"], recorded["dataset_to_index"])
+        if not np.array_equal(index[start : start + length], expected):
+            raise ValueError(f"The frames of episode {episode} of {dataset.repo_id} are incomplete or out of order.")
+        first[start : start + length] = start
+        last[start : start + length] = start + length - 1
+    return first, last
+
+
+def _load_frames(
+    dataset: LeRobotDataset, key: str, cache: str | Path | None
+) -> UInt8[Tensor, "frames channels height width"]:
+    """All frames of a camera, decoded now or by an earlier run."""
+    shape = (len(dataset), *dataset_to_policy_features({key: dataset.meta.features[key]})[key].shape)
+    decode = _decode_images if key in dataset.meta.image_keys else _decode_videos
+    if cache is None:
+        frames = np.empty(shape, dtype=np.uint8)
+        decode(dataset, key, frames)
+        return torch.from_numpy(frames)
+    path = Path(cache) / f"{key}-{_identity(dataset, key)}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Of several processes one decodes while the others wait for its file.
+    with WeakFileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            frames = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+            decode(dataset, key, frames)
+            frames.flush()
+            partial.replace(path)
+    # Copy on write: the pages are shared, and PyTorch wants memory that it may write to.
+    return torch.from_numpy(np.load(path, mmap_mode="c"))
+
+
+def _identity(dataset: LeRobotDataset, key: str) -> str:
+    """Digest of everything the decoded frames depend on: the files' contents, the episodes, the camera, the decoder."""
+    root = dataset.root
+    read = {root / path for path in dataset.reader.get_episodes_file_paths()}
+    files = sorted({root / "meta" / "info.json", *(root / "meta" / "episodes").rglob("*.parquet"), *read})
+    digest = hashlib.sha256(repr((key, dataset.episodes, video_backend())).encode())
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:32]
+
+
+def _decode_images(dataset: LeRobotDataset, key: str, frames: np.ndarray) -> None:
+    pictures = dataset.hf_dataset.select_columns([key]).with_format(None)
+    for position, row in enumerate(pictures):
+        if row[key].mode != "RGB":
+            raise ValueError(
+                f"{key} of {dataset.repo_id} holds {row[key].mode} images, and InMemorySegments reads RGB: use the "
+                "LeRobotDataset itself."
+            )
+        frames[position] = np.asarray(row[key]).transpose(2, 0, 1)
+
+
+def _decode_videos(dataset: LeRobotDataset, key: str, frames: np.ndarray) -> None:
+    """Decode with LeRobot's function, a window of frames after the other."""
+    logger.info("Decoding %d frames of %s once, into memory.", len(frames), key)
+    timestamps = dataset.hf_dataset.data.column("timestamp").to_numpy()
+    window = max(1, min(256, DECODED_AT_ONCE // math.prod(frames.shape[1:])))
+    for episode, start, length in episode_spans(dataset):
+        path = dataset.root / dataset.meta.get_video_file_path(episode, key)
+        begin = dataset.meta.episodes[episode][f"videos/{key}/from_timestamp"]
+        for first in range(start, start + length, window):
+            last = min(first + window, start + length)
+            times = [begin + time for time in timestamps[first:last].tolist()]
+            decoded = decode_video_frames(path, times, dataset.tolerance_s, video_backend(), return_uint8=True)
+            frames[first:last] = decoded.numpy()
+
+
+def _take(values: Shaped[Tensor, "frames *shape"], where: Int[Tensor, "*steps"]) -> Shaped[Tensor, "..."]:
+    return values.index_select(0, where.flatten()).reshape(*where.shape, *values.shape[1:])

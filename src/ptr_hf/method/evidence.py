@@ -1,0 +1,78 @@
+"""What the objective hands to a strategy that weighs the loss by something else than the paper's T, and what it gets back.
+
+The strategies themselves live in ``ptr_hf.scores``; the objective knows only this contract.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ptr_hf.method.numerics import NeverLowered
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a score may read of a step's chunks, one row each; all of it constant.
+
+    Attributes:
+        loss: the policy's own loss per chunk.
+        action: the clean chunk's action tokens, averaged within consecutive stretches of time.
+        current: consequence embedding of o_t, zeros where no score needs it.
+        target: consequence embedding of o_{t+Δ}, zeros where there is none.
+        target_valid: the chunk has a recorded future.
+        chunk_valid: the chunk lies in its episode.
+        posterior: T (Eq. 14), 0 without an identification posterior.
+        contrast: d⁺_0 - d⁻_0 (Eq. 31), by how much the real action beats another one.
+        contrast_valid: where ``contrast`` means something.
+        motion: mean square of the chunk's normalised actions.
+        task, episode, index: instruction, episode and first frame of the chunk, as the dataset numbers them.
+    """
+
+    loss: Float[Tensor, " batch"]
+    action: Float[Tensor, "batch stretches action_dim"]
+    current: Float[Tensor, "batch dim"]
+    target: Float[Tensor, "batch dim"]
+    target_valid: Bool[Tensor, " batch"]
+    chunk_valid: Bool[Tensor, " batch"]
+    posterior: Float[Tensor, " batch"]
+    contrast: Float[Tensor, " batch"]
+    contrast_valid: Bool[Tensor, " batch"]
+    motion: Float[Tensor, " batch"]
+    task: Int[Tensor, " batch"]
+    episode: Int[Tensor, " batch"]
+    index: Int[Tensor, " batch"]
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """What a strategy says of a step's chunks.
+
+    Attributes:
+        weight: per chunk, constant; rows outside their episode are set to 0 by the objective.
+        verdicts: of every score that took part, one column each, NaN where it says nothing.
+        nulls: what each would have said under labels that are not the chunk's own, NaN where it has none.
+        head_loss: per chunk, the loss that trains the scores' own heads; zeros without any.
+        head_weight: what ``head_loss`` is averaged with.
+    """
+
+    weight: Float[Tensor, " batch"]
+    verdicts: Float[Tensor, "batch scores"]
+    nulls: Float[Tensor, "batch scores"]
+    head_loss: Float[Tensor, " batch"]
+    head_weight: Float[Tensor, " batch"]
+
+
+class Weigher(NeverLowered):
+    """A strategy: Score × Aggregation × WeightMap. Its buffers are equal on every rank."""
+
+    def weigh(
+        self, evidence: Evidence, beta: Float[Tensor, ""], warm: bool, generator: torch.Generator | None
+    ) -> Weighing:
+        """Weights of this rank's chunks; ``warm`` is False during the scorer's warm-up, when every weight is 1."""
+        raise NotImplementedError
+
+    def after_step(self, step: int, warm: bool) -> None:
+        """After the optimiser step: take in what all ranks have seen."""
+        raise NotImplementedError

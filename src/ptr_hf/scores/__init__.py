@@ -1,0 +1,63 @@
+"""What weighs the loss beyond the paper's T: Score × Aggregation × WeightMap, controls included.
+
+Every score reads what the step's forward has already computed; only ``action_identification`` and
+``instruction_identification`` train small heads of their own, on constants.
+"""
+
+from ptr_hf.scores.aggregation import WHOLE_EPISODE, EpisodeTable, SlotMemory
+from ptr_hf.scores.controls import Motion, NegativeLoss, OfEpisode, Uniform, known_beforehand
+from ptr_hf.scores.identification import ActionIdentification, InstructionIdentification
+from ptr_hf.scores.paper import ActionMargin, Posterior
+from ptr_hf.scores.score import Score, Scored
+from ptr_hf.scores.weigher import AGGREGATIONS, MISSING_FUTURE, Aggregation, MissingFuture, ScoreWeigher
+from ptr_hf.scores.weight_map import WEIGHT_MAPS, WeightMapName
+
+SCORES: dict[str, tuple[str, ...]] = {
+    # the paper's T
+    "posterior": ("posterior",),
+    # ours, one question each
+    "action_margin": ("action_margin",),
+    "action_identification": ("action_identification",),
+    "instruction_identification": ("instruction_identification",),
+    # ours, together
+    "consequence": ("action_identification", "instruction_identification"),
+    "consequence_loss": ("action_identification", "instruction_identification", "loss"),
+    # controls
+    "uniform": ("uniform",),
+    "random": ("random",),
+    "loss": ("loss",),
+    "motion": ("motion",),
+    "length": ("length",),
+    "oracle": ("oracle",),
+}
+READS_POSTERIOR = ("posterior", "action_margin")
+READS_FUTURES = (*READS_POSTERIOR, "action_identification", "instruction_identification")
+KNOWN_BEFOREHAND = ("random", "length", "oracle")
+
+__all__ = [
+    "AGGREGATIONS",
+    "KNOWN_BEFOREHAND",
+    "MISSING_FUTURE",
+    "READS_FUTURES",
+    "READS_POSTERIOR",
+    "SCORES",
+    "WEIGHT_MAPS",
+    "WHOLE_EPISODE",
+    "ActionIdentification",
+    "ActionMargin",
+    "Aggregation",
+    "EpisodeTable",
+    "InstructionIdentification",
+    "MissingFuture",
+    "Motion",
+    "NegativeLoss",
+    "OfEpisode",
+    "Posterior",
+    "Score",
+    "ScoreWeigher",
+    "Scored",
+    "SlotMemory",
+    "Uniform",
+    "WeightMapName",
+    "known_beforehand",
+]

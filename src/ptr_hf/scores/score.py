@@ -1,0 +1,48 @@
+"""The contract of a score: a number per chunk that says how well its labels agree with what followed."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ptr_hf.method import NeverLowered
+from ptr_hf.method.evidence import Evidence
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A score's verdict on a step's chunks, higher is better.
+
+    Attributes:
+        value: constant.
+        valid: where the value means something.
+        null: the same score of the chunk under labels that are not its own: what chance looks like. NaN without one.
+        loss: what trains the score's own head, 0 where it does not learn; None for a score without a head.
+    """
+
+    value: Float[Tensor, " batch"]
+    valid: Bool[Tensor, " batch"]
+    null: Float[Tensor, " batch"] | None = None
+    loss: Float[Tensor, " batch"] | None = None
+
+
+class Score(NeverLowered):
+    """One score. Subclasses say what they need, so that nothing is computed for nobody.
+
+    Attributes:
+        reads_futures: whether it looks at o_t and o_{t+Δ}.
+        reads_posterior: whether it looks at the paper's identification posterior.
+    """
+
+    reads_futures = False
+    reads_posterior = False
+
+    def forward(self, evidence: Evidence, generator: torch.Generator | None) -> Scored:
+        """The chunks' verdicts.
+
+        Args:
+            evidence: this rank's chunks.
+            generator: private random stream of the step.
+        """
+        raise NotImplementedError
