@@ -8,7 +8,8 @@ The real thing:
 
     accelerate launch recipes/train_ptr.py --policy_path lerobot/smolvla_base --dataset me/my_demos --output_dir out
 
-`--config file.yaml` reads any of the options from a file; options on the command line override it.
+`--config file.yaml` reads any of the options from a file. Of several files (`--config base.yaml variant.yaml`) the later ones
+override the earlier ones, and options on the command line override them all. `recipes/experiments/` has ready ones.
 """
 
 import argparse
@@ -21,17 +22,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import draccus
 import torch
 import yaml
+from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.policies.factory import get_policy_class
+from lerobot.utils.feature_utils import dataset_to_policy_features
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import HfArgumentParser, set_seed
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments, score_dataset
+from ptr_hf.data.datasets import dataset_metadata
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
+from ptr_hf.hub import is_ptr_source
 from ptr_hf.hyperparameters import PRESETS
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.report import (
@@ -54,10 +61,22 @@ DEMO = Path(__file__).parent / "experiments" / "demo.yaml"
 class RecipeArguments:
     """What to train on what."""
 
-    config: str | None = field(default=None, metadata={"help": "YAML file with any of these options."})
+    config: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "YAML files with any of these options; later files override earlier ones.",
+            "action": "extend",
+        },
+    )
     policy_path: str | None = field(
         default=None,
         metadata={"help": "Hub id or folder of a LeRobot policy or a PTR checkpoint. None: the tiny demo policy."},
+    )
+    policy_overrides: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Settings of the base policy to change before it is loaded, as name=value: freeze_vision_encoder=false."
+        },
     )
     dataset: str | None = field(
         default=None, metadata={"help": "Hub id or folder of the LeRobotDataset. None: the bundled demonstrations."}
@@ -85,30 +104,72 @@ def refusals() -> Iterator[None]:
 
 
 def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, PTRTrainingArguments]:
-    """Command line over YAML over defaults; without policy, dataset and YAML, the demo."""
+    """Command line over YAML files, the last file first, over defaults; without policy, dataset and YAML, the demo."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--config", "--policy_path", "--dataset"):
+    finder.add_argument("--config", nargs="+", action="extend")
+    for name in ("--policy_path", "--dataset"):
         finder.add_argument(name)
     given, _ = finder.parse_known_args(argv)
     parser = HfArgumentParser((RecipeArguments, PTRTrainingArguments), description=__doc__)
     demo = not (given.config or given.policy_path or given.dataset)
-    file = Path(given.config) if given.config else DEMO if demo else None
-    if file is not None:
-        if not file.is_file():
-            parser.error(f"--config {file}: there is no such file.")
-        options = yaml.safe_load(file.read_text()) or {}
-        known = {action.dest for action in parser._actions}
-        unknown = sorted(set(options) - known)
-        if unknown:
-            parser.error(f"--config {file}: unknown options {', '.join(unknown)}; see --help.")
-        parser.set_defaults(**options)
+    for file in map(Path, given.config or ([DEMO] if demo else [])):
+        parser.set_defaults(**read_options(file, parser))
     with refusals():
         recipe, args = parser.parse_args_into_dataclasses(argv)
     if (recipe.policy_path is None) != (recipe.dataset is None):
         parser.error("--policy_path and --dataset go together; leave both out for the demo.")
+    if recipe.policy_overrides and recipe.policy_path is None:
+        parser.error("--policy_overrides change the policy of --policy_path, which is missing.")
     if args.output_dir is None:
         parser.error("--output_dir is needed: the folder for the checkpoint, the logs and the report.")
     return recipe, args
+
+
+def read_options(file: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The options in a YAML file; one that is missing, no list of options or unknown ends the program."""
+    if not file.is_file():
+        parser.error(f"--config {file}: there is no such file.")
+    options = yaml.safe_load(file.read_text()) or {}
+    if not isinstance(options, dict):
+        parser.error(f"--config {file}: a YAML file of options has lines `name: value`; this one does not.")
+    unknown = sorted(set(options) - {action.dest for action in parser._actions} | set(options) & {"config", "help"})
+    if unknown:
+        parser.error(f"--config {file}: unknown options {', '.join(unknown)}; see --help.")
+    return options
+
+
+def adapted_policy(path: str, overrides: list[str], dataset: str, args: PTRTrainingArguments) -> nn.Module:
+    """A pretrained LeRobot policy loaded with some of its settings changed, at this robot's action and state sizes."""
+    if is_ptr_source(path, args.model_revision):
+        raise ValueError(
+            f"{path} is a PTR checkpoint, whose settings are fixed: leave policy_overrides out, or give a LeRobot policy."
+        )
+    saved = PreTrainedConfig.from_pretrained(path, revision=args.model_revision)
+    names = [setting.partition("=")[0] for setting in overrides if "=" in setting]
+    if len(names) < len(overrides) or not set(names) <= set(vars(saved)):
+        raise ValueError(
+            f"policy_overrides={overrides} do not fit the policy {path}: each is name=value, the name one of "
+            f"{', '.join(sorted(vars(saved)))}."
+        )
+    # on the CPU first, so that the processes of a node do not all load onto its first GPU
+    settings = [*overrides, "device=cpu"]
+    if args.chunk_size is not None:
+        settings += [f"chunk_size={args.chunk_size}", f"n_action_steps={args.chunk_size}"]
+    try:
+        config = PreTrainedConfig.from_pretrained(
+            path, revision=args.model_revision, cli_overrides=[f"--{setting}" for setting in settings]
+        )
+    except draccus.ParsingError as error:
+        raise ValueError(f"policy_overrides={overrides} do not fit the policy {path}: {error}.") from error
+    robot = dataset_to_policy_features(dataset_metadata(dataset, args.dataset_revision).features)
+    config.output_features = {key: feature for key, feature in robot.items() if feature.type is FeatureType.ACTION}
+    config.input_features = {
+        key: robot.get(key, feature) if feature.type is FeatureType.STATE else feature
+        for key, feature in (config.input_features or {}).items()
+    }
+    # a record of where it came from
+    config.pretrained_path, config.pretrained_revision = Path(path), args.model_revision
+    return get_policy_class(config.type).from_pretrained(path, config=config, revision=args.model_revision)
 
 
 def demo_policy(folder: Path, dataset: Path, args: PTRTrainingArguments) -> nn.Module:
@@ -156,7 +217,10 @@ def main(argv: list[str]) -> None:
     dataset = bundled_demonstrations("train") if demo else recipe.dataset
     heldout = bundled_demonstrations("heldout") if demo else recipe.eval_dataset
     truth = {record.episode_index: record.kind for record in load_truth(dataset).records} if demo else None
-    model = demo_policy(output, dataset, args) if demo else recipe.policy_path
+    model: Any = demo_policy(output, dataset, args) if demo else recipe.policy_path
+    if recipe.policy_overrides and recipe.policy_path and recipe.dataset:
+        with refusals():
+            model = adapted_policy(recipe.policy_path, recipe.policy_overrides, recipe.dataset, args)
 
     trainers: dict[str, PTRTrainer] = {}
     name = args.preset
