@@ -37,6 +37,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Ours (METHOD section 13): which action, which instruction, belongs to what followed?
     "ptr_consequence": {"score": "consequence", **_OURS},
     "ptr_consequence_loss": {"score": "consequence_loss", "standardize_by": "task", **_OURS},
+    "ptr_calibrated": {
+        "score": "consequence",
+        "standardize_by": "task",
+        **_OURS,
+        "weight_map": "calibrated",
+        "weight_min": 0.01,
+    },
     "ptr_consequence_shuffled": {"score": "consequence", "shuffle_consequences": True, **_OURS},
     "ptr_margin": {"score": "action_margin", **_OURS},
     # Controls: the same aggregation and map on what needs no consequence, random weights, and perfect knowledge.

@@ -88,8 +88,7 @@ def _build_weigher(config: PTRConfig, action_dim: int, target_dim: int) -> Score
     names = SCORES[config.score]
     memory = None
     if config.aggregation != "sample":
-        channels = 2 * len(names)
-        memory = SlotMemory(config.num_episodes, config.num_slots, channels, config.slot_frames, config.score_horizon)
+        memory = SlotMemory(config.num_episodes, config.num_slots, len(names), config.slot_frames, config.score_horizon)
     return ScoreWeigher(
         {name: _build_score(name, config, action_dim, target_dim) for name in names},
         memory,

@@ -5,6 +5,7 @@ its actions open loop, as ``select_action`` does. Images are rendered when a chu
 simulator serves all episodes of a scene; and an episode stops when it is solved.
 """
 
+import atexit
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -68,7 +69,9 @@ def shared_scene(task: str, track: Track, goals: Goals = "train") -> BenchmarkSc
 
 @cache
 def _scene(task: str, track: Track, goals: Goals) -> BenchmarkScene:
-    return BenchmarkScene(task, track, goals)
+    scene = BenchmarkScene(task, track, goals)
+    atexit.register(scene.close)  # EGL complains if the interpreter frees the context
+    return scene
 
 
 @dataclass
@@ -188,7 +191,9 @@ def _predict(
     episodes: Sequence[_Episode],
 ) -> Float[np.ndarray, "batch chunk action"]:
     keys = episodes[0].observation
-    batch: dict[str, Any] = preprocess_observation({key: np.stack([e.observation[key] for e in episodes]) for key in keys})
+    batch: dict[str, Any] = preprocess_observation(
+        {key: np.stack([e.observation[key] for e in episodes]) for key in keys}
+    )
     batch["task"] = [episode.instruction for episode in episodes]
     with torch.inference_mode():
         chunk = postprocessor(policy.predict_action_chunk(preprocessor(batch)))
@@ -197,19 +202,25 @@ def _predict(
 
 def _action_steps(policy: PreTrainedPolicy, asked: int | None) -> int:
     settings = vars(policy.config.base_config if isinstance(policy, PTRPolicy) else policy.config)
-    if settings["n_obs_steps"] != 1 or settings.get("temporal_ensemble_coeff") is not None or "chunk_size" not in settings:
+    if (
+        settings["n_obs_steps"] != 1
+        or settings.get("temporal_ensemble_coeff") is not None
+        or "chunk_size" not in settings
+    ):
         raise ValueError(
             f"The policy '{policy.config.type}' does not act chunk by chunk on single observations (n_obs_steps=1, no "
             "temporal ensembling); evaluate it with lerobot-eval and --env.type=ptr_metaworld."
         )
     steps = settings["n_action_steps"] if asked is None else asked
     if not 1 <= steps <= settings["chunk_size"]:
-        raise ValueError(f"n_action_steps={steps} has to lie between 1 and the policy's chunk of {settings['chunk_size']}.")
+        raise ValueError(
+            f"n_action_steps={steps} has to lie between 1 and the policy's chunk of {settings['chunk_size']}."
+        )
     return steps
 
 
 def _keeps_rows(policy: PreTrainedPolicy) -> bool:
-    """Whether a batch has to keep its rows until its last episode ends, because the policy carries something from chunk to chunk."""
+    """Whether a batch keeps its rows until its last episode ends: the policy may carry something from chunk to chunk."""
     if isinstance(policy, PTRPolicy):
         return policy.belief is not None
     return policy.config.type not in STATELESS

@@ -81,8 +81,7 @@ def score_dataset(
                 "loss": output.loss,
             }
             if output.weighing is not None:
-                both = torch.cat([output.weighing.verdicts, output.weighing.nulls], dim=1)
-                verdicts.append(both[segment.chunk_valid].cpu())
+                verdicts.append(output.weighing.verdicts[segment.chunk_valid].cpu())
             for name, value in kept.items():
                 columns.setdefault(name, []).append(value[segment.chunk_valid].detach().cpu().numpy())
     table = {name: np.concatenate(parts) for name, parts in columns.items()}
@@ -91,11 +90,13 @@ def score_dataset(
     weigher = policy.objective.weigher
     if isinstance(weigher, ScoreWeigher):
         known = torch.cat(verdicts)
+        # where the scores said something, with or without a future
+        table["target_valid"] = known.isfinite().any(dim=1).numpy()
         by_score = {name: known[order, column].double().numpy() for column, name in enumerate(weigher.names)}
         if weigher.memory is not None:
             of_episodes = EpisodeTable.from_metadata(opened.meta, policy.config.standardize_by)
             table["weight"] = _weights_by_slot(weigher, policy.config.slot_frames, of_episodes, table, known)
-            table["score"] = known[:, : len(weigher.names)].nansum(dim=1).numpy()
+            table["score"] = known.nansum(dim=1).numpy()
     table = {name: values[order] for name, values in table.items()}
     names = np.asarray(opened.meta.tasks.index, dtype=object)
     starts = np.asarray([first_frame[episode] for episode in table["episode_index"].tolist()])
@@ -111,14 +112,12 @@ def _weights_by_slot(
     weigher: ScoreWeigher, window: int, episodes: EpisodeTable, table: dict[str, np.ndarray], verdicts: Tensor
 ) -> np.ndarray:
     """The weights that the verdicts of one pass over a dataset give, as training would give them."""
-    scores = len(weigher.names)
-    chunks = len(verdicts)
-    memory = SlotMemory(episodes.num_episodes, episodes.num_slots(window), 2 * scores, window, horizon=max(2, chunks))
+    slots, scores = episodes.num_slots(window), len(weigher.names)
+    memory = SlotMemory(episodes.num_episodes, slots, scores, window, horizon=max(2, len(verdicts)))
     memory.fill(episodes)
     slot = memory.slot(torch.from_numpy(table["episode_index"]), torch.from_numpy(table["index"]))
     memory.remember(slot, verdicts)
-    mean = memory.mean
-    return weigher.slot_weights(mean[:, :scores], mean[:, scores:], memory.group)[slot].numpy()
+    return weigher.slot_weights(memory.mean, memory.group)[slot].numpy()
 
 
 def action_loss(

@@ -1,37 +1,51 @@
 """The benchmark's data: expert recordings made once, and from them a dataset for every condition and seed.
 
     recordings = record_benchmark("state", STATE_TASKS, per_task=50, first_seed=1000, operators=("expert", "sloppy"))
-    save_recordings(folder / "recordings", recordings)
-    write_condition(folder / "noise-0", "state", "noise", seed=0, recordings=load_recordings(folder / "recordings"))
+    recordings = save_recordings(folder / "recordings", recordings)
+    write_condition(folder / "noise-0", "state", "noise", seed=0, recordings=recordings)
 
 What was done to which episode lies beside each dataset, in ``<folder>.truth.json``.
 """
 
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
-from jaxtyping import Float32
-from lerobot.configs.video import RGBEncoderConfig
-from lerobot.datasets import LeRobotDatasetMetadata
-from tqdm import tqdm
-
-from ptr_hf.data.benchmark_tasks import PUCK_TASKS, BenchmarkScene, Goals, Track, task_instruction
-from ptr_hf.data.corruption import CLEAN, PAPER_SHARES, CorruptionPlan, Episode, TruthRecord, draw_episodes
-from ptr_hf.data.demonstrations import EpisodeSource, Truth, load_truth, save_truth, write_demonstrations
+from ptr_hf.data.benchmark_recordings import (
+    CHANNELS,
+    EXPERT,
+    SLOPPY,
+    Recordings,
+    SloppyOperator,
+    episode_sources,
+    load_recordings,
+    operator_record,
+    record_benchmark,
+    save_recordings,
+    simulator_versions,
+)
+from ptr_hf.data.benchmark_tasks import PUCK_TASKS, Track, task_instruction
+from ptr_hf.data.corruption import CLEAN, PAPER_SHARES, CorruptionPlan, draw_episodes
+from ptr_hf.data.demonstrations import Truth, save_truth
 from ptr_hf.data.fast_writer import VideoSource, write_frames
-from ptr_hf.data.metaworld import FPS, MetaworldScene, Recording, record_expert
+from ptr_hf.data.metaworld import FPS
 
-EXPERT, SLOPPY = "expert", "sloppy"
+__all__ = [
+    "CONDITIONS",
+    "EXPERT",
+    "SLOPPY",
+    "Condition",
+    "Recordings",
+    "SloppyOperator",
+    "load_recordings",
+    "record_benchmark",
+    "save_recordings",
+    "similar_tasks",
+    "write_condition",
+]
+
 SCENES = (PUCK_TASKS, ("faucet-open-v3", "faucet-close-v3"), ("button-press-v3", "handle-press-v3"))
-CHANNELS = {"action": ["x", "y", "z", "gripper"]}
-ENCODER = RGBEncoderConfig(vcodec="h264", g=8, crf=15, preset="medium", extra_options={"bf": 0})
-SLOPPY_STEPS = 250  # a sloppy operator takes longer
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ class Condition:
         return replace(self, parameters={**self.parameters, **merged})
 
 
-_NOISE: dict[str, dict[str, Any]] = {"noise": {"std": 0.6, "bounds": (-1.0, 1.0)}}
+_NOISE: dict[str, dict[str, Any]] = {"noise": {"std": 0.4, "bounds": (-1.0, 1.0)}}
 CONDITIONS: dict[str, Condition] = {
     condition.name: condition
     for condition in (
@@ -76,7 +90,9 @@ CONDITIONS: dict[str, Condition] = {
             "20 %: another instruction of the same scene",
             {"wrong_instruction": PAPER_SHARES["wrong_instruction"]},
         ),
-        Condition("combined", "noise, truncation and instruction, independently", PAPER_SHARES, _NOISE, overlapping=True),
+        Condition(
+            "combined", "noise, truncation and instruction, independently", PAPER_SHARES, _NOISE, overlapping=True
+        ),
         Condition("convention", "25 %: x and y axes flipped", {"wrong_convention": 0.25}),
         Condition("delay", "30 %: actions written down 8 steps late", {"delay": 0.30}, {"delay": {"steps": 8}}),
         Condition("zeroed", "30 %: actions lost", {"zeroed": 0.30}),
@@ -90,197 +106,6 @@ CONDITIONS: dict[str, Condition] = {
         Condition("sloppy", "30 %: by an operator who wavers and pauses", sloppy=0.30),
     )
 }
-
-
-class SloppyOperator:
-    """The scripted expert with an unsteady hand: correlated noise on x, y and z, each in proportion to its speed, and
-    pauses.
-
-    Args:
-        seed: of the noise and the pauses.
-        std: of the noise, relative to the action.
-        correlation: steps after which the noise has forgotten itself to 1/e.
-        pause: probability that a pause begins at a step.
-        pause_steps: shortest and longest pause.
-    """
-
-    def __init__(
-        self,
-        seed: Sequence[int],
-        std: float = 0.8,
-        correlation: float = 10.0,
-        pause: float = 0.02,
-        pause_steps: tuple[int, int] = (5, 15),
-    ) -> None:
-        self.settings = {"std": std, "correlation": correlation, "pause": pause, "pause_steps": list(pause_steps)}
-        self._rng = np.random.default_rng(seed)
-        self._drift, self._keep, self._std = np.zeros(3), float(np.exp(-1.0 / correlation)), std
-        self._pause, self._pause_steps, self._waiting = pause, pause_steps, 0
-
-    def __call__(self, scene: MetaworldScene) -> Float32[np.ndarray, "4"]:
-        action = scene.expert_action()
-        step = np.sqrt(1.0 - self._keep**2) * self._rng.normal(0.0, self._std, 3)
-        self._drift = self._keep * self._drift + step
-        if self._waiting == 0 and self._rng.random() < self._pause:
-            self._waiting = int(self._rng.integers(*self._pause_steps, endpoint=True))
-        if self._waiting:
-            self._waiting -= 1
-            action[:3] = 0.0
-        else:
-            # A careless hand is still careful where precision counts, that is, along axes that the expert holds still.
-            action[:3] += self._drift * np.abs(action[:3])
-        return np.clip(action, -1.0, 1.0).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class Recordings:
-    """Demonstrations in the order of their dataset: tasks take turns, operators one after the other.
-
-    Without images in the episodes, ``folder`` is the LeRobotDataset that holds the videos.
-    """
-
-    track: Track
-    items: tuple[Recording, ...]
-    operators: tuple[str, ...]
-    folder: Path | None = None
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """The tasks, in the order of their first demonstrations."""
-        return tuple(dict.fromkeys(item.environment for item in self.items))
-
-    def of(self, operator: str, count: int | None = None, counts: Mapping[str, int] | None = None) -> list[int]:
-        """Indices of an operator's recordings.
-
-        Args:
-            operator: ``expert`` or ``sloppy``.
-            count: of every task; all of them if None.
-            counts: of single tasks.
-
-        Raises:
-            ValueError: if there are fewer.
-        """
-        chosen, seen = [], dict.fromkeys(self.tasks, 0)
-        wanted = {task: (counts or {}).get(task, count) for task in self.tasks}
-        for index, (item, recorded_by) in enumerate(zip(self.items, self.operators, strict=True)):
-            limit = wanted[item.environment]
-            if recorded_by == operator and (limit is None or seen[item.environment] < limit):
-                chosen.append(index)
-                seen[item.environment] += 1
-        short = {task: number for task, number in seen.items() if number < (wanted[task] or 1)}
-        if short:
-            raise ValueError(f"Too few recordings by the {operator} operator: {short}; {wanted} were asked for.")
-        return chosen
-
-
-def record_benchmark(
-    track: Track,
-    tasks: Sequence[str],
-    per_task: int,
-    first_seed: int,
-    goals: Goals = "train",
-    operators: Sequence[str] = (EXPERT,),
-    steps_after_success: int = 20,
-    progress: bool = True,
-) -> Recordings:
-    """``per_task`` demonstrations of every task by every operator, on the starts from ``first_seed`` on.
-
-    A start on which an operator fails is left out for all of them. Recording goes on past success, so that the last chunks
-    have a future too.
-
-    Args:
-        track: what is recorded; ``pixels`` renders every frame.
-        tasks: of the benchmark, or of Meta-World.
-        per_task: demonstrations of each task by each operator.
-        first_seed: of the starts; two sets are disjoint if their seeds are.
-        goals: where the goals of the six tasks lie.
-        operators: ``expert``, ``sloppy`` or both.
-        steps_after_success: frames recorded after the one whose action solved the task.
-        progress: shows a bar.
-
-    Raises:
-        ValueError: for an unknown operator.
-        RuntimeError: if more than half of the starts of a task fail.
-    """
-    if unknown := sorted(set(operators) - {EXPERT, SLOPPY}):
-        raise ValueError(f"Unknown operators {unknown}; there are '{EXPERT}' and '{SLOPPY}'.")
-    by_task: list[list[dict[str, Recording]]] = []
-    scenes: dict[str, BenchmarkScene] = {}
-    bar = tqdm(total=len(tasks) * per_task, desc="recording", unit="start", disable=not progress)
-    with warnings.catch_warnings(), bar:
-        warnings.filterwarnings("ignore", message="Constant")  # experts ask for more than the limits
-        for task in tasks:
-            name = PUCK_TASKS[0] if task in PUCK_TASKS else task
-            if name not in scenes:
-                scenes[name] = BenchmarkScene(task, track, goals)
-            scene = scenes[name]
-            scene.select(task)
-            found: list[dict[str, Recording]] = []
-            for seed in range(first_seed, first_seed + 2 * per_task):
-                recordings = _record_start(scene, seed, operators, steps_after_success)
-                if recordings is not None:
-                    found.append(recordings)
-                    bar.update()
-                if len(found) == per_task:
-                    break
-            else:
-                raise RuntimeError(f"Only {len(found)} of {2 * per_task} starts of '{task}' were solved.")
-            by_task.append(found)
-    for scene in scenes.values():
-        scene.close()
-    turns = [start for turn in zip(*by_task, strict=True) for start in turn]
-    items = tuple(start[operator] for operator in operators for start in turns)
-    return Recordings(track, items, tuple(operator for operator in operators for _ in turns))
-
-
-def _record_start(
-    scene: BenchmarkScene, seed: int, operators: Sequence[str], steps_after_success: int
-) -> dict[str, Recording] | None:
-    recordings: dict[str, Recording] = {}
-    for operator in operators:
-        recording = record_expert(
-            scene,
-            seed,
-            steps_after_success=steps_after_success,
-            max_steps=SLOPPY_STEPS if operator == SLOPPY else scene._max_episode_steps,
-            images=scene.track == "pixels",
-            must_stay=False,
-            operator=SloppyOperator([seed, scene.tasks.index(scene.task)]) if operator == SLOPPY else None,
-        )
-        if recording is None:
-            return None
-        recordings[operator] = recording
-    return recordings
-
-
-def save_recordings(folder: Path, recordings: Recordings, overwrite: bool = False) -> Recordings:
-    """Stores the recordings as a LeRobotDataset with its sidecar; the ones returned leave their images there."""
-    episodes = [item.episode for item in recordings.items]
-    settings = {"fps": FPS, "names": CHANNELS, "robot_type": "sawyer", "overwrite": overwrite}
-    if recordings.track == "pixels":
-        write_demonstrations(folder, episodes, encoder=ENCODER, **settings)
-    else:
-        write_frames(folder, episodes, **settings)
-    records = [_operator_record(index, item, name) for index, (item, name) in enumerate(_with_operators(recordings))]
-    plan = {"track": recordings.track, "operators": list(recordings.operators), "versions": _versions()}
-    save_truth(folder, Truth(tuple(records), _sources(recordings.items), plan))
-    return load_recordings(folder)
-
-
-def load_recordings(folder: Path) -> Recordings:
-    """Reads what :func:`save_recordings` wrote; images stay in the dataset's videos."""
-    truth = load_truth(folder)
-    meta = LeRobotDatasetMetadata(folder.name, root=folder)
-    keys = [key for key in ("observation.state", "action") if key in meta.features]
-    table = pq.read_table(folder / "data", columns=[*keys, "episode_index"])
-    streams = {key: np.stack(table[key].to_numpy()) for key in keys}
-    bounds = np.flatnonzero(np.diff(table["episode_index"].to_numpy(), prepend=-1, append=-1))
-    items = []
-    for source, first, last in zip(truth.sources, bounds[:-1], bounds[1:], strict=True):
-        frames = {key: stream[first:last] for key, stream in streams.items()}
-        episode = Episode(frames, task_instruction(source.environment))
-        items.append(Recording(episode, source.environment, source.environment_seed, source.success_step))
-    return Recordings(truth.plan["track"], tuple(items), tuple(truth.plan["operators"]), folder)
 
 
 def write_condition(
@@ -318,9 +143,9 @@ def write_condition(
     chosen = recordings.of(EXPERT, per_task, dict.fromkeys(few, condition.few_demonstrations))
     instructions = [recordings.items[index].episode.task for index in chosen]
     if condition.sloppy:
-        counterpart = {_key(recordings.items[index]): index for index in recordings.of(SLOPPY)}
+        counterpart = {recordings.start(index): index for index in recordings.of(SLOPPY)}
         for place in draw_episodes(instructions, condition.sloppy, seed):
-            chosen[place] = counterpart[_key(recordings.items[chosen[place]])]
+            chosen[place] = counterpart[recordings.start(chosen[place])]
     items = [recordings.items[index] for index in chosen]
     plan = CorruptionPlan(
         shares=condition.shares,
@@ -332,7 +157,7 @@ def write_condition(
     exposed = [place for place, item in enumerate(items) if item.environment not in few]
     episodes = [item.episode for item in items]
     records = {
-        place: [_operator_record(place, item, recordings.operators[index])]
+        place: [operator_record(place, item, recordings.operators[index])]
         for place, (item, index) in enumerate(zip(items, chosen, strict=True))
     }
     applied = plan.apply([episodes[place] for place in exposed], [instructions[place] for place in exposed])
@@ -350,7 +175,11 @@ def write_condition(
         videos=VideoSource(recordings.folder, chosen) if track == "pixels" and recordings.folder is not None else None,
         overwrite=overwrite,
     )
-    truth = Truth(tuple(record for each in records.values() for record in each), _sources(items), _described(condition, plan))
+    truth = Truth(
+        tuple(record for each in records.values() for record in each),
+        episode_sources(items),
+        _described(condition, plan),
+    )
     save_truth(folder, truth)
     return truth
 
@@ -374,26 +203,6 @@ def _condition(condition: str | Condition) -> Condition:
     return CONDITIONS[condition]
 
 
-def _with_operators(recordings: Recordings) -> Iterable[tuple[Recording, str]]:
-    return zip(recordings.items, recordings.operators, strict=True)
-
-
-def _operator_record(index: int, item: Recording, operator: str) -> TruthRecord:
-    kind = CLEAN if operator == EXPERT else operator
-    return TruthRecord(index, kind, item.episode.task, item.episode.task)
-
-
-def _key(item: Recording) -> tuple[str, int]:
-    return item.environment, item.environment_seed
-
-
-def _sources(items: Sequence[Recording]) -> tuple[EpisodeSource, ...]:
-    return tuple(
-        EpisodeSource(index, item.environment, item.environment_seed, item.success_step, item.episode.length)
-        for index, item in enumerate(items)
-    )
-
-
 def _described(condition: Condition, plan: CorruptionPlan) -> dict[str, Any]:
     return {
         "condition": condition.name,
@@ -403,9 +212,5 @@ def _described(condition: Condition, plan: CorruptionPlan) -> dict[str, Any]:
         "parameters": {kind: dict(values) for kind, values in condition.parameters.items()},
         "overlapping": condition.overlapping,
         "sloppy": condition.sloppy,
-        "versions": _versions(),
+        "versions": simulator_versions(),
     }
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("metaworld", "mujoco", "lerobot")}

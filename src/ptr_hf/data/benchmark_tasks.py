@@ -2,7 +2,8 @@
 
 The six share the scene and the physics of ``pick-place-v3``. An episode has two goals, mirror images about x = 0, and a
 task is a verb and a side: ``reach``, ``push`` or ``pick-place``, ``left`` or ``right`` (as the robot sees it: right is
-+x). Whatever the task, the state shows the right goal and the image shows both.
++x). Whatever the task, the state shows the right goal and the image shows both. The two faucet tasks share their scene
+too: unlike in Meta-World, the faucet stands in the same range.
 
 A scene keeps several episodes going: :meth:`BenchmarkScene.snapshot` and :meth:`BenchmarkScene.restore` switch between
 them, and continue exactly where they left off. Success is Meta-World's own, at its thresholds.
@@ -11,11 +12,12 @@ them, and continue exactly where they left off. Success is Meta-World's own, at 
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import gymnasium as gym
 import metaworld.policies
 import mujoco
 import numpy as np
 from jaxtyping import Float, Float32, Float64
-from scipy.spatial.transform import Rotation
+from scipy.spatial.transform import Rotation  # type: ignore[import-untyped]
 
 from ptr_hf.data.metaworld import GOAL_COLOR, Image, MetaworldScene, Observation, instruction
 
@@ -38,6 +40,8 @@ PIXEL_TASKS = (
     "handle-press-v3",
 )
 EPISODE_STEPS = 150
+FAUCET_TASKS = ("faucet-open-v3", "faucet-close-v3")
+FAUCET_RANGE = ((-0.05, 0.80, 0.0), (0.05, 0.85, 0.0))  # where it stands: that of faucet-open for both
 
 PUCK_SCENE = "pick-place-v3"
 EXPERTS = {
@@ -155,6 +159,9 @@ class BenchmarkScene(MetaworldScene):
         for site in range(model.nsite):
             if "goal" in model.site(site).name.lower():
                 model.site_rgba[site, 3] = 0.0
+        if task in FAUCET_TASKS:
+            bounds = np.array(FAUCET_RANGE)
+            self._env._random_reset_space = gym.spaces.Box(bounds[0], bounds[1], dtype=np.float64)
         space = self._env.sawyer_observation_space
         self._low, self._high = space.low[:18], space.high[:18]
         self._bodies = [model.body(name).id for name in ("hand", "rightclaw", "leftclaw")]
@@ -162,10 +169,10 @@ class BenchmarkScene(MetaworldScene):
         if shared:
             self._bodies.append(model.body("obj").id)
         self._tips = [model.site(name).id for name in ("rightEndEffector", "leftEndEffector")]
-        boxes = {"agent_pos": type(self.action_space)(-1000.0, 1000.0, (self.state_size,), np.float32)}
+        boxes: dict[str, gym.Space] = {"agent_pos": gym.spaces.Box(-1000.0, 1000.0, (self.state_size,), np.float32)}
         if track == "pixels":
-            boxes["pixels"] = self.observation_space["pixels"]
-        self.observation_space = type(self.observation_space)(boxes)
+            boxes["pixels"] = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+        self.observation_space = gym.spaces.Dict(boxes)
         self.select(task)
 
     @property
@@ -318,7 +325,8 @@ class BenchmarkScene(MetaworldScene):
         self._start, self.success, self._steps = snapshot.start, snapshot.success, snapshot.steps
         self.select(self.task if keep_task else snapshot.task)
 
-    def _draw_markers(self, scene: mujoco.MjvScene) -> None:
+    def _prepare_render(self, scene: mujoco.MjvScene) -> None:
+        scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0  # the floor's, which costs as much as the image
         if self._start is None:
             return
         for goal in (self._start.left, self._start.right):

@@ -14,13 +14,12 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.compute_stats import aggregate_stats, compute_episode_stats
 from lerobot.datasets.feature_utils import get_hf_features_from_features
-from lerobot.datasets.io_utils import write_info, write_stats, write_table_one_row_group_per_episode, write_tasks
+from lerobot.datasets.io_utils import write_info, write_stats, write_table_one_row_group_per_episode
 from lerobot.datasets.utils import DEFAULT_EPISODES_PATH, EPISODES_DIR, VIDEO_DIR
 from lerobot.utils.utils import flatten_dict
 
@@ -115,8 +114,7 @@ def write_frames(
         start += episode.length
 
     _write_data(meta, {key: np.concatenate(values) for key, values in columns.items()})
-    meta.tasks = pd.DataFrame({"task_index": range(len(tasks))}, index=pd.Index(tasks, name="task"))
-    write_tasks(meta.tasks, path)
+    meta.save_episode_tasks(tasks)
     plain = {key: [_plain(row[key]) for row in rows] for key in rows[0]}
     file = path / DEFAULT_EPISODES_PATH.format(chunk_index=0, file_index=0)
     file.parent.mkdir(parents=True)

@@ -19,9 +19,9 @@ from jaxtyping import Float, Float32, UInt8
 from ptr_hf.data.corruption import Episode
 
 try:
-    import metaworld
     import mujoco
     from lerobot.envs.metaworld import TASK_DESCRIPTIONS, TASK_POLICY_MAPPING
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 except ImportError as error:
     raise ImportError("Meta-World is not installed; run `pip install 'lerobot_policy_ptr[metaworld]'`.") from error
 
@@ -88,9 +88,10 @@ class MetaworldScene(gym.Env):
         self.success = False
         self._steps = 0
         self._expert = TASK_POLICY_MAPPING[task]()
-        benchmark = metaworld.MT1(task, seed=42)
-        self._env = benchmark.train_classes[task]()
-        self._env.set_task(benchmark.train_tasks[0])
+        # What metaworld.MT1 does, without the hundred environments it builds to draw goals from.
+        self._env = ALL_V3_ENVIRONMENTS[task]()
+        self._env._set_task_called, self._env._partially_observable = True, False
+        del self._env.sawyer_observation_space  # cached while the goal was hidden
         self._env._freeze_rand_vec = False  # otherwise every reset gives the same scene
         self._env.seeded_rand_vec = True
         model = self._env.model
@@ -163,13 +164,13 @@ class MetaworldScene(gym.Env):
             self._env.model.vis.global_.offheight = max(side, self._env.model.vis.global_.offheight)
             self._renderer = mujoco.Renderer(self._env.model, side, side)
         self._renderer.update_scene(self._env.data, camera=CAMERA)
-        self._draw_markers(self._renderer.scene)
+        self._prepare_render(self._renderer.scene)
         image = np.flip(self._renderer.render(), (0, 1)).astype(np.float32)
         size, factor = self.image_size, self.supersample
         return image.reshape(size, factor, size, factor, 3).mean((1, 3)).round().astype(np.uint8)
 
-    def _draw_markers(self, scene: Any) -> None:
-        """Adds shapes to MuJoCo's abstract scene before it is rendered; a scene of its own has none."""
+    def _prepare_render(self, scene: Any) -> None:
+        """Changes MuJoCo's abstract scene before it is rendered; nothing is changed here."""
 
     def close(self) -> None:
         """Frees the rendering context; EGL complains if the interpreter has to do it."""

@@ -5,9 +5,10 @@ chunk (``sample``). Each keeps a mean of the last verdicts it got, in buffers, s
 fed from all ranks, so that it is equal on each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import datasets
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
@@ -72,20 +73,19 @@ class EpisodeTable:
         return cls(first, length, _groups(episodes, group_by), flags, max(1, int(meta.total_tasks)))
 
 
-def _groups(episodes: Mapping[str, Sequence[object]], group_by: str) -> Int[Tensor, " episodes"]:
+def _groups(episodes: datasets.Dataset, group_by: str) -> Int[Tensor, " episodes"]:
     if group_by == "all":
-        return torch.zeros(len(episodes["length"]), dtype=torch.int64)
+        return torch.zeros(len(episodes), dtype=torch.int64)
     column = "tasks" if group_by == "task" else group_by
-    try:
-        values = [str(value) for value in episodes[column]]
-    except KeyError as error:
-        known = ", ".join(sorted(name for name in episodes["length"].__class__.__mro__[0].__name__.split()))
+    if column not in episodes.column_names:
+        known = ", ".join(name for name in sorted(episodes.column_names) if "/" not in name)
         raise ValueError(
-            f"group_by={group_by!r} is no column of the dataset's episodes: choose all, task, or a column of "
+            f"standardize_by={group_by!r} is no column of the dataset's episodes: choose all, task, or a column of "
             f"meta/episodes ({known})."
-        ) from error
-    names = sorted(set(values))
-    return torch.tensor([names.index(value) for value in values])
+        )
+    values = [str(value) for value in episodes[column]]
+    number = {name: place for place, name in enumerate(sorted(set(values)))}
+    return torch.tensor([number[value] for value in values])
 
 
 def _slots_of(length: Int[Tensor, " episodes"], window: int) -> Int[Tensor, " episodes"]:

@@ -43,8 +43,10 @@ class OfEpisode(Score):
         self.register_buffer("values", values)
 
     def forward(self, evidence: Evidence, generator: torch.Generator | None) -> Scored:
-        """The episode's number, for each of its chunks."""
-        return Scored(self.values[evidence.episode], evidence.chunk_valid)
+        """The episode's number, for each of its chunks; nothing of an episode that the training data lacks."""
+        known = evidence.episode < len(self.values)
+        values = torch.cat([self.values, self.values.new_zeros(1)])
+        return Scored(values[torch.where(known, evidence.episode, len(self.values))], evidence.chunk_valid & known)
 
 
 def known_beforehand(name: str, episodes: EpisodeTable, seed: int) -> Float[Tensor, " episodes"]:

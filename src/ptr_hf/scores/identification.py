@@ -77,6 +77,7 @@ class CrossFitted(Score):
     """Two heads of one kind; without cross-fitting a single head learns from and scores every episode."""
 
     reads_futures = True
+    has_chance = True
 
     def __init__(self, heads: list[nn.Module]) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class InstructionIdentification(CrossFitted):
         self.num_tasks = num_tasks
 
     def forward(self, evidence: Evidence, generator: torch.Generator | None) -> Scored:
-        """T_l of every chunk with a future; says nothing when there is only one instruction."""
+        """T_l of every chunk with a future; nothing with a single instruction, or of one that the head does not know."""
         held_out, learning = self.logits(evidence)
         every = torch.ones(self.num_tasks, dtype=torch.bool, device=held_out.device)
         task = evidence.task.clamp(0, self.num_tasks - 1)
@@ -148,7 +149,7 @@ class InstructionIdentification(CrossFitted):
             1, max(2, self.num_tasks), task.shape, generator=generator, device=task.device, dtype=task.dtype
         )
         shares = _log_share(held_out.detach(), every)
-        valid = evidence.target_valid & (self.num_tasks > 1)
+        valid = evidence.target_valid & (evidence.task < self.num_tasks) & (self.num_tasks > 1)
         loss = functional.cross_entropy(learning, task, reduction="none")
         return Scored(
             value=shares.gather(1, task[:, None])[:, 0],

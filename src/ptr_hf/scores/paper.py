@@ -11,6 +11,7 @@ class Posterior(Score):
 
     reads_futures = True
     reads_posterior = True
+    has_chance = True
 
     def forward(self, evidence: Evidence, generator: torch.Generator | None) -> Scored:
         """T of every chunk with a future."""
@@ -22,6 +23,7 @@ class ActionMargin(Score):
 
     reads_futures = True
     reads_posterior = True
+    has_chance = True
 
     def forward(self, evidence: Evidence, generator: torch.Generator | None) -> Scored:
         """R of every chunk with a future and another action to compare with."""

@@ -34,7 +34,7 @@ class ScoreWeigher(Weigher):
         floor, ceiling: bounds of a weight before α.
         alpha: α, how far weights may leave 1.
         missing_future: what a chunk gets about which the scores say nothing: 1 (the paper), its slot's weight, or the
-            minibatch's mean weight. With a memory its slot's weight is there for every chunk.
+            minibatch's mean weight. Without a memory there are no slots, and the mean stands in for them.
         self_weighting: multiply the heads' own losses by the weights, so that they learn from what is trusted.
         refresh_interval: steps between two readings of the memory.
     """
@@ -80,7 +80,13 @@ class ScoreWeigher(Weigher):
     def weigh(
         self, evidence: Evidence, beta: Float[Tensor, ""], warm: bool, generator: torch.Generator | None
     ) -> Weighing:
-        """Weights, verdicts and the heads' losses of this rank's chunks; see ``Weigher``."""
+        """Weights, verdicts and the heads' losses of this rank's chunks; see ``Weigher``.
+
+        In eval mode the episodes may be others than the memory's, so it is not read and every weight is 1.
+
+        Raises:
+            ValueError: in training, when nobody has laid out the episodes.
+        """
         self._beta = beta
         scored: list[Scored] = [score(evidence, generator) for score in self.scores.values()]
         verdicts = torch.stack([_known(of.value, of.valid) for of in scored], dim=1)
@@ -88,12 +94,9 @@ class ScoreWeigher(Weigher):
         if self.memory is None:
             weight = self._by_own_verdict(verdicts, beta, evidence.chunk_valid, warm)
         else:
-            slot = self.memory.slot(evidence.episode, evidence.index)
-            # a slot never seen keeps the weight it was laid out with
-            weight = self.memory.weight[slot] if warm else torch.ones_like(evidence.loss)
+            weight = torch.ones_like(evidence.loss)
             if self.training:
-                both = torch.cat([verdicts, nulls], dim=1)
-                self._step_verdicts.append((slot, both.masked_fill(~evidence.chunk_valid[:, None], torch.nan)))
+                weight = self._by_slot(self.memory, verdicts, evidence, warm)
         losses = [of.loss for of in scored if of.loss is not None]
         head_loss = torch.stack(losses).sum(dim=0) if losses else torch.zeros_like(evidence.loss)
         learns = (evidence.target_valid & evidence.chunk_valid).to(weight)
@@ -114,21 +117,16 @@ class ScoreWeigher(Weigher):
             self.memory.remember(slot, verdict)
         self._step_verdicts = []
         if warm and step % self.refresh_interval == 0:
-            mean = self.memory.mean
-            scores = len(self.scores)
-            self.memory.weight.copy_(self.slot_weights(mean[:, :scores], mean[:, scores:], self.memory.group))
+            self.memory.weight.copy_(self.slot_weights(self.memory.mean, self.memory.group))
 
     @torch.no_grad()
     def slot_weights(
-        self,
-        values: Float[Tensor, "slots scores"],
-        nulls: Float[Tensor, "slots scores"],
-        group: Int[Tensor, " slots"],
+        self, values: Float[Tensor, "slots scores"], group: Int[Tensor, " slots"]
     ) -> Float[Tensor, " slots"]:
         """The weight of every slot from its mean verdicts; a slot of which nothing is known gets the mean weight.
 
         Args:
-            values, nulls: mean verdicts, NaN where there is none.
+            values: mean verdicts, NaN where there is none.
             group: of the slots; verdicts are compared within a group.
         """
         if self.weight_map == "paper":
@@ -136,7 +134,8 @@ class ScoreWeigher(Weigher):
             weight = conservative_weight(verdict, self._beta, 1.0, self.floor, self.ceiling)
             known = values.isfinite().any(dim=1)
         elif self.weight_map == "calibrated":
-            weight = calibrated(values, nulls, group, self.floor)
+            has_chance = torch.tensor([score.has_chance for score in self.scores.values()], device=group.device)
+            weight = calibrated(values, group, has_chance, self.floor)
             known = values.isfinite().any(dim=1)
         else:
             z = combined(standardized(values, group))
@@ -160,8 +159,36 @@ class ScoreWeigher(Weigher):
         verdict = torch.where(known[:, None], verdicts, 0.0).sum(dim=1)
         valid = known if warm else torch.zeros_like(known)
         weight = conservative_weight(verdict, beta, self.alpha, self.floor, self.ceiling, valid)
-        if self.missing_future == "one" or not warm:
+        return self._mean_where_unknown(weight, known) if warm and self.missing_future != "one" else weight
+
+    def _by_slot(
+        self,
+        memory: SlotMemory,
+        verdicts: Float[Tensor, "batch scores"],
+        evidence: Evidence,
+        warm: bool,
+    ) -> Float[Tensor, " batch"]:
+        if not len(memory.weight):
+            raise ValueError(
+                "The episodes to be weighed are unknown: call PTRPolicy.set_episodes(EpisodeTable.from_metadata("
+                "dataset.meta)) before training, as PTRTrainer and LeRobot's factory do."
+            )
+        slot = memory.slot(evidence.episode, evidence.index)
+        self._step_verdicts.append((slot, verdicts.masked_fill(~evidence.chunk_valid[:, None], torch.nan)))
+        if not warm:
+            return torch.ones_like(evidence.loss)
+        # a slot never seen keeps the weight it was laid out with
+        weight = memory.weight[slot]
+        if self.missing_future == "episode":
             return weight
+        known = verdicts.isfinite().any(dim=1) & evidence.chunk_valid
+        return (
+            torch.where(known, weight, 1.0) if self.missing_future == "one" else self._mean_where_unknown(weight, known)
+        )
+
+    def _mean_where_unknown(
+        self, weight: Float[Tensor, " batch"], known: Bool[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
         sums = torch.stack([torch.where(known, weight, 0.0).sum(), known.sum().to(weight)])
         # ranks may evaluate different numbers of batches, so only training looks at all of them
         total, count = sum_over_ranks(sums) if self.training else sums

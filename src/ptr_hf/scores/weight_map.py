@@ -3,9 +3,10 @@
     paper         w = clip(exp(s / β), floor, ceiling)                         Eq. 21, on the verdict itself
     rejection     w = floor + (1 - floor) σ(4 (z + 1.5))                       METHOD section 13, on standardised verdicts
     exponential   w = clip(exp(3 z), floor, ceiling)                           METHOD section 13, likewise
-    calibrated    see ``calibrated``
+    calibrated    w = floor + (1 - floor) Π_i σ(3 (z_i + 3)), z_i by the group's upper half        ours
 
-z = Σ_i z_i / √n over the scores that take part, each standardised by median and MAD within its group.
+z = Σ_i z_i / √n over the scores that take part, each standardised by median and MAD within its group (``calibrated``: by
+the upper half of the group, and each score on its own).
 """
 
 from typing import Literal
@@ -20,6 +21,9 @@ WEIGHT_MAPS: tuple[WeightMapName, ...] = ("paper", "rejection", "exponential", "
 MAD_TO_STD = 1.4826
 Z_CLAMP = 8.0
 SMALLEST_GROUP = 5
+ENOUGH_FOR_PERCENTILES = 20
+NORMAL_75, NORMAL_95 = 0.6745, 1.6449
+"""Percentiles of the standard normal distribution."""
 
 
 def grouped_quantile(
@@ -86,22 +90,42 @@ def exponential(z: Float[Tensor, " slots"], floor: float, ceiling: float) -> Flo
 
 def calibrated(
     values: Float[Tensor, "slots channels"],
-    nulls: Float[Tensor, "slots channels"],
     group: Int[Tensor, " slots"],
+    has_chance: Bool[Tensor, " channels"],
     floor: float,
 ) -> Float[Tensor, " slots"]:
-    """Weights on the scale between chance and what is typical of good data (ours).
+    """Reject what lies far below good data, and leave good data alone (ours).
 
-    t = (value - chance) / (typical - chance), with chance the group's median null and typical the upper quartile of its
-    verdicts; w = floor + (1 - floor) Π_i σ(12 (t_i - 0.5)): clean data lies around t = 1 and keeps its weight however tight
-    it is spread; what looks like chance is rejected.
+    Up to half of a group may be corrupted, so what good data looks like is read off its upper half: with its 75th and 95th
+    percentile taken as those of a normal distribution, z_i = (s_i - mean) / std, and
+
+        w = floor + (1 - floor) Π_i σ(3 (z_i + 3)).
+
+    On clean data nearly every slot keeps a weight near 1, however little the scores spread. A score in nats above chance
+    whose typical verdict is not above chance identifies nothing, and is left out.
+
+    Args:
+        values: mean verdicts, NaN where there is none.
+        group: of the slots.
+        has_chance: True for the scores for which 0 is chance.
+        floor: smallest weight.
     """
+    everyone = torch.zeros_like(group)
     weight = torch.ones_like(values[:, 0])
-    for value, null in zip(values.unbind(1), nulls.unbind(1), strict=True):
-        known = value.isfinite()
-        chance = grouped_quantile(null, group, null.isfinite(), 0.5)
-        typical = grouped_quantile(value, group, known, 0.75)
-        t = (value - chance) / (typical - chance).clamp(min=1e-6)
-        factor = torch.sigmoid(12.0 * (t - 0.5))
-        weight = weight * torch.where(known & chance.isfinite(), factor, 1.0)
+    for column, in_nats in zip(values.unbind(1), has_chance, strict=True):
+        known = column.isfinite()
+        counted = torch.zeros_like(column).index_add_(0, group, known.to(column))[group]
+        upper, top = (
+            torch.where(
+                counted >= ENOUGH_FOR_PERCENTILES,
+                grouped_quantile(column, group, known, quantile),
+                grouped_quantile(column, everyone, known, quantile),
+            )
+            for quantile in (0.75, 0.95)
+        )
+        std = ((top - upper) / (NORMAL_95 - NORMAL_75)).clamp(min=1e-6)
+        mean = upper - NORMAL_75 * std
+        factor = torch.sigmoid(3.0 * ((column - mean) / std + 3.0))
+        says_something = known & ~(in_nats & (mean <= 0))
+        weight = weight * torch.where(says_something, factor, 1.0)
     return floor + (1.0 - floor) * weight
