@@ -28,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MUJOCO_GL", "egl")
 
-from corruption_run import Cell, Setting, prepare, run
+from corruption_run import SETTINGS, Cell, prepare, run
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -46,13 +46,18 @@ COLUMNS = (
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"ptr_no_belief": ("ptr", {"num_belief_tokens": 0})}
 """Presets with an option changed, under a name of their own."""
 
-CONTROLS = ("sft", "small_loss", "random_weights", "oracle")
-OURS = ("ptr_consequence", "ptr_consequence_loss", "ptr_calibrated")
+CORE = (
+    *("sft", "ptr_no_belief", "ptr_consequence_loss", "ptr_calibrated"),
+    *("small_loss", "small_loss_calibrated", "oracle"),
+)
 GRID: dict[str, list[tuple[str, tuple[str, ...]]]] = {
     "state": [
-        ("combined", ("ptr_no_belief", *OURS, *CONTROLS, "ptr", "ptr_consequence_shuffled", "sft_belief")),
-        ("clean", ("ptr_no_belief", *OURS, "sft", "small_loss", "random_weights", "ptr")),
-        *((name, ("ptr_no_belief", *OURS, *CONTROLS)) for name in ("convention", "minority", "instruction", "sloppy")),
+        (
+            "combined",
+            (*CORE, "ptr_consequence", "ptr_consequence_shuffled", "random_weights", "ptr", "sft_belief"),
+        ),
+        ("clean", (*CORE[:-1], "ptr_consequence", "random_weights")),
+        *((name, CORE) for name in ("convention", "minority", "instruction", "sloppy")),
     ],
     "pixels": [
         ("combined", ("ptr", "ptr_consequence", "ptr_calibrated", "sft", "small_loss", "oracle")),
@@ -166,7 +171,7 @@ def main(argv: list[str]) -> None:
     check(arguments)
     results = arguments.results or Path("results") / f"corruption_{arguments.track}.csv"
     workspace = arguments.workspace / arguments.track
-    setting = Setting(arguments.track)
+    setting = SETTINGS[arguments.track]
     setting = replace(
         setting,
         **{name: vars(arguments)[name] for name in ("steps", "test_starts") if vars(arguments)[name] is not None},

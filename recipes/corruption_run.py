@@ -14,7 +14,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import transformers
+from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.policies.factory import get_policy_class
+from lerobot.policies.pretrained import PreTrainedPolicy
 from transformers import TrainerCallback, set_seed
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments, score_dataset
@@ -59,10 +62,28 @@ class Setting:
     learning_rate: float = 5e-4
     test_starts: int = 15
     chunk_size: int = 16
+    operators: tuple[str, ...] = (EXPERT, SLOPPY)
+    freeze_vision: bool = False
 
     @property
     def tasks(self) -> tuple[str, ...]:
         return TASKS[self.track]
+
+
+SETTINGS = {
+    "state": Setting("state"),
+    "pixels": Setting(
+        "pixels",
+        demonstrations=30,
+        pretraining_demonstrations=30,
+        pretraining_steps=2500,
+        steps=300,
+        test_starts=10,
+        operators=(EXPERT,),
+        freeze_vision=True,
+    ),
+}
+"""Pixels cost ten times as much, so there is less of everything; the vision tower is frozen after pretraining."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +117,7 @@ class Cell:
 def prepare(setting: Setting, workspace: Path) -> None:
     """Record the clean demonstrations and pretrain the policy, once; what is there already is kept."""
     demonstrations: tuple[tuple[str, Goals, int, int, tuple[str, ...]], ...] = (
-        ("train", "train", setting.demonstrations, TRAIN_SEED, (EXPERT, SLOPPY)),
+        ("train", "train", setting.demonstrations, TRAIN_SEED, setting.operators),
         ("pretrain", "pretrain", setting.pretraining_demonstrations, PRETRAIN_SEED, (EXPERT,)),
     )
     for name, goals, count, first, operators in demonstrations:
@@ -113,9 +134,15 @@ def pretrained_policy(setting: Setting, workspace: Path) -> Path:
     if (folder / "model.safetensors").is_file():
         return folder
     dataset = condition_dataset(setting, workspace, "clean", 0, "pretrain")
-    meta = LeRobotDataset(dataset.name, root=dataset).meta
+    demonstrations = LeRobotDataset(dataset.name, root=dataset, video_backend="pyav")
+    meta = demonstrations.meta
     vlm_sizes, options = TINY[setting.track]
     vlm = write_tiny_vlm(workspace / "vlm", texts=list(meta.tasks.index), **vlm_sizes)
+    if meta.camera_keys:
+        shown = torch.linspace(0, len(demonstrations) - 1, 32).long().tolist()
+        options = options | {
+            "frames": {key: torch.stack([demonstrations[i][key] for i in shown]) for key in meta.camera_keys}
+        }
     policy = tiny_smolvla(meta.features, vlm.resolve(), chunk_size=setting.chunk_size, seed=0, num_steps=5, **options)
     args = PTRTrainingArguments(
         **_arguments(setting, folder, setting.pretraining_steps, 0) | {"learning_rate": 1e-3}, preset="sft"
@@ -124,6 +151,15 @@ def pretrained_policy(setting: Setting, workspace: Path) -> Path:
     trainer.train()
     policy.save_pretrained(folder)
     return folder
+
+
+def load_pretrained(setting: Setting, workspace: Path) -> PreTrainedPolicy:
+    """The policy every run starts from, with its vision tower frozen where the track says so."""
+    folder = workspace / "pretrained"
+    config = PreTrainedConfig.from_pretrained(folder)
+    if setting.freeze_vision:
+        vars(config)["freeze_vision_encoder"] = True
+    return get_policy_class(config.type).from_pretrained(folder, config=config)
 
 
 def condition_dataset(setting: Setting, workspace: Path, condition: str, seed: int, name: str = "train") -> Path:
@@ -144,7 +180,7 @@ def run(setting: Setting, cell: Cell, workspace: Path) -> dict[str, Any]:
     set_seed(cell.seed)
     options = {"segment_length": 1} | cell.options
     args = PTRTrainingArguments(**_arguments(setting, folder, setting.steps, cell.seed), preset=cell.preset, **options)
-    trainer = PTRTrainer(str(workspace / "pretrained"), args, dataset)
+    trainer = PTRTrainer(load_pretrained(setting, workspace), args, dataset)
     truth = kinds(dataset)
     quarter = _ScoreAt(setting.steps // 4, trainer, cell.seed)
     trainer.add_callback(quarter)
@@ -273,6 +309,7 @@ def _arguments(setting: Setting, folder: Path, steps: int, seed: int) -> dict[st
         "disable_tqdm": True,
         "use_cpu": True,
         "in_memory": True,
+        "frames_cache": str(folder.parent / "frames"),
         "seed": seed,
     }
 

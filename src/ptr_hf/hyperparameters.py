@@ -27,6 +27,9 @@ _OURS: dict[str, Any] = {
     "scorer_warmup_steps": 0.15,
 }
 
+# The map that leaves clean data alone.
+_CALIBRATED: dict[str, Any] = {**_OURS, "standardize_by": "task", "weight_map": "calibrated", "weight_min": 0.01}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # The paper's method (Table 6).
     "ptr": {},
@@ -37,18 +40,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Ours (METHOD section 13): which action, which instruction, belongs to what followed?
     "ptr_consequence": {"score": "consequence", **_OURS},
     "ptr_consequence_loss": {"score": "consequence_loss", "standardize_by": "task", **_OURS},
-    "ptr_calibrated": {
-        "score": "consequence",
-        "standardize_by": "task",
-        **_OURS,
-        "weight_map": "calibrated",
-        "weight_min": 0.01,
-    },
+    "ptr_calibrated": {"score": "consequence_log_loss", **_CALIBRATED},
     "ptr_consequence_shuffled": {"score": "consequence", "shuffle_consequences": True, **_OURS},
     "ptr_margin": {"score": "action_margin", **_OURS},
     # Controls: the same aggregation and map on what needs no consequence, random weights, and perfect knowledge.
     "small_loss": {"score": "loss", "standardize_by": "task", **_OURS},
     "small_loss_rejection": {"score": "loss", "standardize_by": "task", **_OURS, "weight_map": "rejection"},
+    "small_loss_calibrated": {"score": "log_loss", **_CALIBRATED},
     "random_weights": {"score": "random", **_OURS},
     "motion": {"score": "motion", "standardize_by": "task", **_OURS},
     "length": {"score": "length", "standardize_by": "task", **_OURS},

@@ -18,6 +18,7 @@ from ptr_hf.scores import (
     ActionMargin,
     InstructionIdentification,
     Motion,
+    NegativeLogLoss,
     NegativeLoss,
     OfEpisode,
     Posterior,
@@ -117,6 +118,8 @@ def _build_score(name: str, config: PTRConfig, action_dim: int, target_dim: int)
             return Uniform()
         case "loss":
             return NegativeLoss()
+        case "log_loss":
+            return NegativeLogLoss()
         case "motion":
             return Motion()
     return OfEpisode(torch.zeros(config.num_episodes))

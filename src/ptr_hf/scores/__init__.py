@@ -5,7 +5,7 @@ Every score reads what the step's forward has already computed; only ``action_id
 """
 
 from ptr_hf.scores.aggregation import WHOLE_EPISODE, EpisodeTable, SlotMemory
-from ptr_hf.scores.controls import Motion, NegativeLoss, OfEpisode, Uniform, known_beforehand
+from ptr_hf.scores.controls import Motion, NegativeLogLoss, NegativeLoss, OfEpisode, Uniform, known_beforehand
 from ptr_hf.scores.identification import ActionIdentification, InstructionIdentification
 from ptr_hf.scores.paper import ActionMargin, Posterior
 from ptr_hf.scores.score import Score, Scored
@@ -22,10 +22,12 @@ SCORES: dict[str, tuple[str, ...]] = {
     # ours, together
     "consequence": ("action_identification", "instruction_identification"),
     "consequence_loss": ("action_identification", "instruction_identification", "loss"),
+    "consequence_log_loss": ("action_identification", "instruction_identification", "log_loss"),
     # controls
     "uniform": ("uniform",),
     "random": ("random",),
     "loss": ("loss",),
+    "log_loss": ("log_loss",),
     "motion": ("motion",),
     "length": ("length",),
     "oracle": ("oracle",),
@@ -50,6 +52,7 @@ __all__ = [
     "InstructionIdentification",
     "MissingFuture",
     "Motion",
+    "NegativeLogLoss",
     "NegativeLoss",
     "OfEpisode",
     "Posterior",

@@ -25,6 +25,14 @@ class NegativeLoss(Score):
         return Scored(-evidence.loss, evidence.chunk_valid & evidence.loss.isfinite())
 
 
+class NegativeLogLoss(Score):
+    """-log ℓ: the same order as the negated loss, on a scale where good and bad data spread alike."""
+
+    def forward(self, evidence: Evidence, generator: torch.Generator | None) -> Scored:
+        """-log ℓ of every chunk with a finite loss."""
+        return Scored(-torch.log(evidence.loss.clamp(min=1e-6)), evidence.chunk_valid & evidence.loss.isfinite())
+
+
 class Motion(Score):
     """How much the chunk's actions move, as the mean square of the normalised actions."""
 

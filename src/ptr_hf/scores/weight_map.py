@@ -3,10 +3,10 @@
     paper         w = clip(exp(s / β), floor, ceiling)                         Eq. 21, on the verdict itself
     rejection     w = floor + (1 - floor) σ(4 (z + 1.5))                       METHOD section 13, on standardised verdicts
     exponential   w = clip(exp(3 z), floor, ceiling)                           METHOD section 13, likewise
-    calibrated    w = floor + (1 - floor) Π_i σ(3 (z_i + 3)), z_i by the group's upper half        ours
+    calibrated    w = floor + (1 - floor) σ(3 (z + 3)), standardised by good data alone         ours
 
 z = Σ_i z_i / √n over the scores that take part, each standardised by median and MAD within its group (``calibrated``: by
-the upper half of the group, and each score on its own).
+the upper half of its group).
 """
 
 from typing import Literal
@@ -99,19 +99,19 @@ def calibrated(
     Up to half of a group may be corrupted, so what good data looks like is read off its upper half: with its 75th and 95th
     percentile taken as those of a normal distribution, z_i = (s_i - mean) / std, and
 
-        w = floor + (1 - floor) Π_i σ(3 (z_i + 3)).
+        w = floor + (1 - floor) σ(3 (z + 3)),        z = Σ_i min(z_i, 1) / √n.
 
-    On clean data nearly every slot keeps a weight near 1, however little the scores spread. A score in nats above chance
-    whose typical verdict is not above chance identifies nothing, and is left out.
+    On clean data nearly every slot keeps a weight near 1, however little the scores spread, and no score's praise makes up
+    for another's objection. A score in nats above chance whose typical verdict is not above chance is left out.
 
     Args:
         values: mean verdicts, NaN where there is none.
-        group: of the slots.
+        group: of the slots; one of fewer than 20 known slots is compared with everyone.
         has_chance: True for the scores for which 0 is chance.
         floor: smallest weight.
     """
     everyone = torch.zeros_like(group)
-    weight = torch.ones_like(values[:, 0])
+    columns = []
     for column, in_nats in zip(values.unbind(1), has_chance, strict=True):
         known = column.isfinite()
         counted = torch.zeros_like(column).index_add_(0, group, known.to(column))[group]
@@ -125,7 +125,7 @@ def calibrated(
         )
         std = ((top - upper) / (NORMAL_95 - NORMAL_75)).clamp(min=1e-6)
         mean = upper - NORMAL_75 * std
-        factor = torch.sigmoid(3.0 * ((column - mean) / std + 3.0))
-        says_something = known & ~(in_nats & (mean <= 0))
-        weight = weight * torch.where(says_something, factor, 1.0)
-    return floor + (1.0 - floor) * weight
+        says_nothing = ~known | (in_nats & (mean <= 0))
+        columns.append(torch.where(says_nothing, torch.nan, ((column - mean) / std).clamp(-Z_CLAMP, 1.0)))
+    z = combined(torch.stack(columns, dim=1))
+    return floor + (1.0 - floor) * torch.sigmoid(3.0 * (torch.where(z.isfinite(), z, 0.0) + 3.0))

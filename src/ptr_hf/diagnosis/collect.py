@@ -1,0 +1,121 @@
+"""One pass of a frozen policy over a dataset: what its scores would read of every chunk."""
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.processor import PolicyProcessorPipeline
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+
+from ptr_hf.configuration_ptr import PTRConfig
+from ptr_hf.data.datasets import check_cameras, check_dataset, episode_spans, open_dataset
+from ptr_hf.data.in_memory import collate_segments
+from ptr_hf.method.evidence import Evidence, Weigher, Weighing
+from ptr_hf.modeling_ptr import PTRPolicy
+from ptr_hf.trainer import preprocess
+
+
+class Recorder(Weigher):
+    """Keeps the evidence that a weigher is given, and weighs nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Evidence] = []
+
+    def weigh(
+        self, evidence: Evidence, beta: Float[Tensor, ""], warm: bool, generator: torch.Generator | None
+    ) -> Weighing:
+        """Weights of 1."""
+        self.seen.append(evidence)
+        nothing = torch.zeros_like(evidence.loss)
+        return Weighing(nothing + 1.0, nothing[:, None], nothing[:, None], nothing, nothing)
+
+    def after_step(self, step: int, warm: bool) -> None:
+        """Nothing to remember."""
+
+
+def frozen_policy(base: nn.Module, **hyperparameters: Any) -> PTRPolicy:
+    """A policy for `collect`: the base does not learn, and its own vision tower embeds the consequences.
+
+    Args:
+        base: a LeRobot policy; changed in place.
+        hyperparameters: of `PTRConfig`, such as segment_length.
+    """
+    base.requires_grad_(False)
+    device = next(base.parameters()).device.type
+    policy = PTRPolicy(PTRConfig(device=device, preset="ptr_consequence_loss", **hyperparameters), base_policy=base)
+    assert policy.objective is not None
+    policy.objective.weigher = Recorder()
+    return policy.eval()
+
+
+def collect(
+    policy: PTRPolicy,
+    dataset: LeRobotDataset | str | Path,
+    preprocessor: PolicyProcessorPipeline,
+    *,
+    revision: str | None = None,
+    renames: dict[str, str] | None = None,
+    max_segments: int | None = None,
+    batch_size: int = 8,
+    workers: int = 0,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evidence:
+    """What the scores would read of a dataset's chunks, on the CPU, ordered by dataset index.
+
+    Args:
+        policy: from `frozen_policy`.
+        dataset: a LeRobotDataset, its folder or its Hub id.
+        preprocessor: the policy's own.
+        revision: of the dataset on the Hub.
+        renames: dataset key -> policy key of cameras and states.
+        max_segments: of a larger dataset, so many segments are read, spread evenly over it.
+        batch_size: segments per forward pass.
+        workers: processes that read the dataset.
+        seed: of the policy's noise.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: the dataset does not fit the policy, or holds nothing to score.
+    """
+    layout, objective = policy.config.layout, policy.objective
+    assert objective is not None
+    assert isinstance(objective.weigher, Recorder)
+    opened = open_dataset(dataset, layout, revision=revision)
+    check_cameras(policy.config.base_config, opened.meta.features, renames or {})
+    check_dataset(opened, layout)
+    step = layout.segment_length * layout.chunk_stride
+    anchors = np.asarray([first + at for _, first, length in episode_spans(opened) for at in range(0, length, step)])
+    if max_segments is not None and len(anchors) > max_segments:
+        anchors = anchors[np.linspace(0, len(anchors) - 1, max_segments).round().astype(np.int64)]
+    loader = DataLoader(
+        Subset(opened, anchors.tolist()), batch_size=batch_size, collate_fn=collate_segments, num_workers=workers
+    )
+    objective.weigher.seen.clear()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for batch in tqdm(loader, desc="reading consequences", unit="batch", disable=not progress):
+            on_device = {k: v.to(policy.config.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            policy.compute(preprocess(on_device, preprocessor))
+    parts = objective.weigher.seen
+    whole = {name: torch.cat([vars(part)[name].cpu() for part in parts]) for name in _columns()}
+    objective.weigher.seen = []
+    evidence = Evidence(**whole)
+    evidence = rows_of(evidence, evidence.chunk_valid.nonzero()[:, 0])
+    return rows_of(evidence, evidence.index.argsort())
+
+
+def rows_of(evidence: Evidence, rows: Int[Tensor, " rows"] | Bool[Tensor, " rows"]) -> Evidence:
+    """Some of the chunks."""
+    return replace(evidence, **{name: vars(evidence)[name][rows] for name in _columns()})
+
+
+def _columns() -> list[str]:
+    return [item.name for item in fields(Evidence)]
