@@ -60,8 +60,8 @@ GRID: dict[str, list[tuple[str, tuple[str, ...]]]] = {
         *((name, CORE) for name in ("convention", "minority", "instruction", "sloppy")),
     ],
     "pixels": [
-        ("combined", ("ptr", "ptr_consequence", "ptr_calibrated", "sft", "small_loss", "oracle")),
-        ("clean", ("ptr", "ptr_consequence", "ptr_calibrated", "sft", "small_loss")),
+        ("combined", ("sft", "ptr", "ptr_consequence", "ptr_calibrated", "small_loss", "oracle")),
+        ("clean", ("sft", "ptr", "ptr_consequence", "ptr_calibrated", "small_loss")),
     ],
 }
 """Condition by condition, so that an interrupted grid lacks conditions and no seeds; an oracle of clean data is SFT."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import av
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
@@ -116,6 +117,7 @@ class Cell:
 
 def prepare(setting: Setting, workspace: Path) -> None:
     """Record the clean demonstrations and pretrain the policy, once; what is there already is kept."""
+    _be_quiet()
     demonstrations: tuple[tuple[str, Goals, int, int, tuple[str, ...]], ...] = (
         ("train", "train", setting.demonstrations, TRAIN_SEED, setting.operators),
         ("pretrain", "pretrain", setting.pretraining_demonstrations, PRETRAIN_SEED, (EXPERT,)),
@@ -328,6 +330,7 @@ class _ScoreAt(TrainerCallback):
 
 def _be_quiet() -> None:
     torch.set_num_threads(1)
+    av.logging.set_libav_level(av.logging.ERROR)
     logging.disable(logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
