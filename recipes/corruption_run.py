@@ -77,7 +77,7 @@ SETTINGS = {
         "pixels",
         demonstrations=30,
         pretraining_demonstrations=30,
-        pretraining_steps=2500,
+        pretraining_steps=1200,
         steps=300,
         test_starts=10,
         operators=(EXPERT,),

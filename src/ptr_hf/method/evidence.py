@@ -55,6 +55,7 @@ class Weighing:
         nulls: what each would have said under labels that are not the chunk's own, NaN where it has none.
         head_loss: per chunk, the loss that trains the scores' own heads; zeros without any.
         head_weight: what ``head_loss`` is averaged with.
+        identified: what the first identifying score says, for the log; None without one.
     """
 
     weight: Float[Tensor, " batch"]
@@ -62,6 +63,22 @@ class Weighing:
     nulls: Float[Tensor, "batch scores"]
     head_loss: Float[Tensor, " batch"]
     head_weight: Float[Tensor, " batch"]
+    identified: "IdentifiedBy | None" = None
+
+
+@dataclass(frozen=True)
+class IdentifiedBy:
+    """What a score that picks the chunk's own label out of several says of each chunk.
+
+    Attributes:
+        verdict: in nats above chance, 0 where it says nothing.
+        correct: the chunk's own label was the most likely.
+        candidates: labels it was picked from, 0 where it says nothing.
+    """
+
+    verdict: Float[Tensor, " batch"]
+    correct: Bool[Tensor, " batch"]
+    candidates: Int[Tensor, " batch"]
 
 
 class Weigher(NeverLowered):

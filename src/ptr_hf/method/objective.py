@@ -237,6 +237,9 @@ class PTRObjective(NeverLowered):
             candidates=identified.candidates,
             weighing=weighing if self.weigher is not None else None,
         )
+        if self.scorer is None and weighing.identified is not None:
+            output.score, output.correct = weighing.identified.verdict, weighing.identified.correct
+            output.candidates = weighing.identified.candidates
         if self.training:
             self._micro_step += 1
             self._step_samples.append(everyone)

@@ -127,6 +127,8 @@ class ActionIdentification(CrossFitted):
             valid=valid,
             null=shares.gather(1, other[:, None])[:, 0],
             loss=loss.masked_fill(~valid, 0.0),
+            correct=valid & (shares.argmax(dim=1) == torch.arange(len(usable), device=usable.device)),
+            candidates=usable.sum(),
         )
 
 
@@ -156,4 +158,6 @@ class InstructionIdentification(CrossFitted):
             valid=valid,
             null=shares.gather(1, ((task + shift) % self.num_tasks)[:, None])[:, 0],
             loss=loss.masked_fill(~valid, 0.0),
+            correct=valid & (shares.argmax(dim=1) == task),
+            candidates=torch.full_like(task[:1].sum(), self.num_tasks),
         )

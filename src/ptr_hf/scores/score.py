@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ptr_hf.method import NeverLowered
@@ -19,12 +19,16 @@ class Scored:
         valid: where the value means something.
         null: the same score of the chunk under labels that are not its own: what chance looks like. NaN without one.
         loss: what trains the score's own head, 0 where it does not learn; None for a score without a head.
+        correct: where the chunk's own label was the most likely one of all; None for a score that does not identify.
+        candidates: number of labels it was picked from.
     """
 
     value: Float[Tensor, " batch"]
     valid: Bool[Tensor, " batch"]
     null: Float[Tensor, " batch"] | None = None
     loss: Float[Tensor, " batch"] | None = None
+    correct: Bool[Tensor, " batch"] | None = None
+    candidates: Int[Tensor, ""] | None = None
 
 
 class Score(NeverLowered):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ptr_hf.method import conservative_weight
 from ptr_hf.method.distributed import sum_over_ranks
-from ptr_hf.method.evidence import Evidence, Weigher, Weighing
+from ptr_hf.method.evidence import Evidence, IdentifiedBy, Weigher, Weighing
 from ptr_hf.scores.aggregation import EpisodeTable, SlotMemory
 from ptr_hf.scores.controls import OfEpisode, known_beforehand
 from ptr_hf.scores.score import Score, Scored
@@ -106,6 +106,7 @@ class ScoreWeigher(Weigher):
             nulls=nulls,
             head_loss=head_loss,
             head_weight=learns * weight if self.self_weighting else learns,
+            identified=next((_identified(of) for of in scored if of.correct is not None), None),
         )
 
     @torch.no_grad()
@@ -193,6 +194,16 @@ class ScoreWeigher(Weigher):
         # ranks may evaluate different numbers of batches, so only training looks at all of them
         total, count = sum_over_ranks(sums) if self.training else sums
         return torch.where(known | (count == 0), weight, total / count.clamp(min=1))
+
+
+def _identified(of: Scored) -> IdentifiedBy:
+    assert of.correct is not None
+    assert of.candidates is not None
+    return IdentifiedBy(
+        verdict=torch.where(of.valid, of.value, 0.0),
+        correct=of.correct,
+        candidates=torch.where(of.valid, of.candidates, 0),
+    )
 
 
 def _known(values: Float[Tensor, " batch"] | None, valid: Bool[Tensor, " batch"]) -> Float[Tensor, " batch"]:
