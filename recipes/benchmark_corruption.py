@@ -43,8 +43,26 @@ COLUMNS = (
     *("by_task", "auc_by_kind", "auc_by_score", "histogram"),
 )
 
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"ptr_no_belief": ("ptr", {"num_belief_tokens": 0})}
-"""Presets with an option changed, under a name of their own."""
+_NO_BELIEF = {"num_belief_tokens": 0}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ptr_no_belief": ("ptr", _NO_BELIEF),
+    # Table 5 and Figure 10 of the paper, without belief
+    "ablation:frozen_encoder": ("ptr", {**_NO_BELIEF, "ema_decay": 1.0}),
+    "ablation:no_controller": ("ptr", {**_NO_BELIEF, "controller": False}),
+    "ablation:no_clipping": ("ptr", {**_NO_BELIEF, "weight_min": 1e-6, "weight_max": 1e6}),
+    **{
+        f"sweep:{name}={value:g}": ("ptr", {**_NO_BELIEF, name: value})
+        for name, values in (("temperature", (0.06, 0.2)), ("beta", (0.5, 3.0)), ("weight_max", (2.0, 8.0)))
+        for value in values
+    },
+    # our own search around ptr_calibrated
+    "search:no_cross_fit": ("ptr_calibrated", {"cross_fit": False}),
+    "search:no_self_weighting": ("ptr_calibrated", {"self_weighting": False}),
+    "search:segment": ("ptr_calibrated", {"aggregation": "segment"}),
+    "search:no_loss": ("ptr_consequence", {"weight_map": "calibrated", "standardize_by": "task", "weight_min": 0.01}),
+    "search:shuffled": ("ptr_calibrated", {"shuffle_consequences": True}),
+}
+"""Presets with options changed, each under a name of its own."""
 
 CORE = (
     *("sft", "ptr_no_belief", "ptr_consequence_loss", "ptr_calibrated"),
