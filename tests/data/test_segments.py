@@ -331,3 +331,20 @@ def test_futures_of_two_cameras(tmp_path: Path) -> None:
     for key in cameras:
         assert torch.equal(segment.futures[key][0], batch[key][:, 1])
         assert torch.equal(segment.futures[key][1], batch[key][:, 2])
+
+
+def test_a_single_video_frame_without_a_time_axis_is_the_chunks_own() -> None:
+    layout = SegmentLayout((0,), (0, 1), segment_length=1, chunk_stride=2, consequence_offset=None)
+    image, state = torch.rand(2, 3, 4, 4), torch.rand(2, 1, 5)
+    batch = {
+        "observation.image": image,
+        "observation.state": state,
+        "action": torch.zeros(2, 2, 1),
+        "action_is_pad": torch.zeros(2, 2, dtype=torch.bool),
+        "index": torch.tensor([0, 7]),
+        "episode_index": torch.tensor([0, 1]),
+        "task_index": torch.tensor([0, 0]),
+    }
+    chunks = split_segment(batch, layout).chunks
+    assert torch.equal(chunks["observation.image"].reshape_as(image), image)
+    assert torch.equal(chunks["observation.state"].reshape(2, 5), state[:, 0])

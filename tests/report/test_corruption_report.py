@@ -34,7 +34,13 @@ from ptr_hf.report.corruption import (  # noqa: E402
 from ptr_hf.report.corruption.findings import verdict  # noqa: E402
 from ptr_hf.report.corruption.presets import describe  # noqa: E402
 from ptr_hf.report.corruption.tables import gap_table, rare_table, sft_differences, spell, success_table  # noqa: E402
-from ptr_hf.report.corruption.variants import ablation_table, sweep_points, sweep_table, variant_conditions  # noqa: E402
+from ptr_hf.report.corruption.variants import (
+    ablation_table,
+    search_table,
+    sweep_points,
+    sweep_table,
+    variant_conditions,
+)
 
 SHIFT = {0: 0.02, 1: -0.03, 2: 0.00, 3: 0.01, 4: -0.01}
 MEANS = {
@@ -185,6 +191,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     page = write_corruption_report([runs], tmp_path / "out", tmp_path / "out.md").read_text()
     assert "Not run: sft on zeroed; ptr on clean; oracle on combined." in page
     assert "ptr on combined (seeds 3, 4)" in page
+    assert "From more than one commit" not in page
     assert "Missing: no ablation was run on this track." in page
     assert "Missing: no run measured it." in page  # corr_motion is in no row
 
@@ -221,6 +228,8 @@ def test_ablations_and_sweeps_stand_beside_their_preset(results: Path) -> None:
         for value in (0.03, 0.2):
             name = f"sweep:temperature={value}"
             append(results, row(name, "combined", seed, 0.4 + value + shift, "ptr", temperature=value))
+        tried = {"aggregation": "segment"}
+        append(results, row("search:segment", "combined", seed, 0.62 + shift, "ptr_consequence", **tried))
         append(results, row("ptr_no_belief", "combined", seed, 0.55 + shift, "ptr", num_belief_tokens=0))
         both = {"num_belief_tokens": 0, "frozen_encoder": True}
         append(results, row("ablation:frozen_encoder", "combined", seed, 0.50 + shift, "ptr", **both))
@@ -251,6 +260,10 @@ def test_ablations_and_sweeps_stand_beside_their_preset(results: Path) -> None:
     assert table["frozen_encoder"][1:3] == ("ptr_no_belief", "-5.0 (-5.0 to -5.0)")
     assert table["full: ptr"][3:] == ("97.8", "55.6")
     assert table["no_clipping"][:3] == ("missing", "", "missing")
+    (tried,) = search_table(runs, "combined").rows
+    assert tried[2].startswith("+12.0 (")
+    assert tried[3] == "ptr_consequence"
+    assert tried[4].startswith("-3.0 (")
     swept = sweep_points(runs, "combined")
     assert [(point.value, point.run) for point in swept] == [
         (0.03, "sweep:temperature=0.03"),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 ACTION = "action"
 OBSERVATION_PREFIX = "observation."
+IMAGE_PREFIX = "observation.image"
 LANGUAGE_PREFIX = "observation.language"
 PAD_SUFFIX = "_is_pad"
 
@@ -173,6 +174,9 @@ def split_segment(batch: dict[str, Any], layout: SegmentLayout) -> Segment:
         elif key.startswith(OBSERVATION_PREFIX) and key.endswith(PAD_SUFFIX):
             continue
         elif offsets is not None and key.startswith(OBSERVATION_PREFIX) and not key.startswith(LANGUAGE_PREFIX):
+            if len(offsets) == 1 and key.startswith(IMAGE_PREFIX) and value.ndim == 4:
+                # LeRobot drops the time axis of a single video frame
+                value = value.unsqueeze(1)
             if value.shape[1] != len(offsets):
                 raise ValueError(
                     f"{key} holds {value.shape[1]} frames per sample but the segment layout reads {len(offsets)}; build the "
