@@ -34,7 +34,7 @@ from ptr_hf.report.corruption import (  # noqa: E402
 from ptr_hf.report.corruption.findings import verdict  # noqa: E402
 from ptr_hf.report.corruption.presets import describe  # noqa: E402
 from ptr_hf.report.corruption.tables import gap_table, rare_table, sft_differences, spell, success_table  # noqa: E402
-from ptr_hf.report.corruption.variants import (
+from ptr_hf.report.corruption.variants import (  # noqa: E402
     ablation_table,
     search_table,
     sweep_points,

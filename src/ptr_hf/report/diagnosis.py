@@ -50,8 +50,8 @@ MEANING = (
     "by a head that has learned from the other. Verdicts are in nats above a guess: 0 is chance, log 2 = 0.69 twice as likely."
 )
 PREVIEW = (
-    "Weights as the presets would give them on these verdicts, mean 1. A training run goes on learning, with the policy's own "
-    "features in motion, so its weights will differ."
+    "Weights as the presets would give them on these verdicts, mean 1. A training run goes on learning, and its loss is that "
+    "of a policy that has learned from this data, so its weights will differ. The loss of an untrained policy is left out."
 )
 
 
@@ -267,7 +267,7 @@ def weights_figure(diagnosis: Diagnosis) -> Figure:
     figure, (left, right) = board(1, 2, 11.0, 4.0)
     name_axes(left, "Weights under each preset", "mean 1", "share of the episodes")
     presets = list(diagnosis.episodes[0].weights)
-    for preset, colour in zip(presets, (BLUE, GREEN, GREY), strict=True):
+    for preset, colour in zip(presets, (BLUE, GREEN, GREY), strict=False):
         weights = np.sort([row.weights[preset] for row in diagnosis.episodes])
         left.plot((np.arange(len(weights)) + 0.5) / len(weights), weights, color=colour, label=preset, linewidth=1.8)
     left.axhline(1.0, color=INK, linewidth=0.8)

@@ -81,7 +81,7 @@ def difference_figure(runs: Runs) -> Figure:
 
 def auc_figure(runs: Runs) -> Figure | None:
     """AUC of the weights by episode and by chunk, at a quarter and at the end of training; None without any."""
-    conditions = tuple(name for name in runs.conditions if name != "clean")
+    conditions = runs.corrupted
     names = tuple(
         name for name in runs.presets if any(runs.values("auc_episode", name, condition) for condition in conditions)
     )
@@ -165,7 +165,7 @@ def _panels(
     columns = max(1, min(COLUMNS, len(conditions)))
     rows = max(1, math.ceil(len(conditions) / columns))
     width = 2.0 + 2.3 * columns
-    figure, axes = board(rows, columns, max(5.0, width), rows * (1.1 + 0.27 * len(names)) + 0.4)
+    figure, axes = board(rows, columns, max(6.6, width), rows * (1.1 + 0.27 * len(names)) + 0.4)
     for place, (ax, condition) in enumerate(zip(axes, conditions, strict=False)):
         name_axes(ax, condition)
         if not any(runs.of(name, condition) for name in names):

@@ -26,7 +26,8 @@ def overview(runs: Runs) -> list[str]:
         rest = [condition for condition in known if condition not in above and condition not in below]
         parts = (("clearly above SFT", above), ("clearly below SFT", below), ("not told apart", rest))
         said = "; ".join(f"{words} in {len(which)} ({', '.join(which)})" for words, which in parts if which)
-        pooled = paired(runs.corrupted_mean(name), runs.corrupted_mean("sft"))
+        several = len(runs.corrupted) > 1
+        pooled = paired(runs.corrupted_mean(name), runs.corrupted_mean("sft")) if several else None
         mean = f" Mean over the corrupted conditions: {points(pooled)} pp ({spell(pooled.seeds)})." if pooled else ""
         sentences.append(f"{name}, {len(known)} condition{'s' if len(known) > 1 else ''}: {said}.{mean}")
     return sentences

@@ -27,8 +27,10 @@ from ptr_hf.report.corruption.tables import (
 )
 from ptr_hf.report.corruption.variants import (
     ABLATION,
+    SEARCH,
     SWEEP,
     ablation_table,
+    search_table,
     sweep_points,
     sweep_table,
     variant_conditions,
@@ -147,6 +149,8 @@ def _provenance(tracks: Sequence[Runs], commands: Sequence[str]) -> Iterator[Blo
         named = ", ".join(f"{commit} ({count})" for commit, count in commits.items())
         lacking = runs.missing()
         text = f"Track {runs.track}: {len(runs.items)} runs, {spell(runs.seeds)}. Commits (runs): {named}."
+        if mixed := runs.mixed():
+            text += f" From more than one commit: {', '.join(mixed)}."
         if any(commit.endswith("+") for commit in commits):
             text += " A + marks files that differed from the commit."
         absent, partly = [], []
@@ -190,11 +194,10 @@ def _detection(runs: Runs) -> Iterator[Block]:
         yield Text("Missing: no run has weights that could be compared with the truth.")
         return
     yield Picture(f"corruption_{runs.track}_auc", AUC_CAPTION, figure)
-    corrupted = [condition for condition in runs.conditions if condition != "clean"]
     others = f"{spell(runs.seeds)} where a cell names no others"
     for level in ("episode", "chunk"):
         caption = f"AUC by {level}, mean after 25 % of training → mean ± standard error at its end, {others}."
-        table = number_table(runs, f"auc_{level}", caption, corrupted, f"auc_{level}_25")
+        table = number_table(runs, f"auc_{level}", caption, runs.corrupted, f"auc_{level}_25")
         yield table or Text(f"AUC by {level}: missing.")
     for found, name in ((kind_table(runs), "AUC by kind of corruption"), (score_table(runs), "AUC of single scores")):
         yield found or Text(f"{name}: missing.")
@@ -222,6 +225,9 @@ def _variants(runs: Runs) -> Iterator[Section]:
     blocks += [] if ablated else [Text("Missing: no ablation was run on this track.")]
     blocks += [] if swept else [Text("Missing: no sweep was run on this track.")]
     yield Section("Ablations and sweeps", tuple(blocks), 3)
+    searched = variant_conditions(runs, SEARCH)
+    if searched:
+        yield Section("Our own search", tuple(search_table(runs, condition) for condition in searched), 3)
 
 
 def _dynamics(dynamics: Dynamics) -> Iterator[Section]:

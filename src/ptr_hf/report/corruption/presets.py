@@ -23,12 +23,15 @@ PRESET_LINES: dict[str, PresetLine] = {
     ),
     "ptr_consequence_loss": PresetLine("ours", "ptr_consequence and the negated loss, compared within a task"),
     "ptr_calibrated": PresetLine(
-        "ours", "ptr_consequence compared within a task, with a map that lowers only what falls far below the group"
+        "ours", "ptr_consequence and the negated log loss, within a task, with a map meant to leave clean data alone"
     ),
     "ptr_consequence_shuffled": PresetLine("control", "ptr_consequence with every chunk given another chunk's future"),
     "ptr_margin": PresetLine("ours", "episode means of the margin between the recorded and another action chunk"),
     "small_loss": PresetLine("control", "no consequence: episodes with a small loss count more, exponential map"),
     "small_loss_rejection": PresetLine("control", "no consequence: small loss with the rejection map"),
+    "small_loss_calibrated": PresetLine(
+        "control", "no consequence: the negated log loss with the map of ptr_calibrated"
+    ),
     "random_weights": PresetLine("control", "weights drawn at random, the same map as ours"),
     "motion": PresetLine("control", "no consequence: weights from how much the robot moves"),
     "length": PresetLine("control", "no consequence: weights from the episode's length"),

@@ -20,7 +20,7 @@ NUMBERS = (
     *("ess", "weight_at_end", "corr_motion", "corr_length", "corr_loss"),
 )
 NAMED_NUMBERS = ("by_task", "auc_by_kind", "auc_by_score")
-VARIANTS = ("ablation:", "sweep:")
+VARIANTS = ("ablation:", "sweep:", "search:")
 BIN_EDGES = np.geomspace(0.01, 4.5, 21)
 """Edges of the bins that the column `histogram` counts weights in."""
 
@@ -61,7 +61,7 @@ class Runs:
 
     @property
     def presets(self) -> tuple[str, ...]:
-        """The names without those of ablations and sweeps."""
+        """The names without those of ablations, sweeps and the search."""
         return tuple(name for name in self.names if not name.startswith(VARIANTS))
 
     @property
@@ -69,6 +69,11 @@ class Runs:
         """In the order they came, the clean data first."""
         found = dict.fromkeys(run.condition for run in self.items)
         return tuple(sorted(found, key=lambda name: name != "clean"))
+
+    @property
+    def corrupted(self) -> tuple[str, ...]:
+        """The conditions without the clean data."""
+        return tuple(condition for condition in self.conditions if condition != "clean")
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -89,7 +94,7 @@ class Runs:
 
     def corrupted_mean(self, preset: str) -> dict[int, float]:
         """Seed → mean success over the corrupted conditions, for seeds that ran all of them."""
-        return _mean_of([self.success(preset, condition) for condition in self.conditions if condition != "clean"])
+        return _mean_of([self.success(preset, condition) for condition in self.corrupted])
 
     def task_mean(self, preset: str, condition: str, tasks: Sequence[str]) -> dict[int, float]:
         """Seed → mean success over some of the tasks, for seeds that have all of them."""
@@ -105,6 +110,10 @@ class Runs:
         counts = [run.histogram for run in self.of(preset, condition) if len(run.histogram) == len(BIN_EDGES) - 1]
         total = np.sum(counts, axis=0, dtype=np.float64) if counts else np.zeros(1)
         return total / total.sum() if total.sum() > 0 else None
+
+    def mixed(self) -> tuple[str, ...]:
+        """Names whose runs come from more than one commit."""
+        return tuple(name for name in self.names if len({run.commit for run in self.items if run.preset == name}) > 1)
 
     def missing(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Preset → condition → the seeds without a run."""

@@ -71,7 +71,7 @@ def success_table(runs: Runs) -> Table:
         found = estimate(runs.corrupted_mean(name) if condition == POOLED else runs.success(name, condition))
         return found and (spread(found, 100.0, 1), found.seeds)
 
-    columns = (*runs.conditions, POOLED)
+    columns = _with_pooled(runs)
     caption = f"Success in % ± standard error. {_seeds(runs)}"
     return Table(("preset", *columns), pivot(runs, runs.presets, columns, cell), caption)
 
@@ -87,7 +87,7 @@ def difference_table(runs: Runs, pairs: Mapping[str, tuple[str, str]], caption: 
             found = paired(*(runs.success(name, condition) for name in sides))
         return found and (points(found), found.seeds)
 
-    columns = (*runs.conditions, POOLED)
+    columns = _with_pooled(runs)
     return Table(("difference", *columns), pivot(runs, tuple(pairs), columns, cell), caption)
 
 
@@ -105,8 +105,8 @@ def contrasts(runs: Runs) -> dict[str, tuple[str, str]]:
     """Row → the methods against the controls that matter most, PTR-consequence against small loss first."""
     papers = [name for name in by_origin(runs, "paper") if name != "sft_belief"]
     methods = dict.fromkeys(["ptr_consequence", *by_origin(runs, "ours"), *papers])
-    controls = [name for name in ("small_loss", "ptr_consequence_shuffled", "random_weights") if name in runs.presets]
-    controls = list(dict.fromkeys(["small_loss", *controls]))
+    controls = ["small_loss", "small_loss_calibrated", "ptr_consequence_shuffled", "random_weights"]
+    controls = [name for name in controls if name == "small_loss" or name in runs.presets]
     return {f"{name} − {control}": (name, control) for control in controls for name in methods}
 
 
@@ -117,7 +117,7 @@ def control_differences(runs: Runs) -> Table:
 
 def gap_table(runs: Runs) -> Table:
     """Share of the SFT → oracle gap that is closed."""
-    columns = [condition for condition in runs.conditions if condition != "clean"]
+    columns = runs.corrupted
     names = [name for name in runs.presets if name not in ("sft", "oracle")]
 
     def cell(name: str, condition: str) -> tuple[str, Sequence[int]] | None:
@@ -210,7 +210,7 @@ def kind_table(runs: Runs) -> Table | None:
 
 def score_table(runs: Runs) -> Table | None:
     """Episode AUC of every single score, by the preset whose run computed it; None without any."""
-    columns = [condition for condition in runs.conditions if condition != "clean"]
+    columns = runs.corrupted
     rows = {
         f"{name}: {score.replace('_', ' ')}": (name, f"auc_by_score:{score}")
         for name in runs.presets
@@ -248,6 +248,11 @@ def rare_table(runs: Runs, condition: str, tasks: Sequence[str]) -> Table:
     )
     header = ("preset", "rare tasks", "difference to SFT", "other tasks", "difference to SFT")
     return Table(header, tuple(rows), caption)
+
+
+def _with_pooled(runs: Runs) -> tuple[str, ...]:
+    """The conditions, and their mean where there is more than one to take it of."""
+    return (*runs.conditions, POOLED) if len(runs.corrupted) > 1 else runs.conditions
 
 
 def _seeds(runs: Runs) -> str:

@@ -1,4 +1,4 @@
-"""Ablations and sweeps: runs called `ablation:no_belief` or `sweep:temperature=0.03`, beside the paper's Table 5."""
+"""Runs called `ablation:no_belief` or `sweep:temperature=0.03` beside the paper's Table 5, and our own `search:…`."""
 
 from dataclasses import fields
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from ptr_hf.report.corruption.runs import Runs
 from ptr_hf.report.corruption.statistics import Estimate, estimate, paired
 from ptr_hf.report.corruption.tables import points, spell, spread
 
-ABLATION, SWEEP = "ablation:", "sweep:"
+ABLATION, SWEEP, SEARCH = "ablation:", "sweep:", "search:"
 SAME_AS = {"no_belief": "ptr_no_belief", "alpha_0": "sft_belief"}
 """Ablations of the paper that the grid runs under another name."""
 
@@ -95,6 +95,21 @@ def sweep_table(runs: Runs, condition: str) -> Table:
         "with a 95 % interval. The paper sweeps the same settings in its Figure 10."
     )
     return Table(("setting", "success", "difference"), tuple(rows), caption)
+
+
+def search_table(runs: Runs, condition: str) -> Table:
+    """What was tried around our presets: each beside SFT and beside the preset that it changes."""
+    rows = []
+    for name in _names(runs, SEARCH, condition):
+        values, full = runs.success(name, condition), reference(runs, name, condition)
+        changes = [paired(values, runs.success(other, condition)) for other in ("sft", full)]
+        told = [MISSING if change is None else points(change) for change in changes]
+        rows.append((name.removeprefix(SEARCH), _cell(estimate(values)), told[0], full, told[1]))
+    caption = (
+        f"Our own search on the condition {condition}: success in % ± SE, and its paired differences to SFT and to the preset "
+        "that was changed, in pp with 95 % intervals."
+    )
+    return Table(("tried", "success", "difference to SFT", "changed preset", "difference to it"), tuple(rows), caption)
 
 
 def reference(runs: Runs, name: str, condition: str) -> str:
