@@ -235,6 +235,8 @@ def rare_table(runs: Runs, condition: str, tasks: Sequence[str]) -> Table:
     others = [task for task in runs.entries("by_task") if task not in tasks]
     rows = []
     for name in runs.presets:
+        if not runs.success(name, condition):
+            continue
         cells = []
         for group in (tasks, others):
             values = runs.task_mean(name, condition, group)
