@@ -182,6 +182,12 @@ class TestAdvice:
         advice = advise(replace(uneven, effects=(replace(effect, shares=shares), *uneven.effects[1:])))
         assert any("would keep 10% of the weight for 50%" in sentence for sentence in advice.sentences)
 
+    def test_an_untrained_policys_loss_judges_nothing(self, meta: LeRobotDatasetMetadata) -> None:
+        found = diagnose(world(), meta, policy="a policy", trained=False, steps=20)
+        assert [effect.preset for effect in found.effects] == ["ptr_consequence", "ptr_calibrated"]
+        assert set(found.episodes[0].z) == {ACTIONS, INSTRUCTIONS}
+        assert "loss" in found.correlations
+
     def test_an_untrained_policy_is_named(self, uneven: Diagnosis) -> None:
         told = [advise(replace(uneven, trained=trained)).sentences for trained in (True, False)]
         assert len(told[1]) == len(told[0]) + 1
@@ -274,7 +280,6 @@ class TestCollecting:
 
     def test_a_large_dataset_is_read_in_part(self, points: Path) -> None:
         evidence = self.evidence(points, max_segments=4)
-        assert len(evidence.loss) == 8
-        assert len(evidence.episode.unique()) > 1
+        assert evidence.index.tolist() == [0, 4, 38, 42, 70, 74, 110], "the last segment ends with its episode"
         kept = rows_of(evidence, evidence.episode == evidence.episode[0])
         assert set(kept.episode.tolist()) == {int(evidence.episode[0])}

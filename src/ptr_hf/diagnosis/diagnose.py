@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from lerobot.datasets import LeRobotDatasetMetadata
-from scipy.stats import spearmanr  # type: ignore[import-untyped]
+from scipy.stats import rankdata, spearmanr  # type: ignore[import-untyped]
 from sklearn.metrics import roc_auc_score
 
 from ptr_hf.diagnosis.identify import Verdicts, identify_actions, identify_instructions, two_folds
@@ -19,15 +19,16 @@ from ptr_hf.scores import (
     ActionIdentification,
     EpisodeTable,
     InstructionIdentification,
+    NegativeLogLoss,
     NegativeLoss,
     Score,
     ScoreWeigher,
 )
 from ptr_hf.scores.weight_map import standardized
 
-ACTIONS, INSTRUCTIONS, LOSS = "action_identification", "instruction_identification", "loss"
+ACTIONS, INSTRUCTIONS, LOSS, LOG_LOSS = "action_identification", "instruction_identification", "loss", "log_loss"
 WEIGHED = ("ptr_consequence", "ptr_calibrated", "small_loss")
-"""Presets whose weights are foretold."""
+"""Presets whose weights are foretold, where the scores they read are known."""
 RESAMPLES = 1000
 BAD_Z = -1.0
 """An episode this many robust standard deviations below its group's median is called bad by a score: a sixth of good ones are,
@@ -101,7 +102,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class EpisodeRow:
-    """One episode: mean verdicts, the same as robust z-scores within its task, and its weight under every preset (mean 1)."""
+    """One episode: mean verdicts, those that count as robust z-scores within its task, and its weights (mean 1)."""
 
     episode: int
     task: str
@@ -159,7 +160,7 @@ def diagnose(
         evidence: from `collect`.
         meta: of the dataset.
         policy: name of the policy that was read with.
-        trained: whether it has learned anything.
+        trained: whether it has learned anything; the loss of one that has not is shown, but nobody judges by it.
         steps: of each head, at most.
         seed: of folds, heads and resampling.
         truth: kind of every episode, `clean` or what was done to it, where it is known; nothing but `detection` reads it.
@@ -172,23 +173,26 @@ def diagnose(
 
     verdicts, shuffled, fold = _heads(evidence, max(1, int(meta.total_tasks)), steps, seed)
     means = {name: _means(of.value.numpy(), slot) for name, of in verdicts.items()}
-    means[LOSS] = _means(np.where(np.isfinite(evidence.loss.numpy()), -evidence.loss.numpy(), np.nan), slot)
+    loss = evidence.loss.clamp(min=1e-6)
+    means[LOSS] = _means(-loss.numpy(), slot)
+    judging = dict(means) if trained else {name: of for name, of in means.items() if name != LOSS}
+    read = judging | ({LOG_LOSS: _means(-loss.log().numpy(), slot)} if trained else {})
     frames = table.length[torch.from_numpy(episodes)].numpy().astype(np.float64)
     others = {"motion": _means(evidence.motion.numpy(), slot), "length": frames}
-    z = {name: _z(values, group) for name, values in (means | others).items()}
+    z = {name: standardized(torch.from_numpy(of)[:, None], group)[:, 0].numpy() for name, of in judging.items()}
+    ranks = {name: _ranks(values, group) for name, values in (means | others).items()}
 
-    weights = {preset: _weights(preset, means, meta, episodes) for preset in WEIGHED}
+    weights = {preset: _weights(preset, read, meta, episodes) for preset in WEIGHED if read.keys() & _scores_of(preset)}
     chunks_of = np.bincount(slot, minlength=len(episodes))
     names = np.asarray(meta.tasks.index, dtype=object)
     effects = tuple(
-        _effect(preset, weight, chunks_of, names[task_of], {name: z[name] for name in others}, group)
-        for preset, weight in weights.items()
+        _effect(preset, weight, chunks_of, names[task_of].tolist(), ranks, group) for preset, weight in weights.items()
     )
     with_verdict = np.isfinite(means[ACTIONS])
     fold_of = np.zeros(len(episodes), dtype=np.int64)
     fold_of[slot] = fold.numpy()
     # an episode is called bad by all when no score that knows it speaks for it
-    bad = np.all([(z[name] < BAD_Z) | np.isnan(z[name]) for name in means], axis=0) & with_verdict
+    bad = np.all([(values < BAD_Z) | np.isnan(values) for values in z.values()], axis=0) & with_verdict
     return Diagnosis(
         source=meta.repo_id,
         policy=policy,
@@ -197,7 +201,7 @@ def diagnose(
         with_future=int(evidence.target_valid.sum()),
         folds=(int((with_verdict & (fold_of == 0)).sum()), int((with_verdict & (fold_of == 1)).sum())),
         identifiability={name: _identifiability(of, shuffled[name], slot, seed) for name, of in verdicts.items()},
-        correlations=_correlations(z),
+        correlations={a: {b: spearman(ranks[a], ranks[b]) for b in ranks} for a in ranks},
         called_bad=tuple(episodes[bad].tolist()),
         effects=effects,
         episodes=tuple(
@@ -207,7 +211,7 @@ def diagnose(
                 frames=int(frames[row]),
                 motion=float(others["motion"][row]),
                 verdicts={name: float(values[row]) for name, values in means.items()},
-                z={name: float(z[name][row]) for name in means},
+                z={name: float(values[row]) for name, values in z.items()},
                 weights={preset: float(values[row]) for preset, values in weights.items()},
             )
             for row in range(len(episodes))
@@ -221,7 +225,8 @@ def _heads(
 ) -> tuple[dict[str, Verdicts], dict[str, Verdicts], Int[torch.Tensor, " chunks"]]:
     """Verdicts by score, the same of heads that see another chunk's future, and the folds."""
     fold = two_folds(evidence.task, evidence.episode, seed)
-    real, control = {}, {}
+    real: dict[str, Verdicts] = {}
+    control: dict[str, Verdicts] = {}
     for found, shuffled in ((real, False), (control, True)):
         found[ACTIONS] = identify_actions(evidence, fold, steps=steps, seed=seed, shuffled=shuffled)
         if num_tasks > 1:
@@ -274,16 +279,30 @@ def _means(values: Float[np.ndarray, " chunks"], slot: Int[np.ndarray, " chunks"
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _z(values: FloatArray, group: Int[torch.Tensor, " episodes"]) -> FloatArray:
-    return standardized(torch.from_numpy(values)[:, None], group)[:, 0].numpy()
+def _ranks(values: FloatArray, group: Int[torch.Tensor, " episodes"]) -> FloatArray:
+    """Rank of every episode among the known ones of its group, between 0 and 1."""
+    ranks, members = np.full(len(values), np.nan), group.numpy()
+    for number in np.unique(members):
+        own = (members == number) & np.isfinite(values)
+        ranks[own] = rankdata(values[own]) / (own.sum() + 1)
+    return ranks
+
+
+def _options(preset: str) -> PTRHyperparameters:
+    options = PTRHyperparameters(preset=preset)
+    options.apply_preset()
+    return options
+
+
+def _scores_of(preset: str) -> set[str]:
+    return set(SCORES[_options(preset).score])
 
 
 def _weights(
     preset: str, means: Mapping[str, FloatArray], meta: LeRobotDatasetMetadata, episodes: Int[np.ndarray, " episodes"]
 ) -> FloatArray:
     """The weight that a preset would give every episode on these verdicts, mean 1."""
-    options = PTRHyperparameters(preset=preset)
-    options.apply_preset()
+    options = _options(preset)
     names = SCORES[options.score]
     missing = np.full(len(episodes), np.nan)
     values = torch.from_numpy(np.stack([means.get(name, missing) for name in names], axis=1)).float()
@@ -292,6 +311,7 @@ def _weights(
         ACTIONS: ActionIdentification(1, 1, 1),
         INSTRUCTIONS: InstructionIdentification(1, 1, 1),
         LOSS: NegativeLoss(),
+        LOG_LOSS: NegativeLogLoss(),
     }
     weigher = ScoreWeigher(
         {name: kinds[name] for name in names},
@@ -311,7 +331,7 @@ def _effect(
     weight: FloatArray,
     chunks: Int[np.ndarray, " episodes"],
     task: Sequence[str],
-    z: Mapping[str, FloatArray],
+    ranks: Mapping[str, FloatArray],
     group: Int[torch.Tensor, " episodes"],
 ) -> Effect:
     total, square = float((weight * chunks).sum()), float((weight**2 * chunks).sum())
@@ -320,19 +340,15 @@ def _effect(
         own = np.asarray([of == name for of in task])
         share = float((weight * chunks)[own].sum()) / total
         shares.append(Share(str(name), int(own.sum()), float(chunks[own].sum() / chunks.sum()), share))
-    within = _z(weight, group)
+    within = _ranks(weight, group)
     return Effect(
         preset=preset,
         effective_share=total**2 / (float(chunks.sum()) * square),
         below_half=float((weight < 0.5).mean()),
-        motion=spearman(within, z["motion"]),
-        length=spearman(within, z["length"]),
+        motion=spearman(within, ranks["motion"]),
+        length=spearman(within, ranks["length"]),
         shares=tuple(shares),
     )
-
-
-def _correlations(z: Mapping[str, FloatArray]) -> dict[str, dict[str, float]]:
-    return {a: {b: spearman(z[a], z[b]) for b in z} for a in z}
 
 
 def spearman(a: FloatArray, b: FloatArray) -> float:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ptr_hf.diagnosis.collect import rows_of
@@ -25,8 +25,6 @@ PASSES = 8
 CHECK_INTERVAL = 20
 SELECTING = 4
 """One in so many episodes of a fold decides when its head stops."""
-
-Answer = Callable[[Evidence], Int[Tensor, " batch"]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,6 @@ def identify_actions(
     width = evidence.action.flatten(1).shape[1]
     return cross_fitted(
         lambda: ActionIdentification(evidence.current.shape[1], width, hidden_dim, cross_fit=False),
-        lambda batch: torch.arange(len(batch.loss)),
         evidence,
         fold,
         **options,  # type: ignore[arg-type]
@@ -79,7 +76,6 @@ def identify_instructions(
     """T_l: which of the dataset's instructions was followed? See `cross_fitted` for the options."""
     return cross_fitted(
         lambda: InstructionIdentification(evidence.current.shape[1], num_tasks, hidden_dim, cross_fit=False),
-        lambda batch: batch.task,
         evidence,
         fold,
         **options,  # type: ignore[arg-type]
@@ -88,7 +84,6 @@ def identify_instructions(
 
 def cross_fitted(
     make: Callable[[], CrossFitted],
-    answer: Answer,
     evidence: Evidence,
     fold: Int[Tensor, " chunks"],
     *,
@@ -101,7 +96,6 @@ def cross_fitted(
 
     Args:
         make: builds a head without cross-fitting of its own.
-        answer: the column of the head's logits that is right.
         evidence: of the whole dataset.
         fold: of every chunk.
         shuffled: control: give every chunk another one's future.
@@ -125,12 +119,12 @@ def cross_fitted(
         with torch.no_grad():
             for _ in range(PASSES):
                 for batch_rows in _mixed(rows, source):
-                    batch = _batch(evidence, batch_rows, shuffled, source)
-                    logits, _ = head.logits(batch)
-                    scored, own = head(batch, source), logits.gather(1, answer(batch)[:, None])[:, 0]
-                    right = (own >= logits.amax(dim=1)).float()
-                    total[:, batch_rows] += torch.stack([scored.value, scored.null, right])
-                    candidates.append(logits.shape[1])
+                    scored = head(_batch(evidence, batch_rows, shuffled, source), source)
+                    assert scored.null is not None
+                    assert scored.correct is not None
+                    assert scored.candidates is not None
+                    total[:, batch_rows] += torch.stack([scored.value, scored.null, scored.correct.float()])
+                    candidates.append(int(scored.candidates))
         value[rows], null[rows], correct[rows] = total[:, rows] / PASSES
     return Verdicts(value, null, correct, sum(candidates) / max(1, len(candidates)))
 
@@ -150,7 +144,8 @@ def _learn(
     selecting = torch.isin(evidence.episode[rows], chosen)
     teaching, deciding = rows[~selecting], rows[selecting]
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=0.01)
-    best, kept = torch.inf, copy.deepcopy(head.state_dict())
+    # a head that never gets better than its random start stays there, near chance
+    best, kept = _loss(head, evidence, deciding, shuffled), copy.deepcopy(head.state_dict())
     for step in range(1, steps + 1):
         picked = teaching[torch.randperm(len(teaching), generator=source)[:CANDIDATES]]
         scored = head(_batch(evidence, picked, shuffled, source), source)
@@ -168,13 +163,12 @@ def _learn(
 
 @torch.no_grad()
 def _loss(head: CrossFitted, evidence: Evidence, rows: Int[Tensor, " rows"], shuffled: bool) -> float:
-    """Mean loss in nats above that of guessing, always among the same candidates."""
+    """Minus the summed verdicts of two passes, always among the same candidates."""
     source = torch.Generator().manual_seed(0)
     total = 0.0
-    for _ in range(2):
+    for _ in range(2 if len(rows) else 0):
         for batch_rows in _mixed(rows, source):
-            value = head(_batch(evidence, batch_rows, shuffled, source), source).value
-            total -= float(value.sum())
+            total -= float(head(_batch(evidence, batch_rows, shuffled, source), source).value.sum())
     return total
 
 
@@ -188,9 +182,5 @@ def _batch(evidence: Evidence, rows: Int[Tensor, " batch"], shuffled: bool, sour
     batch = rows_of(evidence, rows)
     if not shuffled:
         return batch
-    other, _ = masked_derangement(_all(batch), source)
+    other, _ = masked_derangement(torch.ones_like(batch.target_valid), source)
     return replace(batch, target=batch.target[other])
-
-
-def _all(batch: Evidence) -> Bool[Tensor, " batch"]:
-    return torch.ones_like(batch.target_valid)
