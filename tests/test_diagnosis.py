@@ -1,5 +1,7 @@
 """The diagnosis on data whose answer is known: what is identifiable, what stands out, and what it advises."""
 
+import html
+import html
 import json
 import math
 from dataclasses import replace
@@ -82,7 +84,7 @@ def world(
 
 
 def diagnosed(evidence: Evidence, meta: LeRobotDatasetMetadata, **options: object) -> Diagnosis:
-    return diagnose(evidence, meta, policy="a policy", trained=True, steps=200, **options)  # type: ignore[arg-type]
+    return diagnose(evidence, meta, policy="a policy", trained=True, steps=120, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,7 @@ class TestWhatIsFound:
             z = np.array([row.z[name] for row in uneven.episodes])
             assert z[list(bad)].max() < -2
             assert np.median(z[list(fine)]) > -2
+        assert set(uneven.standing_out) == {*FLIPPED, *MISFILED}
         assert uneven.detection["ptr_consequence"] > 0.9
         assert uneven.detection["ptr_consequence"] > uneven.detection["small_loss"]
 
@@ -134,9 +137,11 @@ class TestWhatIsFound:
 
     def test_the_seed_decides(self, uneven: Diagnosis, meta: LeRobotDatasetMetadata) -> None:
         torch.manual_seed(11)
-        again = diagnosed(world(), meta)
-        assert again.identifiability == uneven.identifiability
-        assert not again.detection
+        quick = [diagnose(world(), meta, policy="a policy", trained=True, steps=10, seed=seed) for seed in (3, 3, 4)]
+        assert quick[0].identifiability == quick[1].identifiability
+        assert quick[0].identifiability != quick[2].identifiability
+        assert not quick[0].detection
+        assert uneven.detection
 
 
 class TestAdvice:
@@ -177,9 +182,10 @@ class TestAdvice:
         assert (advice.verdict, advice.headline) == ("unclear", "The weights would follow motion")
 
     def test_a_task_at_risk(self, uneven: Diagnosis) -> None:
-        effect = uneven.effects[0]
-        shares = (replace(effect.shares[0], weight_share=0.1), *effect.shares[1:])
-        advice = advise(replace(uneven, effects=(replace(effect, shares=shares), *uneven.effects[1:])))
+        effects = {effect.preset: effect for effect in uneven.effects}
+        ours = effects["ptr_consequence"]
+        effects["ptr_consequence"] = replace(ours, shares=(replace(ours.shares[0], weight_share=0.1), *ours.shares[1:]))
+        advice = advise(replace(uneven, effects=tuple(effects.values())))
         assert any("would keep 10% of the weight for 50%" in sentence for sentence in advice.sentences)
 
     def test_an_untrained_policys_loss_judges_nothing(self, meta: LeRobotDatasetMetadata) -> None:
@@ -189,9 +195,12 @@ class TestAdvice:
         assert "loss" in found.correlations
 
     def test_an_untrained_policy_is_named(self, uneven: Diagnosis) -> None:
-        told = [advise(replace(uneven, trained=trained)).sentences for trained in (True, False)]
-        assert len(told[1]) == len(told[0]) + 1
-        assert any("untrained" in sentence for sentence in told[1])
+        told = [advise(replace(uneven, trained=trained)) for trained in (True, False)]
+        assert [advice.verdict for advice in told] == ["may help", "may help"]
+        assert "untrained" not in " ".join(told[0].sentences)
+        assert "Give --policy_path" in told[1].sentences[-1]
+        nothing = replace(uneven, trained=False, standing_out=())
+        assert advise(nothing).verdict == "unclear", "other features might see more"
 
 
 class TestCrossFitting:
@@ -241,7 +250,7 @@ class TestPage:
         advice = advise(uneven)
         page = write_diagnosis(uneven, advice, tmp_path).read_text()
         assert advice.headline in page
-        assert all(rule in page.replace("&lt;", "<") for rule, _ in RULES)
+        assert all(rule in html.unescape(page) for rule, _ in RULES)
         assert page.count("data:image/png") == 2
         content = json.loads((tmp_path / "diagnosis.json").read_text(), parse_constant=pytest.fail)
         assert content["advice"]["verdict"] == advice.verdict

@@ -44,7 +44,7 @@ def test_somebodys_policy_on_somebodys_data(
     told = capsys.readouterr().out
     assert "Too few episodes to tell" in told
     assert "Are consequences identifiable?" in told
-    assert "untrained" not in told
+    assert "says an untrained policy" not in told
     assert (output / "diagnosis.html").stat().st_size > 50_000
     content = json.loads((output / "diagnosis.json").read_text())
     assert content["advice"]["verdict"] == "unclear"
@@ -58,7 +58,7 @@ def test_without_a_policy_a_tiny_one_looks_and_says_so(
     recipe: ModuleType, points: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe.main(["--dataset", str(points), "--output_dir", str(tmp_path), "--chunk_size", "4", *QUICK])
-    assert "untrained" in capsys.readouterr().out
+    assert "says an untrained policy" in capsys.readouterr().out
     assert json.loads((tmp_path / "diagnosis.json").read_text())["trained"] is False
 
 

@@ -33,6 +33,9 @@ RESAMPLES = 1000
 BAD_Z = -1.0
 """An episode this many robust standard deviations below its group's median is called bad by a score: a sixth of good ones are,
 so that two scores that know nothing of each other agree on one in forty."""
+OUT_Z, OUT_SHARE = -3.0, 0.5
+"""An episode stands out where a consequence score lies this far below its task's median *and* gives it less than this share
+of the typical episode's nats: either alone happens on clean data, where scores spread little or weakly."""
 
 FloatArray = Float[np.ndarray, " episodes"]
 
@@ -126,6 +129,7 @@ class Diagnosis:
         identifiability: by score; without instruction_identification when there is a single instruction.
         correlations: Spearman, of the episodes' scores with each other, with motion and with length, within tasks.
         called_bad: episodes that every score calls bad.
+        standing_out: episodes that some consequence score puts far below their task.
         effects: by preset.
         detection: where the truth is known, AUC of corrupted episodes lying lower, by score and preset.
     """
@@ -139,6 +143,7 @@ class Diagnosis:
     identifiability: dict[str, Identifiability]
     correlations: dict[str, dict[str, float]]
     called_bad: tuple[int, ...]
+    standing_out: tuple[int, ...]
     effects: tuple[Effect, ...]
     episodes: tuple[EpisodeRow, ...]
     detection: dict[str, float]
@@ -193,6 +198,8 @@ def diagnose(
     fold_of[slot] = fold.numpy()
     # an episode is called bad by all when no score that knows it speaks for it
     bad = np.all([(values < BAD_Z) | np.isnan(values) for values in z.values()], axis=0) & with_verdict
+    identifiability = {name: _identifiability(of, shuffled[name], slot, seed) for name, of in verdicts.items()}
+    out = [(z[name] < OUT_Z) & (means[name] < OUT_SHARE * of.nats.value) for name, of in identifiability.items()]
     return Diagnosis(
         source=meta.repo_id,
         policy=policy,
@@ -200,9 +207,10 @@ def diagnose(
         chunks=len(slot),
         with_future=int(evidence.target_valid.sum()),
         folds=(int((with_verdict & (fold_of == 0)).sum()), int((with_verdict & (fold_of == 1)).sum())),
-        identifiability={name: _identifiability(of, shuffled[name], slot, seed) for name, of in verdicts.items()},
+        identifiability=identifiability,
         correlations={a: {b: spearman(ranks[a], ranks[b]) for b in ranks} for a in ranks},
         called_bad=tuple(episodes[bad].tolist()),
+        standing_out=tuple(episodes[np.any(out, axis=0)].tolist()),
         effects=effects,
         episodes=tuple(
             EpisodeRow(

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from ptr_hf.diagnosis.diagnose import ACTIONS, INSTRUCTIONS, Diagnosis, Effect, Identifiability
+from ptr_hf.diagnosis.diagnose import ACTIONS, INSTRUCTIONS, OUT_SHARE, OUT_Z, Diagnosis, Effect, Identifiability
 
 MIN_FOLD_EPISODES = 10
 ABOVE_CHANCE = 0.1
@@ -29,9 +29,10 @@ RULES = (
         "future is about how usual an action is, and the policy's own loss says that too.",
     ),
     (
-        f"stands out: the calibrated map would halve the weight of more than {STANDS_OUT:.0%} of the episodes",
-        "The map looks for episodes far below the good half of the data. It finds a few on clean data too, and leaving "
-        "out one in twenty changes a policy less than another seed does.",
+        f"something stands out: more than {STANDS_OUT:.0%} of the episodes lie below z = {OUT_Z:.0f} within their task and "
+        f"get less than {OUT_SHARE:.0%} of the typical episode's nats, by T_a or T_l",
+        "Maps that compare episodes with each other always find some that lie lowest. Leaving out one good episode in twenty "
+        "changes a policy less than another seed does.",
     ),
     (
         f"follows motion or length: rank correlation of the weights beyond {FOLLOWS}",
@@ -45,6 +46,7 @@ RULES = (
 )
 
 Verdict = Literal["may help", "will not help", "unclear"]
+OURS = ("ptr_consequence", "ptr_calibrated")
 NAMES = {ACTIONS: "actions (T_a)", INSTRUCTIONS: "instructions (T_l)"}
 
 
@@ -58,59 +60,70 @@ class Advice:
 
 
 def advise(diagnosis: Diagnosis) -> Advice:
-    """Go through the rules in the order of `RULES`; the first that fails decides the headline."""
+    """Go through the rules in the order of `RULES`; the first that fails decides the headline.
+
+    Features that have learned nothing cannot show that others would fail too: what they do not find stays unclear.
+    """
+    advice = _advise(diagnosis)
+    sentences = (*map(_identified, diagnosis.identifiability, diagnosis.identifiability.values()), *advice.sentences)
+    if diagnosis.trained:
+        return replace(advice, sentences=sentences)
+    return Advice(
+        "unclear" if advice.verdict == "will not help" else advice.verdict,
+        f"{advice.headline}, says an untrained policy",
+        (
+            *sentences,
+            "The policy that was read with is untrained: its features see little, and its loss says nothing. Give "
+            "--policy_path for a verdict that counts.",
+        ),
+    )
+
+
+def _advise(diagnosis: Diagnosis) -> Advice:
     identifiable = [name for name, of in diagnosis.identifiability.items() if of.nats.low > ABOVE_CHANCE]
     counting = [name for name in identifiable if diagnosis.identifiability[name].gain.low > 0]
-    rejecting = next(effect for effect in diagnosis.effects if effect.preset == "ptr_calibrated")
-    style = _style(rejecting)
-    sentences = [*map(_identified, diagnosis.identifiability, diagnosis.identifiability.values())]
-    if not diagnosis.trained:
-        sentences.append(
-            "The policy that was read with is untrained: its features see little, and its loss says nothing. Give "
-            "--policy_path for a verdict that counts."
-        )
     if min(diagnosis.folds) < MIN_FOLD_EPISODES:
-        few = " and ".join(map(str, diagnosis.folds))
-        sentences.append(
-            f"The two folds hold {few} episodes with a verdict; below {MIN_FOLD_EPISODES} a cross-fitted score is mostly chance. "
-            "Record more, or train with preset=small_loss or plainly (preset=sft)."
+        few = (
+            f"The two folds hold {diagnosis.folds[0]} and {diagnosis.folds[1]} episodes with a verdict; below "
+            f"{MIN_FOLD_EPISODES} a cross-fitted score is mostly chance. Record more, or train plainly (preset=sft)."
         )
-        return Advice("unclear", "Too few episodes to tell", tuple(sentences))
+        return Advice("unclear", "Too few episodes to tell", (few,))
     if not identifiable:
-        sentences.append(
+        noise = (
             "PTR will not help here: nothing that is seen before and after a chunk tells its label from another one's, so its "
             "weights would be noise. Check that the cameras show what the actions do, try another policy's features or a "
             "longer --chunk_size; otherwise train plainly (preset=sft) or with preset=small_loss."
         )
-        return Advice("will not help", "Consequences are not identifiable on this data", tuple(sentences))
+        return Advice("will not help", "Consequences are not identifiable on this data", (noise,))
     if not counting:
-        sentences.append(
+        habit = (
             "PTR will not help here: the labels are as identifiable under another chunk's future as under their own, so the "
-            "verdicts are not about consequences. preset=small_loss asks the same question at a lower price."
+            "verdicts are not about consequences. preset=small_loss asks much the same question at a lower price."
         )
-        return Advice("will not help", "What followed adds nothing to the verdicts", tuple(sentences))
-    sentences.append(f"What followed counts for {_listed([NAMES[name] for name in counting])}.")
-    if rejecting.below_half <= STANDS_OUT:
+        return Advice("will not help", "What followed adds nothing to the verdicts", (habit,))
+    sentences = [f"What followed counts for {' and '.join(NAMES[name] for name in counting)}."]
+    out, episodes = len(diagnosis.standing_out), len(diagnosis.episodes)
+    if out <= STANDS_OUT * episodes:
         sentences.append(
-            f"Consequences are identifiable, but nothing stands out: the calibrated map would halve the weight of "
-            f"{rejecting.below_half:.0%} of the episodes. Reweighting has nothing to gain here and would cost effective sample "
-            f"size ({_effect(diagnosis, 'ptr_consequence').effective_share:.0%} under ptr_consequence): train plainly "
-            "(preset=sft)."
+            f"Consequences are identifiable, but only {out} of {episodes} episodes stand out: reweighting has nothing to gain "
+            "here and would cost effective sample size (ptr_consequence would leave "
+            f"{_effect(diagnosis, 'ptr_consequence').effective_share:.0%} of it). Train plainly (preset=sft)."
         )
         return Advice("will not help", "Nothing stands out: PTR will not help here", tuple(sentences))
     sentences += _tasks_at_risk(diagnosis)
+    style = _style(diagnosis)
     if style:
+        followed = " and ".join(style)
         sentences.append(
-            f"The weights would follow {_listed(style)}. Look at the episodes at the bottom of the list before training: if they "
-            "are slow or long but good, group them (standardize_by a column of the episodes' metadata) or train plainly."
+            f"The weights would follow {followed}: {'; '.join(style.values())}. Look at the episodes at the bottom of the list "
+            "before training: if they are good but slow or long, group them (standardize_by a column of the episodes' metadata) "
+            "or train plainly."
         )
-        return Advice(
-            "unclear", f"The weights would follow {_listed([s.split(' (')[0] for s in style])}", tuple(sentences)
-        )
+        return Advice("unclear", f"The weights would follow {followed}", tuple(sentences))
     sentences.append(
-        f"The calibrated map would halve the weight of {rejecting.below_half:.0%} of the episodes. Look at those at the "
-        "bottom of the list; if they are bad, train with preset=ptr_calibrated (cautious) or ptr_consequence (stronger), "
-        "beside preset=small_loss and preset=sft on the same seeds."
+        f"{out} of {episodes} episodes stand out: {_some(diagnosis.standing_out)}. Look at them; if they are bad, train with "
+        "preset=ptr_calibrated (cautious) or ptr_consequence (stronger), beside preset=small_loss and preset=sft on the same "
+        "seeds."
     )
     return Advice("may help", "Some episodes stand out: PTR may help", tuple(sentences))
 
@@ -119,22 +132,28 @@ def _identified(name: str, of: Identifiability) -> str:
     label = NAMES[name]
     if math.isnan(of.nats.value):
         return f"There is no verdict on {label}: too few chunks have a recorded future."
-    told = of.nats.low > ABOVE_CHANCE
+    told = "" if of.nats.low > ABOVE_CHANCE else "not clearly "
     return (
-        f"{label[0].upper()}{label[1:]} are {'' if told else 'not '}identifiable above chance: {of.nats.value:.2f} nats "
+        f"{label[0].upper()}{label[1:]} are {told}identifiable above chance: {of.nats.value:.2f} nats "
         f"({of.nats.low:.2f} to {of.nats.high:.2f}) in the typical episode; the own label is the likeliest of "
-        f"{of.candidates:.0f} in {of.accuracy.value:.0%} of the chunks (chance {of.chance:.0%}). Its own future adds "
+        f"{of.candidates:.0f} in {of.accuracy.value:.0%} of the chunks (chance {of.chance:.1%}). Its own future adds "
         f"{of.gain.value:.2f} nats ({of.gain.low:.2f} to {of.gain.high:.2f})."
     )
 
 
-def _style(effect: Effect) -> list[str]:
-    found = {"motion": effect.motion, "length": effect.length}
-    return [f"{name} (rank correlation {value:.2f})" for name, value in found.items() if abs(value) > FOLLOWS]
+def _style(diagnosis: Diagnosis) -> dict[str, str]:
+    """What the weights of our presets would follow, and how closely."""
+    found: dict[str, str] = {}
+    for preset in OURS:
+        effect = _effect(diagnosis, preset)
+        for name, value in (("motion", effect.motion), ("length", effect.length)):
+            if abs(value) > FOLLOWS:
+                found.setdefault(name, f"rank correlation {value:.2f} with {name} under {preset}")
+    return found
 
 
 def _tasks_at_risk(diagnosis: Diagnosis) -> Iterator[str]:
-    for preset in ("ptr_consequence", "ptr_calibrated"):
+    for preset in OURS:
         for share in _effect(diagnosis, preset).shares:
             if share.weight_share < TASK_LOSS * share.chunk_share:
                 yield (
@@ -147,5 +166,5 @@ def _effect(diagnosis: Diagnosis, preset: str) -> Effect:
     return next(effect for effect in diagnosis.effects if effect.preset == preset)
 
 
-def _listed(items: list[str]) -> str:
-    return " and ".join(items)
+def _some(episodes: tuple[int, ...]) -> str:
+    return ", ".join(map(str, episodes[:20])) + (", …" if len(episodes) > 20 else "")

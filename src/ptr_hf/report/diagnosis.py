@@ -37,12 +37,13 @@ LOWEST = 10
 """Episodes at the bottom that the terminal shows; the page shows `LISTED`."""
 LISTED = 40
 LABELS = {
-    ACTIONS: "actions, T_a",
-    INSTRUCTIONS: "instructions, T_l",
+    ACTIONS: "T_a",
+    INSTRUCTIONS: "T_l",
     LOSS: "−loss",
     "motion": "motion",
     "length": "length",
 }
+NAMED = {ACTIONS: "actions (T_a)", INSTRUCTIONS: "instructions (T_l)"}
 MEANING = (
     "Consequences are embedded by the policy's vision features (a policy without cameras: by its state), with the policy "
     "frozen. Small heads are asked which of the other chunks' actions (T_a), and which of the dataset's instructions (T_l), "
@@ -51,7 +52,7 @@ MEANING = (
 )
 PREVIEW = (
     "Weights as the presets would give them on these verdicts, mean 1. A training run goes on learning, and its loss is that "
-    "of a policy that has learned from this data, so its weights will differ. The loss of an untrained policy is left out."
+    "of a policy that has learned from this data, so its weights will differ. The loss of a policy with random weights is left out."
 )
 
 
@@ -137,13 +138,12 @@ def _identifiability(diagnosis: Diagnosis) -> Table:
         "the future adds",
         "accuracy",
         "chance",
-        "episodes",
     )
     rows = []
     for name, of in diagnosis.identifiability.items():
         nats = [_interval(of.nats), _number(of.null), _interval(of.without_future), _interval(of.gain)]
         share = [_interval(of.accuracy, percent=True), _percent(of.chance)]
-        rows.append((LABELS[name], *nats, *share, str(of.episodes)))
+        rows.append((NAMED[name], *nats, *share))
     return Table(header, tuple(rows), "Of the typical (median) episode, with 95 % confidence intervals.")
 
 
@@ -183,7 +183,7 @@ def _episodes(diagnosis: Diagnosis, rows: list[int]) -> Table:
     body = tuple(
         (
             str(row.episode),
-            row.task if len(row.task) < 40 else row.task[:38] + "…",
+            row.task if len(row.task) < 30 else row.task[:28] + "…",
             *(_number(row.z[name], 1) for name in scores),
             *(_number(row.weights[name]) for name in presets),
         )
@@ -239,13 +239,13 @@ def identifiability_figure(diagnosis: Diagnosis) -> Figure:
             bars = np.array([[value.value - value.low], [value.high - value.value]])
             text = label if place == 0 else None
             left.errorbar(place + shift, value.value, yerr=bars, fmt="o", color=colour, capsize=3, label=text)
-    left.set_xticks(range(len(diagnosis.identifiability)), [LABELS[name] for name in diagnosis.identifiability])
+    left.set_xticks(range(len(diagnosis.identifiability)), [NAMED[name] for name in diagnosis.identifiability])
     left.set_xlim(-0.6, len(diagnosis.identifiability) - 0.4)
     left.axhline(0.0, color=INK, linewidth=0.8)
     legend(left)
     down = INSTRUCTIONS if INSTRUCTIONS in diagnosis.identifiability else LOSS
-    name_axes(right, "Episodes within their task", "robust z", LABELS[ACTIONS])
-    right.set_ylabel(LABELS[down], fontsize=TEXT_SIZE, color=INK)
+    name_axes(right, "Episodes within their task", "robust z", NAMED[ACTIONS])
+    right.set_ylabel(NAMED.get(down, LABELS[down]), fontsize=TEXT_SIZE, color=INK)
     x, y = (np.array([row.z[name] for row in diagnosis.episodes]) for name in (ACTIONS, down))
     right.axhline(0.0, color=FAINT)
     right.axvline(0.0, color=FAINT)
@@ -289,8 +289,8 @@ def _interval(value: Interval, percent: bool = False) -> str:
     if math.isnan(value.value):
         return "–"
     if percent:
-        return f"{value.value:.0%} ({value.low:.0%} to {value.high:.0%})"
-    return f"{value.value:.2f} ({value.low:.2f} to {value.high:.2f})"
+        return f"{value.value:.0%} [{value.low:.0%}, {value.high:.0%}]"
+    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
 
 
 def _number(value: float, digits: int = 2) -> str:
