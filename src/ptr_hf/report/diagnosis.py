@@ -52,7 +52,7 @@ MEANING = (
 )
 PREVIEW = (
     "Weights as the presets would give them on these verdicts, mean 1. A training run goes on learning, and its loss is that "
-    "of a policy that has learned from this data, so its weights will differ. The loss of a policy with random weights is left out."
+    "of a policy that has learned from this data, so its weights will differ. The loss of random weights is left out."
 )
 
 
