@@ -1,7 +1,6 @@
 """The diagnosis on data whose answer is known: what is identifiable, what stands out, and what it advises."""
 
 import html
-import html
 import json
 import math
 from dataclasses import replace
