@@ -113,6 +113,7 @@ class TestWhatIsFound:
             assert z[list(bad)].max() < -2
             assert np.median(z[list(fine)]) > -2
         assert set(uneven.standing_out) == {*FLIPPED, *MISFILED}
+        assert uneven.confirmed == len(FLIPPED) + len(MISFILED)
         assert uneven.detection["ptr_consequence"] > 0.9
         assert uneven.detection["ptr_consequence"] > uneven.detection["small_loss"]
 
@@ -185,7 +186,8 @@ class TestAdvice:
         ours = effects["ptr_consequence"]
         effects["ptr_consequence"] = replace(ours, shares=(replace(ours.shares[0], weight_share=0.1), *ours.shares[1:]))
         advice = advise(replace(uneven, effects=tuple(effects.values())))
-        assert any("would keep 10% of the weight for 50%" in sentence for sentence in advice.sentences)
+        # misfiled episodes make one task larger than the other
+        assert any("would keep 10% of the weight for 52%" in sentence for sentence in advice.sentences)
 
     def test_an_untrained_policys_loss_judges_nothing(self, meta: LeRobotDatasetMetadata) -> None:
         found = diagnose(world(), meta, policy="a policy", trained=False, steps=20)

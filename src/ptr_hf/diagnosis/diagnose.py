@@ -132,6 +132,7 @@ class Diagnosis:
         standing_out: episodes that some consequence score puts far below their task.
         effects: by preset.
         detection: where the truth is known, AUC of corrupted episodes lying lower, by score and preset.
+        confirmed: how many of those standing out are corrupted, where the truth is known.
     """
 
     source: str
@@ -147,6 +148,7 @@ class Diagnosis:
     effects: tuple[Effect, ...]
     episodes: tuple[EpisodeRow, ...]
     detection: dict[str, float]
+    confirmed: int | None = None
 
 
 def diagnose(
@@ -199,7 +201,8 @@ def diagnose(
     # an episode is called bad by all when no score that knows it speaks for it
     bad = np.all([(values < BAD_Z) | np.isnan(values) for values in z.values()], axis=0) & with_verdict
     identifiability = {name: _identifiability(of, shuffled[name], slot, seed) for name, of in verdicts.items()}
-    out = [(z[name] < OUT_Z) & (means[name] < OUT_SHARE * of.nats.value) for name, of in identifiability.items()]
+    low = [(z[name] < OUT_Z) & (means[name] < OUT_SHARE * of.nats.value) for name, of in identifiability.items()]
+    standing_out = tuple(episodes[np.any(low, axis=0)].tolist())
     return Diagnosis(
         source=meta.repo_id,
         policy=policy,
@@ -210,7 +213,7 @@ def diagnose(
         identifiability=identifiability,
         correlations={a: {b: spearman(ranks[a], ranks[b]) for b in ranks} for a in ranks},
         called_bad=tuple(episodes[bad].tolist()),
-        standing_out=tuple(episodes[np.any(out, axis=0)].tolist()),
+        standing_out=standing_out,
         effects=effects,
         episodes=tuple(
             EpisodeRow(
@@ -225,6 +228,7 @@ def diagnose(
             for row in range(len(episodes))
         ),
         detection=_detection(means | weights, episodes, truth),
+        confirmed=None if truth is None else sum(truth[episode] != "clean" for episode in standing_out),
     )
 
 

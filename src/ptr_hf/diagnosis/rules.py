@@ -122,8 +122,9 @@ def _advise(diagnosis: Diagnosis) -> Advice:
         return Advice("unclear", f"The weights would follow {followed}", tuple(sentences))
     sentences.append(
         f"{out} of {episodes} episodes stand out: {_some(diagnosis.standing_out)}. Look at them; if they are bad, train with "
-        "preset=ptr_calibrated (cautious) or ptr_consequence (stronger), beside preset=small_loss and preset=sft on the same "
-        "seeds."
+        "preset=ptr_calibrated (cautious: on these verdicts it would halve the weight of "
+        f"{_effect(diagnosis, 'ptr_calibrated').below_half:.0%} of the episodes) or ptr_consequence (strong: "
+        f"{_effect(diagnosis, 'ptr_consequence').below_half:.0%}), beside preset=small_loss and preset=sft on the same seeds."
     )
     return Advice("may help", "Some episodes stand out: PTR may help", tuple(sentences))
 

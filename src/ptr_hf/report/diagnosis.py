@@ -151,8 +151,11 @@ def _detection(diagnosis: Diagnosis) -> tuple[Block, ...]:
     if not diagnosis.detection:
         return ()
     rows = tuple((LABELS.get(name, name), _number(auc)) for name, auc in diagnosis.detection.items())
-    caption = "The truth about this data is known: AUC of corrupted episodes lying lower (0.5 is chance)."
-    return (Table(("score or preset", "AUC"), rows, caption),)
+    told = (
+        f"The truth about this data is known: {diagnosis.confirmed} of the {len(diagnosis.standing_out)} episodes that stand out "
+        "are corrupted. AUC of corrupted episodes lying lower (0.5 is chance):"
+    )
+    return (Text(told), Table(("score or preset", "AUC"), rows))
 
 
 def _correlations(diagnosis: Diagnosis) -> Table:
