@@ -43,6 +43,7 @@ LABELS = {
     "motion": "motion",
     "length": "length",
 }
+COLOURS = (BLUE, GREEN, GREY)
 NAMED = {ACTIONS: "actions (T_a)", INSTRUCTIONS: "instructions (T_l)"}
 MEANING = (
     "Consequences are embedded by the policy's vision features (a policy without cameras: by its state), with the policy "
@@ -185,14 +186,13 @@ def _episodes(diagnosis: Diagnosis, rows: list[int]) -> Table:
     presets = list(diagnosis.episodes[0].weights)
     body = tuple(
         (
-            str(row.episode),
-            row.task if len(row.task) < 30 else row.task[:28] + "…",
+            f"{row.episode}: {row.task if len(row.task) < 40 else row.task[:38] + '…'}",
             *(_number(row.z[name], 1) for name in scores),
             *(_number(row.weights[name]) for name in presets),
         )
         for row in (diagnosis.episodes[index] for index in rows)
     )
-    header = ("episode", "task", *(f"z, {LABELS[name]}" for name in scores), *presets)
+    header = ("episode: task", *(f"z, {LABELS[name]}" for name in scores), *presets)
     return Table(header, body, "Scores as robust z within the task; weights with mean 1.")
 
 
@@ -225,7 +225,7 @@ IDENTIFIABILITY_CAPTION = (
     "label that is not its own. Right: every episode; the farther left or down, the less its label fits what followed."
 )
 WEIGHTS_CAPTION = (
-    "Left: weights of the episodes under each preset, lowest first. Right: weights of the calibrated map by length."
+    "Left: weights of the episodes under each preset, lowest first. Right: weights by the episodes' length."
 )
 
 
@@ -252,16 +252,13 @@ def identifiability_figure(diagnosis: Diagnosis) -> Figure:
     x, y = (np.array([row.z[name] for row in diagnosis.episodes]) for name in (ACTIONS, down))
     right.axhline(0.0, color=FAINT)
     right.axvline(0.0, color=FAINT)
-    right.scatter(x, y, s=18, color=BLUE, alpha=0.6, linewidths=0)
-    for row in _worst(diagnosis)[:5]:
-        if np.isfinite(x[row]) and np.isfinite(y[row]):
-            right.annotate(
-                str(diagnosis.episodes[row].episode),
-                (x[row], y[row]),
-                xytext=(4, 3),
-                textcoords="offset points",
-                fontsize=TEXT_SIZE,
-            )
+    out = np.isin([row.episode for row in diagnosis.episodes], diagnosis.standing_out)
+    right.scatter(x[~out], y[~out], s=18, color=BLUE, alpha=0.6, linewidths=0)
+    right.scatter(x[out], y[out], s=22, color=VERMILION, linewidths=0, label="stands out")
+    for row in np.flatnonzero(out & np.isfinite(x) & np.isfinite(y))[:20]:
+        name, at = str(diagnosis.episodes[row].episode), (x[row], y[row])
+        right.annotate(name, at, xytext=(4, 3), textcoords="offset points", fontsize=TEXT_SIZE)
+    legend(right)
     return figure
 
 
@@ -270,21 +267,18 @@ def weights_figure(diagnosis: Diagnosis) -> Figure:
     figure, (left, right) = board(1, 2, 11.0, 4.0)
     name_axes(left, "Weights under each preset", "mean 1", "share of the episodes")
     presets = list(diagnosis.episodes[0].weights)
-    for preset, colour in zip(presets, (BLUE, GREEN, GREY), strict=False):
+    for preset, colour in zip(presets, COLOURS, strict=False):
         weights = np.sort([row.weights[preset] for row in diagnosis.episodes])
         left.plot((np.arange(len(weights)) + 0.5) / len(weights), weights, color=colour, label=preset, linewidth=1.8)
     left.axhline(1.0, color=INK, linewidth=0.8)
     legend(left)
-    name_axes(right, "Weight by length, calibrated map", "", "frames")
+    name_axes(right, "Weights by length", "mean 1", "frames")
     frames = [row.frames for row in diagnosis.episodes]
-    right.scatter(
-        frames,
-        [row.weights["ptr_calibrated"] for row in diagnosis.episodes],
-        s=18,
-        color=GREEN,
-        alpha=0.6,
-        linewidths=0,
-    )
+    for preset, colour in zip(presets, COLOURS, strict=False):
+        right.scatter(
+            frames, [row.weights[preset] for row in diagnosis.episodes], s=18, color=colour, alpha=0.6, linewidths=0
+        )
+    right.set_ylim(bottom=0.0)
     return figure
 
 
