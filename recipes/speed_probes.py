@@ -168,7 +168,7 @@ def _policy_and_batch(case: Case, dataset: Path, seed: int) -> tuple[PTRPolicy, 
     opened = open_dataset(dataset, policy.config.layout)
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(opened, batch_size=case.segments, shuffle=True, generator=generator)
-    return policy, preprocess(next(iter(loader)), preprocessor)
+    return policy, preprocess(next(iter(loader)), preprocessor, policy.config.layout)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

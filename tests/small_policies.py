@@ -76,7 +76,7 @@ def _opened(root: Path, layout: SegmentLayout) -> LeRobotDataset:
 def train_batch(policy: PTRPolicy, root: Path, anchors: Sequence[int]) -> dict[str, Any]:
     """`raw_batch` after the policy's preprocessor."""
     preprocessor, _ = make_pre_post_processors(policy.config.base_config, dataset_stats=stats_of(root))
-    return preprocess(raw_batch(policy, root, anchors), preprocessor)
+    return preprocess(raw_batch(policy, root, anchors), preprocessor, policy.config.layout)
 
 
 def observation(policy: PTRPolicy, root: Path, frames: Sequence[int]) -> dict[str, Any]:

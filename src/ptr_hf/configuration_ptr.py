@@ -89,8 +89,7 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
             known = ", ".join(sorted(name for name in choices if name != "ptr"))
             raise ValueError(f"The base policy's type {policy_type!r} is unknown; LeRobot has {known}.")
         if self.chunk_size is not None:
-            overrides["chunk_size"] = self.chunk_size
-            overrides["n_action_steps"] = min(self.chunk_size, overrides.get("n_action_steps", self.chunk_size))
+            overrides |= chunk_settings(choices[policy_type], self.chunk_size, overrides)
         overrides["device"] = self.device
         # A base on its own asks where to push; PTR publishes the whole.
         overrides["push_to_hub"] = False
@@ -105,18 +104,23 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
     @property
     def layout(self) -> SegmentLayout:
         """Which frames a training sample reads."""
+        actions, steps = self._action_steps, self.base_config.observation_delta_indices
+        # the first frame that the chunk's actions do not reach
+        after = actions[-1] + 1
+        return SegmentLayout(
+            observation_steps=None if steps is None else tuple(steps),
+            action_steps=tuple(actions),
+            segment_length=self.segment_length or 1,
+            chunk_stride=self.chunk_stride or after,
+            consequence_offset=(self.consequence_offset or after) if self.reads_futures else None,
+        )
+
+    @property
+    def _action_steps(self) -> list[int]:
         base = self.base_config
         if base.action_delta_indices is None:
             raise ValueError(f"The base policy {base.type!r} predicts no action chunks, which PTR needs.")
-        steps = base.observation_delta_indices
-        chunk = self.resolved_chunk_size
-        return SegmentLayout(
-            observation_steps=None if steps is None else tuple(steps),
-            action_steps=tuple(base.action_delta_indices),
-            segment_length=self.segment_length or 1,
-            chunk_stride=self.chunk_stride or chunk,
-            consequence_offset=(self.consequence_offset or chunk) if self.reads_futures else None,
-        )
+        return base.action_delta_indices
 
     @property
     def slot_frames(self) -> int:
@@ -127,10 +131,8 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
 
     @property
     def resolved_chunk_size(self) -> int:
-        """L: the configured chunk size, or the base policy's own."""
-        if self.chunk_size is not None:
-            return self.chunk_size
-        return int(vars(self.base_config)["chunk_size"])
+        """L: the configured chunk size, or the base policy's own (a diffusion policy's horizon)."""
+        return self.chunk_size or len(self._action_steps)
 
     @property
     def normalization_mapping(self) -> dict[str, NormalizationMode]:
@@ -176,6 +178,22 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
         if self._base_config is not None:
             self.base = draccus.encode(self.base_config, PreTrainedConfig)
         super()._save_pretrained(save_directory)
+
+
+def chunk_settings(policy_config: type, size: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a LeRobot policy configuration that make it predict chunks of `size` steps and execute what it can.
+
+    Args:
+        policy_config: the configuration's class.
+        size: L.
+        settings: its other fields, where they are not the class's defaults.
+    """
+    defaults = {item.name: item.default for item in fields(policy_config)}
+    values = {**defaults, **settings}
+    # a policy with a history predicts from its first observation on
+    steps = size - values["n_obs_steps"] + 1
+    executed = min(steps, settings.get("n_action_steps", steps))
+    return {"chunk_size" if "chunk_size" in defaults else "horizon": size, "n_action_steps": executed}
 
 
 def _is_whole(base: dict[str, Any]) -> bool:

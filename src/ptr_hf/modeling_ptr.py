@@ -19,7 +19,7 @@ from lerobot.utils.constants import OBS_STATE
 from torch import Tensor, nn
 
 from ptr_hf.configuration_ptr import PTRConfig
-from ptr_hf.data.segments import ACTION, PAD_SUFFIX, Segment, split_segment
+from ptr_hf.data.segments import ACTION, CAMERA_MASK_SUFFIX, PAD_SUFFIX, Segment, is_rows, split_segment
 from ptr_hf.hyperparameters import PAPER_WARMUP_STEPS
 from ptr_hf.method import (
     ChunkBatch,
@@ -211,6 +211,11 @@ class PTRPolicy(PreTrainedPolicy):
             raise ValueError(
                 "This policy has no scorer (preset='sft'); call forward(batch) for the base policy's loss."
             )
+        if self.adapter.preprocesses_rows and not is_rows(batch):
+            raise ValueError(
+                f"The {self.adapter.family} policy's preprocessor reads one chunk a row, so segments must be laid out as rows "
+                "before it: use PTRTrainer, or the preprocessor of make_ptr_pre_post_processors."
+            )
         segment = split_segment(batch, self.config.layout)
         views = self._encode_views(segment)
         traced = self._trace(segment, views)
@@ -290,10 +295,14 @@ class PTRPolicy(PreTrainedPolicy):
             if (chunk := layout.future_chunk(t)) is not None
         }
         embeddings: dict[tuple[str, int], Tensor] = {}
+        # A camera that the robot lacks is skipped, as the policy itself does.
+        cameras = [key for key in self.adapter.target_keys() if key in segment.futures]
         if self._shared_tower:
             for t in range(segment.length) if weighs else sorted(shown_by.values()):
                 states = [state[segment.rows(t)] for state in views.tower.values()]
-                embeddings["chunk", t] = self.target_encoder.embed(states)
+                embeddings["chunk", t] = self.target_encoder.embed(
+                    states, _camera_mask(segment, cameras, [("chunk", t)])
+                )
             embeddings |= {("future", future): embeddings["chunk", chunk] for future, chunk in shown_by.items()}
         wanted = [("future", future) for future in sorted(set(segment.future_index))]
         if weighs:
@@ -303,12 +312,11 @@ class PTRPolicy(PreTrainedPolicy):
             tower = self._shared_tower[0] if self._shared_tower else self.target_encoder.tower
             assert tower is not None
             features = []
-            for key in self.adapter.target_keys():
-                # A camera that the robot lacks is skipped, as the policy itself does.
-                if key in segment.futures:
-                    images = torch.cat([_view(segment, key, kind, number) for kind, number in unseen])
-                    features.append(self.adapter.encode_image(tower, key, images))
-            encoded = self.target_encoder.embed(features).unflatten(0, (len(unseen), size))
+            for key in cameras:
+                images = torch.cat([_view(segment, key, kind, number) for kind, number in unseen])
+                features.append(self.adapter.encode_image(tower, key, images))
+            encoded = self.target_encoder.embed(features, _camera_mask(segment, cameras, unseen))
+            encoded = encoded.unflatten(0, (len(unseen), size))
             embeddings |= dict(zip(unseen, encoded.unbind(0), strict=True))
         targets = torch.cat([embeddings["future", future] for future in segment.future_index])
         if not weighs:
@@ -322,9 +330,13 @@ class PTRPolicy(PreTrainedPolicy):
             state = targets.new_zeros(len(targets), 0)
         elif state.ndim > 2:
             state = state[:, -1]
+        valid = segment.future_valid
+        cameras = [key for key in self.adapter.target_keys() if key in segment.futures]
+        shown = _camera_mask(segment, cameras, [("future", future) for future in segment.future_index])
         return Samples(
             targets=targets,
-            valid=segment.future_valid,
+            # a consequence that no camera saw is none
+            valid=valid if shown is None else valid & shown.any(dim=1),
             task=segment.task,
             source=torch.zeros_like(segment.task),
             episode=segment.episode,
@@ -390,6 +402,7 @@ class PTRPolicy(PreTrainedPolicy):
         if self.belief is None:
             self.eval()
             return self.base.select_action(batch, **kwargs)
+        self.adapter.observe(batch)
         if not self._action_queue:
             steps = int(vars(self.config.base_config)["n_action_steps"])
             chunk = self.predict_action_chunk(batch, **kwargs)[:, :steps]
@@ -460,10 +473,27 @@ def _motion(chunks: dict[str, Any]) -> Float[Tensor, " rows"]:
     return masked_mean(action.square().mean(dim=-1, keepdim=True), ~pad)[:, 0]
 
 
+def _camera_mask(
+    segment: Segment, cameras: list[str], shown: list[tuple[str, int]]
+) -> Bool[Tensor, "rows cameras"] | None:
+    """Which views have which camera, where the dataset says that some lack one (LeRobot's `<camera>_padding_mask`)."""
+    names = [key + CAMERA_MASK_SUFFIX for key in cameras]
+    if not any(name in segment.chunks for name in names):
+        return None
+    everywhere = torch.ones(segment.batch_size, dtype=torch.bool, device=segment.index.device)
+    masks = [
+        torch.cat(
+            [_view(segment, name, kind, number) if name in segment.chunks else everywhere for kind, number in shown]
+        )
+        for name in names
+    ]
+    return torch.stack(masks, dim=1)
+
+
 def _view(segment: Segment, key: str, kind: str, number: int) -> Float[Tensor, "batch ..."]:
     """One camera's frames of a future, or of a chunk's own time, of every segment of the batch."""
     if kind == "future":
         return segment.futures[key][number]
     own = segment.chunks[key][segment.rows(number)]
     # a policy with several observation steps sees the last one as its present
-    return own if own.ndim == segment.futures[key].ndim - 1 else own[:, -1]
+    return own if own.ndim == segment.futures[key][0].ndim else own[:, -1]

@@ -1,14 +1,18 @@
 """PTR's pre- and post-processors are the base policy's own: its normalisation, tokenizer and devices, unchanged.
 
-They run on the whole segment at once, futures included, so that consequences are normalised exactly like observations.
+Segments are laid out as plain rows before them, futures included: each chunk gets its own prompt, and consequences are
+normalised exactly like observations.
 """
 
+from functools import partial
 from typing import Any
 
 from lerobot.policies.factory import make_pre_post_processors
-from lerobot.processor import PolicyProcessorPipeline, RenameObservationsProcessorStep
+from lerobot.processor import EnvTransition, PolicyProcessorPipeline, RenameObservationsProcessorStep
+from lerobot.processor.converters import batch_to_transition
 
 from ptr_hf.configuration_ptr import PTRConfig
+from ptr_hf.data.segments import SegmentLayout, segment_rows
 
 
 def make_ptr_pre_post_processors(
@@ -17,7 +21,9 @@ def make_ptr_pre_post_processors(
     dataset_meta: Any = None,
     rename_map: dict[str, str] | None = None,
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """Processors of the base policy, with the statistics of the dataset at hand.
+    """Processors of the base policy, with the statistics of the dataset at hand; the first takes segments too.
+
+    What they save is the base policy's own: how they read a batch is no part of it.
 
     Args:
         config: of the PTR policy.
@@ -25,6 +31,21 @@ def make_ptr_pre_post_processors(
         dataset_meta: handed on to base policies whose processors read it.
         rename_map: dataset key -> policy key, for observations named differently.
     """
+    preprocessor, postprocessor = _base_processors(config, dataset_stats, dataset_meta, rename_map)
+    preprocessor.to_transition = partial(_rows_to_transition, layout=config.layout)
+    return preprocessor, postprocessor
+
+
+def _rows_to_transition(batch: dict[str, Any], layout: SegmentLayout) -> EnvTransition:
+    return batch_to_transition(segment_rows(batch, layout))
+
+
+def _base_processors(
+    config: PTRConfig,
+    dataset_stats: dict[str, dict[str, Any]] | None,
+    dataset_meta: Any,
+    rename_map: dict[str, str] | None,
+) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     base = config.base_config
     if config.base_path is None:
         preprocessor, postprocessor = make_pre_post_processors(

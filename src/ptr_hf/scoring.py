@@ -69,7 +69,7 @@ def score_dataset(
     verdicts: list[Tensor] = []
     with _evaluating(policy, seed):
         for batch in _segments(segments, anchors, batch_size, seed, progress, "scoring"):
-            batch = preprocess(_to_device(batch, policy), preprocessor)
+            batch = preprocess(_to_device(batch, policy), preprocessor, layout)
             output, segment = policy.compute(batch), split_segment(batch, layout)
             kept = {
                 "index": segment.index,
@@ -150,7 +150,7 @@ def action_loss(
     with _evaluating(policy, seed):
         for _ in range(repeats):
             for batch in _segments(opened, anchors, batch_size, seed, False, ""):
-                segment = split_segment(preprocess(_to_device(batch, policy), preprocessor), layout)
+                segment = split_segment(preprocess(_to_device(batch, policy), preprocessor, layout), layout)
                 loss = policy.chunk_losses(segment)[segment.chunk_valid]
                 total += float(loss.double().sum())
                 count += len(loss)

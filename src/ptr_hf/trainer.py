@@ -23,10 +23,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 
-from ptr_hf.configuration_ptr import PTRConfig
+from ptr_hf.configuration_ptr import PTRConfig, chunk_settings
 from ptr_hf.data.datasets import check_cameras, check_dataset, dataset_metadata, open_dataset
 from ptr_hf.data.demonstrations import load_truth
 from ptr_hf.data.in_memory import InMemorySegments, collate_segments
+from ptr_hf.data.segments import SegmentLayout, segment_rows
 from ptr_hf.hub import is_ptr_folder, is_ptr_source, load_weights
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.metrics import MetricsWindow
@@ -165,8 +166,8 @@ class PTRTrainer(Trainer):
         return (terms["loss"], output) if return_outputs else terms["loss"]
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Move to the device, scale 8-bit frames to [0, 1] there, and run the policy's preprocessor."""
-        return preprocess(super()._prepare_inputs(inputs), self.preprocessor)
+        """Move to the device, scale 8-bit frames to [0, 1] there, cut into rows, and run the policy's preprocessor."""
+        return preprocess(super()._prepare_inputs(inputs), self.preprocessor, self.policy.config.layout)
 
     def prediction_step(
         self,
@@ -291,10 +292,10 @@ class PTRProgressCallback(ProgressCallback):
                 self.training_bar.set_postfix(shown)
 
 
-def preprocess(batch: dict[str, Any], preprocessor: PolicyProcessorPipeline) -> dict[str, Any]:
-    """Scale 8-bit frames to [0, 1] on the batch's device and run a LeRobot preprocessor."""
+def preprocess(batch: dict[str, Any], preprocessor: PolicyProcessorPipeline, layout: SegmentLayout) -> dict[str, Any]:
+    """Scale 8-bit frames to [0, 1] on the batch's device, lay segments out as rows, and run a LeRobot preprocessor."""
     scaled = {key: value.to(torch.float32) / 255.0 if _is_8_bit_frame(value) else value for key, value in batch.items()}
-    return preprocessor(scaled)
+    return preprocessor(segment_rows(scaled, layout))
 
 
 def _is_8_bit_frame(value: Any) -> bool:
@@ -381,7 +382,9 @@ def _fresh_policy(config: PreTrainedConfig, device: str, hyperparameters: dict[s
         raise ValueError("A policy configuration needs a dataset to take its features from: give train_dataset too.")
     config.device = device
     if hyperparameters["chunk_size"] is not None:
-        vars(config)["chunk_size"] = vars(config)["n_action_steps"] = hyperparameters["chunk_size"]
+        vars(config).update(
+            chunk_settings(type(config), hyperparameters["chunk_size"], {"n_obs_steps": config.n_obs_steps})
+        )
     return PTRPolicy(PTRConfig(device=device, **hyperparameters), base_policy=make_policy(config, ds_meta=meta))
 
 

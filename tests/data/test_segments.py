@@ -12,11 +12,22 @@ from lerobot.datasets import dataset_reader
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline, batch_to_transition, transition_to_batch
-from small_policies import CHUNK, FAMILIES, base_policy, frames_of, gradients, ptr_policy, stats_of, train_batch
+from small_policies import (
+    CHUNK,
+    FAMILIES,
+    base_policy,
+    frames_of,
+    gradients,
+    ptr_policy,
+    raw_batch,
+    stats_of,
+    train_batch,
+)
+from torch import Tensor
 from torch.utils.data import default_collate
 
 from ptr_hf.data.datasets import episode_spans, open_dataset
-from ptr_hf.data.segments import Segment, SegmentLayout, split_segment
+from ptr_hf.data.segments import Segment, SegmentLayout, segment_rows, split_segment
 from ptr_hf.trainer import preprocess
 
 CAMERA, STATE = "observation.image", "observation.state"
@@ -95,10 +106,9 @@ def test_every_needed_offset_is_listed_once(
     for t in range(segment_length if offset is not None else 0):
         shared = layout_.future_chunk(t)
         expected = [u for u, start in enumerate(starts) if start == starts[t] + offset]
-        if len(steps or (0,)) == 1:
-            assert ([] if shared is None else [shared]) == expected
-        else:
-            assert shared is None
+        assert ([] if shared is None else [shared]) == expected
+        view = layout_.view_of(starts[t] + offset)
+        assert [view] == expected or view >= segment_length
 
 
 @pytest.mark.parametrize("segment_length", [1, 4])
@@ -139,7 +149,7 @@ def check_rows(root: Path, layout: SegmentLayout, anchors: list[int]) -> None:
             if layout.consequence_offset is not None:
                 future = frames[clamped(now + layout.consequence_offset, anchor)]
                 for key in (CAMERA, STATE):
-                    assert torch.equal(segment.futures[key][segment.future_index[t], b], future[key])
+                    assert torch.equal(segment.futures[key][segment.future_index[t]][b], future[key])
                 assert segment.target_index[row] == now + layout.consequence_offset
     assert sorted(segment.chunk(0)) == sorted(segment.chunks)
     assert torch.equal(segment.chunk(0)["action"], segment.chunks["action"][: len(anchors)])
@@ -184,7 +194,7 @@ def test_a_subset_of_episodes_reads_its_own_frames(points: Path, episodes: list[
             assert segment.future_valid[row] == (anchor + start + 6 < end)
             assert torch.equal(segment.chunks[STATE][row], frames[clamped(anchor + start, anchor)][STATE])
             future = frames[clamped(anchor + start + 6, anchor)]
-            assert torch.equal(segment.futures[CAMERA][segment.future_index[t], b], future[CAMERA])
+            assert torch.equal(segment.futures[CAMERA][segment.future_index[t]][b], future[CAMERA])
 
 
 def test_spans_of_a_subset_are_positions_in_it(points: Path) -> None:
@@ -200,12 +210,59 @@ def test_renamed_observations_keep_their_validity(points: Path) -> None:
     policy.config.input_features = {renamed[key]: value for key, value in policy.config.input_features.items()}
     preprocessor, _ = make_pre_post_processors(policy.config, dataset_stats=stats_of(points))
     preprocessor.steps[0].rename_map = {CAMERA: "observation.images.top"}
-    segment = split_segment(preprocess(batch, preprocessor), layout_)
+    segment = split_segment(preprocess(batch, preprocessor, layout_), layout_)
     assert torch.equal(segment.future_valid, expected.future_valid)
     assert torch.equal(segment.chunks["observation.images.top"], expected.chunks[CAMERA])
-    assert torch.equal(segment.futures["observation.images.top"], expected.futures[CAMERA])
+    for found, future in zip(segment.futures["observation.images.top"], expected.futures[CAMERA], strict=True):
+        assert torch.equal(found, future)
     assert CAMERA not in segment.chunks
     assert not [key for key in segment.chunks if key.startswith("observation.") and key.endswith("_is_pad")]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_rows_are_a_plain_batch_and_hold_every_frame_once(points: Path, name: str) -> None:
+    layout_, anchors = LAYOUTS[name], [0, 20, 28, 40]
+    batch, segment = read(points, layout_, anchors)
+    rows = segment_rows(batch, layout_)
+    assert segment_rows(rows, layout_) is rows, "rows are laid out once"
+    blocks = layout_.segment_length + len(layout_.lone_futures)
+    sizes = {key: len(value) for key, value in rows.items() if not isinstance(value, Tensor) or value.ndim}
+    assert set(sizes.values()) == {blocks * len(anchors)}
+    again = split_segment(rows, layout_)
+    for key, value in segment.chunks.items():
+        assert torch.equal(value, again.chunks[key]) if isinstance(value, Tensor) else value == again.chunks[key]
+    assert torch.equal(again.future_valid, segment.future_valid)
+    chunk_rows = layout_.segment_length * len(anchors)
+    assert rows["action_is_pad"][chunk_rows:].all(), "a row that is no chunk has no action"
+    if layout_.observation_steps is None and layout_.observation_offsets is not None:
+        assert blocks == len(layout_.observation_offsets)
+
+
+def test_preprocessing_rows_is_preprocessing_segments(points: Path) -> None:
+    policy = ptr_policy("smolvla", points, segment_length=3, num_belief_tokens=0)
+    layout_ = policy.config.layout
+    raw = raw_batch(policy, points, [0, 40, 75])
+    preprocessor, _ = make_pre_post_processors(policy.config.base_config, dataset_stats=stats_of(points))
+    before, after = (
+        split_segment(preprocessor(segment_rows(dict(raw), layout_)), layout_),
+        split_segment(preprocessor(dict(raw)), layout_),
+    )
+    for key, value in before.chunks.items():
+        if isinstance(value, Tensor) and key.startswith(("observation.", "action")):
+            assert torch.equal(value, after.chunks[key]), key
+    for key, values in before.futures.items():
+        assert all(torch.equal(*pair) for pair in zip(values, after.futures[key], strict=True)), key
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_camera_masks_follow_their_rows(points: Path, timed: bool) -> None:
+    layout_ = layout(2)
+    batch, _ = read(points, layout_, [0, 40])
+    mask = torch.tensor([True, False])
+    shape = (mask[:, None].expand(2, 3)[..., None], mask)[not timed]
+    segment = split_segment({**batch, f"{CAMERA}_padding_mask": shape}, layout_)
+    assert segment.chunks[f"{CAMERA}_padding_mask"].tolist() == [True, False] * 2
+    assert [view.tolist() for view in segment.futures[f"{CAMERA}_padding_mask"]] == [[True, False]] * 2
 
 
 def test_preprocessed_language_belongs_to_every_chunk(points: Path) -> None:
@@ -213,7 +270,8 @@ def test_preprocessed_language_belongs_to_every_chunk(points: Path) -> None:
     batch = train_batch(policy, points, [0, 40])
     segment = split_segment(batch, policy.config.layout)
     tokens = segment.chunks["observation.language.tokens"]
-    assert torch.equal(tokens, batch["observation.language.tokens"].repeat(3, 1))
+    assert torch.equal(tokens, batch["observation.language.tokens"][:6])
+    assert torch.equal(tokens, tokens[:2].repeat(3, 1))
     assert not torch.equal(tokens[0], tokens[1]), "the two episodes have different instructions"
     assert not [key for key in segment.futures if "language" in key]
 
@@ -232,12 +290,12 @@ def test_futures_cannot_reach_the_policy(points: Path, family: str, belief: int)
         scorer_warmup_steps=0,
     )
     batch = train_batch(policy, points, [0, 12, 33, 60])
-    offsets = policy.config.layout.observation_offsets
-    assert offsets == [0, 4, 6, 10]
+    assert policy.config.layout.observation_offsets == [0, 4, 6, 10]
+    assert policy.config.layout.lone_futures == (6, 10)
     changed = dict(batch)
     for key in (CAMERA, STATE):
         changed[key] = batch[key].clone()
-        changed[key][:, [2, 3]] = torch.randn_like(changed[key][:, [2, 3]])
+        changed[key][8:] = torch.randn_like(changed[key][8:])
 
     def step(inputs: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
         policy.zero_grad()
@@ -275,9 +333,8 @@ def test_frames_of_a_video_stay_8_bit_until_they_are_on_the_device(points: Path,
     assert frame.dtype == torch.uint8
     assert frame.max() > 1
     raw = {CAMERA: frame[None], "observation.count": torch.tensor([3], dtype=torch.uint8)}
-    scaled = preprocess(
-        raw, PolicyProcessorPipeline(steps=[], to_transition=batch_to_transition, to_output=transition_to_batch)
-    )
+    pipeline = PolicyProcessorPipeline(steps=[], to_transition=batch_to_transition, to_output=transition_to_batch)
+    scaled = preprocess(raw, pipeline, layout())
     assert torch.allclose(scaled[CAMERA][0] * 255, frame.float())
     assert scaled["observation.count"].dtype == torch.uint8, "8-bit numbers that are no frames stay what they are"
     assert open_dataset(points, layout())[0][CAMERA].max() <= 1

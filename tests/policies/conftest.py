@@ -4,8 +4,9 @@ import copy
 from typing import Any
 
 import pytest
+from family import Family
 from lerobot.policies.pretrained import PreTrainedPolicy
-from policy_families import FAMILIES, Family
+from policy_families import FAMILIES
 
 _BUILT: dict[str, PreTrainedPolicy] = {}
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from families_act import build_act
+from family import CHUNK, ENV, TOP, Family
 from lerobot.policies.act.modeling_act import ACTPolicy
-from policy_families import CHUNK, ENV, TOP, Family, _act
 
 from ptr_hf.policies import make_adapter
 
@@ -17,7 +18,7 @@ Batch = dict[str, Any]
 @pytest.fixture
 def make() -> Callable[..., tuple[ACTPolicy, Batch]]:
     def build(cameras: tuple[str, ...] = (TOP,), **settings: Any) -> tuple[ACTPolicy, Batch]:
-        family = Family("act", _act, cameras=cameras, env_state=not cameras, settings=settings)
+        family = Family("act", build_act, cameras=cameras, env_state=not cameras, settings=settings)
         policy = family.policy().train()
         return policy, family.batch(policy)
 

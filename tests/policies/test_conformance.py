@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from family import ACTION_DIM, CHUNK, PADDED_STEPS, Family
 from lerobot.policies.pretrained import PreTrainedPolicy
 from peft import LoraConfig, get_peft_model
-from policy_families import ACTION_DIM, CHUNK, PADDED_STEPS, STATE, Family
 from torch import Tensor, nn
 
 from ptr_hf.policies import PolicyAdapter, PolicyTrace, make_adapter
@@ -79,7 +79,11 @@ def test_trace_has_the_promised_shapes(policy: PreTrainedPolicy, batch: Batch) -
         assert torch.isfinite(value).all()
 
 
-def test_trace_without_belief_is_the_base_loss_and_gradient(policy: PreTrainedPolicy, batch: Batch) -> None:
+def test_trace_without_belief_is_the_base_loss_and_gradient(
+    policy: PreTrainedPolicy, batch: Batch, family: Family
+) -> None:
+    if not family.masks_padding:
+        batch["action_is_pad"] = torch.zeros_like(batch["action_is_pad"])
     expected = seeded(lambda: policy.forward(copy.deepcopy(batch))[0])
     state_after_base = torch.get_rng_state()
     expected.backward()
@@ -95,14 +99,15 @@ def test_trace_without_belief_is_the_base_loss_and_gradient(policy: PreTrainedPo
 def test_trace_is_one_forward_of_the_base_policy(policy: PreTrainedPolicy, batch: Batch, family: Family) -> None:
     adapter = make_adapter(policy)
     calls = 0
-    original = policy.model.forward
+    core = policy.get_submodule(family.core)
+    original = core.forward
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         return original(*args, **kwargs)
 
-    policy.model.forward = counted
+    core.forward = counted
     adapter.trace(batch, belief_for(adapter, 4))
     assert calls == 1
     if family.tower is not None:
@@ -113,12 +118,13 @@ def test_trace_is_one_forward_of_the_base_policy(policy: PreTrainedPolicy, batch
 
 
 def test_trace_reads_no_scalar_back_and_leaves_the_batch_alone(
-    policy: PreTrainedPolicy, batch: Batch, monkeypatch: pytest.MonkeyPatch
+    policy: PreTrainedPolicy, batch: Batch, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = make_adapter(policy)
     before = copy.deepcopy(batch)
     with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "item", lambda _: pytest.fail("trace waits for the device"))
+        if not family.waits:
+            patch.setattr(torch.Tensor, "item", lambda _: pytest.fail("trace waits for the device"))
         adapter.trace(batch, belief_for(adapter, 4))
     adapter.rollout(batch)
     assert batch.keys() == before.keys()
@@ -164,7 +170,7 @@ def test_masked_belief_is_no_belief(policy: PreTrainedPolicy, batch: Batch, per_
         torch.testing.assert_close(found[readable], within[readable], rtol=1e-4, atol=2e-5)
 
 
-def test_belief_steers_sampling(policy: PreTrainedPolicy, batch: Batch) -> None:
+def test_belief_steers_sampling(policy: PreTrainedPolicy, batch: Batch, family: Family) -> None:
     adapter = make_adapter(policy)
     observation = {key: value for key, value in batch.items() if not key.startswith("action")}
     belief = belief_for(adapter, 4)
@@ -172,29 +178,33 @@ def test_belief_steers_sampling(policy: PreTrainedPolicy, batch: Batch) -> None:
     plain = seeded(lambda: adapter.rollout(observation))
     steered = seeded(lambda: adapter.rollout(observation, belief))
     assert [module.training for module in policy.modules()] == modes
-    reference = copy.deepcopy(policy)
-    torch.testing.assert_close(
-        plain.actions, seeded(lambda: reference.predict_action_chunk(copy.deepcopy(observation))), rtol=0, atol=0
-    )
+    reference = copy.deepcopy(policy).eval()
+    own = seeded(lambda: family.predict(reference, copy.deepcopy(observation)))
+    torch.testing.assert_close(plain.actions, own, rtol=0, atol=0)
     assert (steered.actions - plain.actions).abs().max() > 1e-5
     with adapter.belief_scope(belief):
         policy.eval()
-        scoped = seeded(lambda: policy.predict_action_chunk(copy.deepcopy(observation)))
+        scoped = seeded(lambda: family.predict(policy, copy.deepcopy(observation)))
     torch.testing.assert_close(scoped, steered.actions, rtol=0, atol=0)
     with adapter.belief_scope(belief, torch.zeros(4, dtype=torch.bool)):
-        hidden = seeded(lambda: policy.predict_action_chunk(copy.deepcopy(observation)))
+        hidden = seeded(lambda: family.predict(policy, copy.deepcopy(observation)))
     torch.testing.assert_close(hidden, plain.actions, rtol=1e-4, atol=1e-5)
-    assert steered.actions.shape == (4, CHUNK, ACTION_DIM)
+    executed = CHUNK + 1 - family.observation_steps
+    assert steered.actions.shape == (4, executed, ACTION_DIM)
     assert steered.action_tokens.shape == (4, CHUNK, adapter.action_dim)
     assert steered.action_hidden.shape == (4, CHUNK, adapter.hidden_dim)
     assert steered.action_mask.all()
 
 
-def test_rollout_tokens_are_the_training_tokens_of_the_same_chunk(policy: PreTrainedPolicy, batch: Batch) -> None:
+def test_rollout_tokens_are_the_training_tokens_of_the_same_chunk(
+    policy: PreTrainedPolicy, batch: Batch, family: Family
+) -> None:
     adapter = make_adapter(policy)
     rollout = adapter.rollout(batch)
-    trace = adapter.trace({**batch, "action": rollout.actions})
-    torch.testing.assert_close(rollout.action_tokens, trace.action_tokens, rtol=1e-5, atol=1e-5)
+    before = family.observation_steps - 1  # steps of the predicted chunk that lie before now, and are not executed
+    action = torch.cat([batch["action"][:, :before], rollout.actions], dim=1)
+    trace = adapter.trace({**batch, "action": action})
+    torch.testing.assert_close(rollout.action_tokens[:, before:], trace.action_tokens[:, before:], rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_is_left_on_the_policy(policy: PreTrainedPolicy, batch: Batch, family: Family) -> None:
@@ -228,7 +238,9 @@ def test_copies_are_independent(policy: PreTrainedPolicy, batch: Batch) -> None:
     assert not torch.allclose(seeded(lambda: adapter.trace(batch)).loss, expected)
 
 
-def test_bf16_autocast(policy: PreTrainedPolicy, batch: Batch) -> None:
+def test_bf16_autocast(policy: PreTrainedPolicy, batch: Batch, family: Family) -> None:
+    if not family.masks_padding:
+        batch["action_is_pad"] = torch.zeros_like(batch["action_is_pad"])
     adapter = make_adapter(policy)
     belief = belief_for(adapter, 4).requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -246,6 +258,9 @@ def test_bf16_autocast(policy: PreTrainedPolicy, batch: Batch) -> None:
 def test_peft(policy: PreTrainedPolicy, batch: Batch, family: Family) -> None:
     early = make_adapter(policy)
     expected = seeded(lambda: early.trace(batch))
+    if not family.masks_padding:
+        batch["action_is_pad"] = torch.zeros_like(batch["action_is_pad"])
+        expected = seeded(lambda: early.trace(batch))
     wrapped = get_peft_model(policy, LoraConfig(r=2, target_modules=family.lora))
     adapter = make_adapter(wrapped)
     assert adapter.policy is wrapped
@@ -320,7 +335,7 @@ def test_views_equal_no_views_with_the_tower_run_once(policy: PreTrainedPolicy, 
             adapter.trace(chunks[0], views=views)
 
 
-def test_truncated_tower_equals_the_layer_states(policy: PreTrainedPolicy, batch: Batch) -> None:
+def test_truncated_tower_equals_the_layer_states(policy: PreTrainedPolicy, batch: Batch, family: Family) -> None:
     policy.requires_grad_(False).eval()
     adapter = make_adapter(policy)
     assert adapter.tower_is_frozen()
@@ -329,10 +344,11 @@ def test_truncated_tower_equals_the_layer_states(policy: PreTrainedPolicy, batch
         views = adapter.encode_views(batch, layer)
         assert tuple(views.tower) == adapter.target_keys()
         for key in adapter.target_keys():
-            tokens = adapter.encode_image(copied, key, batch[key])
+            image = batch[key] if family.observation_steps == 1 else batch[key][:, -1]
+            tokens = adapter.encode_image(copied, key, image)
             assert tokens.shape[-1] == adapter.target_dim(layer)
             torch.testing.assert_close(tokens, views.tower[key], rtol=0, atol=0)
-            torch.testing.assert_close(adapter.encode_image(shared, key, batch[key]), tokens, rtol=0, atol=0)
+            torch.testing.assert_close(adapter.encode_image(shared, key, image), tokens, rtol=0, atol=0)
             assert not tokens.requires_grad
         live = dict(adapter.tower_parameters(layer))
         assert live.keys() == copied.state_dict().keys()
@@ -360,18 +376,20 @@ def test_a_training_tower_is_not_shared(policy: PreTrainedPolicy, batch: Batch) 
 def test_future_frames_cannot_reach_the_policy(policy: PreTrainedPolicy, batch: Batch, family: Family) -> None:
     adapter = make_adapter(policy)
     expected = seeded(lambda: adapter.trace(batch))
-    futures = {f"future.{key}": torch.rand_like(batch[key]) for key in (*family.cameras, STATE)}
+    futures = {f"future.{key}": torch.rand_like(batch[key]) for key in (*family.cameras, *family.reads)}
     futures |= {f"{key}_is_pad": torch.ones(4, 2, dtype=torch.bool) for key in family.cameras}
     found = seeded(lambda: adapter.trace({**batch, **futures}))
     for name in vars(expected):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
-    for key in (*family.cameras, STATE):
-        stacked = {**batch, key: torch.stack([batch[key], torch.rand_like(batch[key])], dim=1)}
-        with pytest.raises(ValueError, match=f"{key}.*2 frames"):
+    frames = family.observation_steps + 1
+    for key in (*family.cameras, *family.reads):
+        own = batch[key] if family.observation_steps > 1 else batch[key].unsqueeze(1)
+        stacked = {**batch, key: torch.cat([own, torch.rand_like(own[:, :1])], dim=1)}
+        with pytest.raises(ValueError, match=f"{key}.*{frames} frames"):
             adapter.trace(stacked)
 
 
-def test_padded_steps_do_not_count(policy: PreTrainedPolicy, batch: Batch) -> None:
+def test_padded_steps_do_not_count(policy: PreTrainedPolicy, batch: Batch, family: Family) -> None:
     adapter = make_adapter(policy)
     pad = batch["action_is_pad"].clone()
     pad[0], pad[1] = True, False
@@ -383,7 +401,7 @@ def test_padded_steps_do_not_count(policy: PreTrainedPolicy, batch: Batch) -> No
     assert torch.equal(first.action_mask, ~pad)
     assert first.loss[0] == 0
     assert second.loss[0] == 0
-    if policy.name == "act":  # a flow head mixes all steps of the noised chunk, a regression head sees none of them
+    if family.regression:  # a flow head mixes all steps of the noised chunk, a regression head sees none of them
         torch.testing.assert_close(second.loss, first.loss)
     unpadded = {key: value for key, value in batch.items() if key != "action_is_pad"}
     explicit = {**batch, "action_is_pad": torch.zeros_like(pad)}
@@ -394,7 +412,7 @@ def test_padded_steps_do_not_count(policy: PreTrainedPolicy, batch: Batch) -> No
 
 def test_missing_inputs_are_named(policy: PreTrainedPolicy, batch: Batch, family: Family) -> None:
     adapter = make_adapter(policy)
-    for key in (STATE, "action"):
+    for key in (*family.reads, "action"):
         with pytest.raises(ValueError, match=f"'{key}'.*preprocessor"):
             adapter.trace({k: v for k, v in batch.items() if k != key})
     if family.cameras:

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from families_smolvla import build_smolvla
+from family import CHUNK, STATE, STATE_DIM, TOP, WRIST, Family
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from peft import LoraConfig, get_peft_model
-from policy_families import CHUNK, STATE, STATE_DIM, TOP, WRIST, Family, _smolvla
 
 from ptr_hf.policies import make_adapter
 from ptr_hf.policies.hooks import captured_output
@@ -19,7 +20,7 @@ Batch = dict[str, Any]
 @pytest.fixture
 def make() -> Callable[..., tuple[SmolVLAPolicy, Batch]]:
     def build(cameras: tuple[str, ...] = (TOP,), **settings: Any) -> tuple[SmolVLAPolicy, Batch]:
-        family = Family("smolvla", _smolvla, cameras=cameras, settings=settings)
+        family = Family("smolvla", build_smolvla, cameras=cameras, settings=settings)
         policy = family.policy().train()
         return policy, family.batch(policy)
 

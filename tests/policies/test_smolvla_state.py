@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from demonstrations import write_dataset
+from families_smolvla import vlm_folder
+from family import ACTION_DIM, STATE, STATE_DIM, TOP, Family
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import get_policy_class, make_policy, make_pre_post_processors
 from peft import LoraConfig, get_peft_model
-from policy_families import ACTION_DIM, FAMILIES, STATE, STATE_DIM, TOP, Family, vlm_folder
+from policy_families import FAMILIES
 from small_policies import base_policy, observation, ptr_policy, tensors_equal
 
 import ptr_hf.configuration_ptr  # noqa: F401  the plugin registers both policy types

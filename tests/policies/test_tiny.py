@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from families_smolvla import vlm_folder
+from family import CHUNK, TASKS, TOP
 from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
-from policy_families import CHUNK, FAMILIES, TASKS, TOP, vlm_folder
+from policy_families import FAMILIES
 from torch.nn.functional import interpolate, normalize
 from transformers import AutoProcessor, AutoTokenizer
 

@@ -1,8 +1,9 @@
 """Segments: one training sample is T consecutive chunks of one episode plus the observation that followed each chunk.
 
 LeRobot reads frames at fixed offsets from an anchor frame (`delta_timestamps`). A `SegmentLayout` lists the offsets a
-segment needs, each of them once, and `split_segment` turns the batch that comes back into plain policy batches (one row a
-chunk) and futures that lie apart, where no policy looks for its inputs.
+segment needs, each of them once. `segment_rows` lays the batch that comes back out as plain rows for the policy's own
+preprocessor, and `split_segment` cuts what the preprocessor returns into a plain policy batch (one row a chunk) and futures
+that lie apart, where no policy looks for its inputs.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,10 @@ OBSERVATION_PREFIX = "observation."
 IMAGE_PREFIX = "observation.image"
 LANGUAGE_PREFIX = "observation.language"
 PAD_SUFFIX = "_is_pad"
+CAMERA_MASK_SUFFIX = "_padding_mask"
+"""LeRobot's suffix for the mask of a camera: True in the rows that have it."""
+FUTURE_PAD = "future_is_pad"
+"""Says, in rows, which chunk's consequence was not recorded; LeRobot's pipelines keep keys with this ending."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,20 @@ class SegmentLayout:
 
     def future_chunk(self, t: int) -> int | None:
         """The chunk whose current view is chunk t's consequence (Δ a multiple of the stride), or None."""
-        if len(self._steps) != 1:
-            return None
-        position = self.future_offsets[t] - self._steps[0]
+        return self._chunk_showing(self.future_offsets[t])
+
+    @property
+    def lone_futures(self) -> tuple[int, ...]:
+        """Consequence offsets, sorted, that no chunk has as its present."""
+        return tuple(offset for offset in sorted(set(self.future_offsets)) if self._chunk_showing(offset) is None)
+
+    def view_of(self, future: int) -> int:
+        """Which block of rows shows a consequence: a chunk's, or one after the chunks'."""
+        chunk = self._chunk_showing(future)
+        return self.segment_length + self.lone_futures.index(future) if chunk is None else chunk
+
+    def _chunk_showing(self, offset: int) -> int | None:
+        position = offset - self._steps[-1]
         return self.chunk_starts.index(position) if position in self.chunk_starts else None
 
     def delta_timestamps(self, feature_keys: list[str], fps: float | int) -> dict[str, list[float]]:
@@ -95,7 +111,7 @@ class Segment:
 
     Attributes:
         chunks: a plain LeRobot policy batch of N rows; it holds no future frame.
-        futures: per observation key the frames that followed, (F, B, ...), one per distinct consequence offset.
+        futures: per observation key the frames that followed, F of (B, ...), one per distinct consequence offset.
         future_index: (T,) which of the F futures belongs to chunk t.
         future_valid: (N,) False where the consequence lies past the episode's end (LeRobot repeats the last frame there).
         chunk_valid: (N,) False where the whole chunk lies past the episode's end.
@@ -105,7 +121,7 @@ class Segment:
     """
 
     chunks: dict[str, Any]
-    futures: dict[str, Tensor]
+    futures: dict[str, list[Tensor]]
     future_index: tuple[int, ...]
     future_valid: Bool[Tensor, " rows"]
     chunk_valid: Bool[Tensor, " rows"]
@@ -133,47 +149,47 @@ def select_rows(batch: dict[str, Any], rows: slice) -> dict[str, Any]:
     }
 
 
-def split_segment(batch: dict[str, Any], layout: SegmentLayout) -> Segment:
-    """Cut a collated (and preprocessed) batch of segments into chunks and futures.
+def is_rows(batch: dict[str, Any]) -> bool:
+    """Whether a batch has been laid out by `segment_rows`."""
+    return FUTURE_PAD in batch
+
+
+def segment_rows(batch: dict[str, Any], layout: SegmentLayout) -> dict[str, Any]:
+    """Lay collated segments out as rows of a plain LeRobot batch, so that a policy's preprocessor sees nothing unusual.
+
+    The first T·B rows are the chunks, time-major; after them come B rows for every consequence that no chunk has as its
+    present, with an action that is all padding. A frame that a policy reads once appears once.
 
     Args:
         batch: observations (B, V, ...) at `layout.observation_offsets` with their `<key>_is_pad` (B, V), action
             (B, A, d) at `layout.action_offsets` with `action_is_pad`, LeRobot's `index`, `episode_index`, `task_index` (B,).
+            An observation without actions (at inference), and rows that are laid out already, come back as they are.
         layout: the offsets the batch was read with.
 
     Raises:
         ValueError: when the batch was not read with this layout.
     """
-    offsets = layout.observation_offsets
-    for key in (ACTION, ACTION + PAD_SUFFIX, "index", "episode_index", "task_index"):
-        if key not in batch:
-            raise ValueError(f"The batch has no {key!r}; build the dataset with `layout.delta_timestamps`.")
+    if ACTION not in batch or is_rows(batch):
+        return batch
+    _check_segments(batch, layout)
     action = batch[ACTION]
-    if action.ndim < 3 or action.shape[1] != len(layout.action_offsets):
-        held = f"{action.shape[1]} actions per sample" if action.ndim > 2 else "actions that have no time axis"
-        raise ValueError(
-            f"The batch holds {held} but the segment layout reads {len(layout.action_offsets)}; build the dataset with "
-            "`layout.delta_timestamps`."
-        )
-    batch_size, length, device = action.shape[0], layout.segment_length, action.device
+    batch_size, device = action.shape[0], action.device
+    offsets, steps = layout.observation_offsets, layout.observation_steps or (0,)
     action_rows = _positions(layout.action_offsets, layout.chunk_starts, layout.action_steps, device)
+    chunk_views = [[start + step for step in steps] for start in layout.chunk_starts]
+    # a policy that reads several observations gets a lone future in all their places
+    views = chunk_views + [[offset] * len(steps) for offset in layout.lone_futures]
+    blocks, extra = len(views), len(layout.lone_futures)
 
-    chunks: dict[str, Any] = {}
-    futures: dict[str, Tensor] = {}
-    unique_futures = sorted(set(layout.future_offsets))
-    # Every observation is read at the same offsets, so one mask speaks for all, renamed keys included.
-    pads = [value for key, value in batch.items() if key.startswith(OBSERVATION_PREFIX) and key.endswith(PAD_SUFFIX)]
-    if unique_futures and not pads:
-        raise ValueError(
-            "The batch has no `observation.*_is_pad`, which tells recorded consequences from repeated last frames; build "
-            "the dataset with `layout.delta_timestamps` and a preprocessor that keeps these keys."
-        )
+    rows: dict[str, Any] = {}
     for key, value in batch.items():
-        if key == ACTION or key == ACTION + PAD_SUFFIX:
-            chunks[key] = _take(value, action_rows)
+        if key in (ACTION, ACTION + PAD_SUFFIX):
+            taken = _take(value, action_rows)
+            unseen = torch.full_like(taken[:1], key != ACTION).expand(extra * batch_size, *taken.shape[1:])
+            rows[key] = torch.cat([taken, unseen]) if extra else taken
         elif key.startswith(OBSERVATION_PREFIX) and key.endswith(PAD_SUFFIX):
             continue
-        elif offsets is not None and key.startswith(OBSERVATION_PREFIX) and not key.startswith(LANGUAGE_PREFIX):
+        elif offsets is not None and _is_recorded(key) and not (key.endswith(CAMERA_MASK_SUFFIX) and value.ndim == 1):
             if len(offsets) == 1 and key.startswith(IMAGE_PREFIX) and value.ndim == 4:
                 # LeRobot drops the time axis of a single video frame
                 value = value.unsqueeze(1)
@@ -182,42 +198,110 @@ def split_segment(batch: dict[str, Any], layout: SegmentLayout) -> Segment:
                     f"{key} holds {value.shape[1]} frames per sample but the segment layout reads {len(offsets)}; build the "
                     "dataset with `layout.delta_timestamps`."
                 )
-            current = _positions(offsets, layout.chunk_starts, layout.observation_steps or (0,), device)
-            chunks[key] = _take(value, current)
-            if layout.observation_steps is None:
-                chunks[key] = chunks[key].squeeze(1)
-            if unique_futures:
-                position = torch.tensor([offsets.index(offset) for offset in unique_futures], device=device)
-                futures[key] = value.index_select(1, position).transpose(0, 1)
+            where = torch.tensor([[offsets.index(offset) for offset in view] for view in views], device=device)
+            rows[key] = _take(value, where)
+            if layout.observation_steps is None or key.endswith(CAMERA_MASK_SUFFIX):
+                # whether a camera exists does not change within a row
+                rows[key] = rows[key][:, -1]
         elif isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch_size:
-            chunks[key] = value.repeat(length, *[1] * (value.ndim - 1))
+            rows[key] = value.repeat(blocks, *[1] * (value.ndim - 1))
         elif isinstance(value, list) and len(value) == batch_size:
-            chunks[key] = value * length
+            rows[key] = value * blocks
         else:
-            chunks[key] = value
+            rows[key] = value
+    for key in [key for key in rows if key.endswith(CAMERA_MASK_SUFFIX)]:
+        rows[key] = rows[key].reshape(blocks * batch_size).bool()
 
-    starts = torch.tensor(layout.chunk_starts, device=device).repeat_interleave(batch_size)
-    index = batch["index"].repeat(length) + starts
+    starts = torch.tensor([*layout.chunk_starts, *layout.lone_futures], device=device)
+    rows["index"] = batch["index"].repeat(blocks) + starts.repeat_interleave(batch_size)
+    rows[FUTURE_PAD] = _future_pad(batch, layout, blocks)
+    return rows
+
+
+def split_segment(batch: dict[str, Any], layout: SegmentLayout) -> Segment:
+    """Cut a batch of segments into chunks and futures; nothing is copied from rows that are laid out already.
+
+    Args:
+        batch: what `segment_rows` returned, after the policy's preprocessor; or collated segments as it takes them.
+        layout: the offsets the batch was read with.
+
+    Raises:
+        ValueError: when the batch was not read with this layout.
+    """
+    if not is_rows(batch):
+        for key in (ACTION, "index", "episode_index", "task_index"):
+            _require(batch, key)
+        batch = segment_rows(batch, layout)
+    length = layout.segment_length
+    batch_size = len(batch[FUTURE_PAD]) // (length + len(layout.lone_futures))
+    chunk_rows = slice(0, length * batch_size)
+    chunks = select_rows({key: value for key, value in batch.items() if key != FUTURE_PAD}, chunk_rows)
+
+    offsets = sorted(set(layout.future_offsets))
+    futures: dict[str, list[Tensor]] = {}
+    for key in (key for key in batch if _is_recorded(key) and offsets):
+        blocks = batch[key].split(batch_size)
+        # a policy that reads several observations sees the last one as its present
+        frames = [blocks[layout.view_of(offset)] for offset in offsets]
+        several = layout.observation_steps is not None and not key.endswith(CAMERA_MASK_SUFFIX)
+        futures[key] = [frame[:, -1] for frame in frames] if several else frames
+
     chunk_valid = ~chunks[ACTION + PAD_SUFFIX].all(dim=1)
-    future_index = tuple(unique_futures.index(offset) for offset in layout.future_offsets)
-    if offsets is not None and unique_futures:
-        positions = torch.tensor([offsets.index(offset) for offset in layout.future_offsets], device=device)
-        future_valid = ~pads[0].index_select(1, positions).T.reshape(-1) & chunk_valid
-    else:
-        future_valid = torch.zeros_like(chunk_valid)
     return Segment(
         chunks=chunks,
         futures=futures,
-        future_index=future_index,
-        future_valid=future_valid,
+        future_index=tuple(offsets.index(offset) for offset in layout.future_offsets),
+        future_valid=~batch[FUTURE_PAD][chunk_rows] & chunk_valid,
         chunk_valid=chunk_valid,
-        index=index,
-        target_index=index + (layout.consequence_offset or 0),
-        episode=batch["episode_index"].repeat(length),
-        task=batch["task_index"].repeat(length),
+        index=chunks["index"],
+        target_index=chunks["index"] + (layout.consequence_offset or 0),
+        episode=chunks["episode_index"],
+        task=chunks["task_index"],
         batch_size=batch_size,
         length=length,
     )
+
+
+def _check_segments(batch: dict[str, Any], layout: SegmentLayout) -> None:
+    for key in (ACTION + PAD_SUFFIX, "index", "episode_index", "task_index"):
+        _require(batch, key)
+    action = batch[ACTION]
+    if action.ndim < 3 or action.shape[1] != len(layout.action_offsets):
+        held = f"{action.shape[1]} actions per sample" if action.ndim > 2 else "actions that have no time axis"
+        raise ValueError(
+            f"The batch holds {held} but the segment layout reads {len(layout.action_offsets)}; build the dataset with "
+            "`layout.delta_timestamps`."
+        )
+
+
+def _require(batch: dict[str, Any], key: str) -> None:
+    if key not in batch:
+        raise ValueError(f"The batch has no {key!r}; build the dataset with `layout.delta_timestamps`.")
+
+
+def _future_pad(batch: dict[str, Any], layout: SegmentLayout, blocks: int) -> Bool[Tensor, " rows"]:
+    """True where a chunk row's consequence was not recorded, and on all rows that are no chunk."""
+    missing = torch.ones(blocks * batch[ACTION].shape[0], dtype=torch.bool, device=batch[ACTION].device)
+    if not layout.future_offsets:
+        return missing
+    # Every observation is read at the same offsets, so one mask speaks for all, renamed keys included.
+    pads = [value for key, value in batch.items() if key.startswith(OBSERVATION_PREFIX) and key.endswith(PAD_SUFFIX)]
+    if not pads:
+        raise ValueError(
+            "The batch has no `observation.*_is_pad`, which tells recorded consequences from repeated last frames; build "
+            "the dataset with `layout.delta_timestamps` and a preprocessor that keeps these keys."
+        )
+    offsets = layout.observation_offsets
+    assert offsets is not None
+    positions = torch.tensor([offsets.index(offset) for offset in layout.future_offsets], device=missing.device)
+    recorded = pads[0].index_select(1, positions).T.reshape(-1)
+    missing[: len(recorded)] = recorded
+    return missing
+
+
+def _is_recorded(key: str) -> bool:
+    """Whether a key holds an observation of the dataset, at the layout's offsets."""
+    return key.startswith(OBSERVATION_PREFIX) and not key.startswith(LANGUAGE_PREFIX) and not key.endswith(PAD_SUFFIX)
 
 
 def _positions(

@@ -103,7 +103,7 @@ def collect(
         torch.manual_seed(seed)
         for batch in tqdm(loader, desc="reading consequences", unit="batch", disable=not progress):
             on_device = {k: v.to(policy.config.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            policy.compute(preprocess(on_device, preprocessor))
+            policy.compute(preprocess(on_device, preprocessor, policy.config.layout))
     parts = objective.weigher.seen
     whole = {name: torch.cat([vars(part)[name].cpu() for part in parts]) for name in _columns()}
     objective.weigher.seen = []

@@ -104,6 +104,8 @@ def preserved_modes(root: nn.Module, *, training: bool | None = None) -> Iterato
 class AdapterBase:
     """The policy behind an adapter, and the guard that keeps two beliefs from being injected at once."""
 
+    preprocesses_rows = False
+
     def __init__(self, policy: nn.Module) -> None:
         self.policy = policy
         self._belief_open = False
@@ -112,6 +114,9 @@ class AdapterBase:
     def base(self) -> Any:
         """The LeRobot policy itself, looked up anew because PEFT may have wrapped it."""
         return unwrap(self.policy)
+
+    def observe(self, batch: dict[str, Any]) -> None:
+        """A policy that reads one observation keeps none; see `PolicyAdapter.observe`."""
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

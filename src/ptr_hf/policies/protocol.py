@@ -44,13 +44,14 @@ class RolloutTrace:
     """What one predicted chunk gives the belief at inference.
 
     Attributes:
-        actions: the predicted chunk in the policy's normalised action space, as `predict_action_chunk` returns it.
-        action_tokens: A_t of the predicted chunk.
+        actions: the predicted chunk in the policy's normalised action space, as `predict_action_chunk` returns it; a policy
+            with an observation history leaves out the steps before now.
+        action_tokens: A_t of the whole predicted chunk.
         action_hidden: C_t of the last denoising step (of the only pass, for a regression head).
         action_mask: all True: a predicted chunk has no padding.
     """
 
-    actions: Float[Tensor, "batch steps robot_action_dim"]
+    actions: Float[Tensor, "batch executed robot_action_dim"]
     action_tokens: Float32[Tensor, "batch steps action_dim"]
     action_hidden: Float32[Tensor, "batch steps hidden_dim"]
     action_mask: Bool[Tensor, "batch steps"]
@@ -89,10 +90,13 @@ class PolicyAdapter(Protocol):
     Attributes:
         policy: the LeRobot policy or the `PeftModel` around one.
         family: LeRobot's name of the policy type.
+        preprocesses_rows: whether the policy's preprocessor needs rows of single chunks (it writes a row's state into its
+            prompt, say), so that whole segments must not pass through it.
     """
 
     policy: nn.Module
     family: str
+    preprocesses_rows: bool
 
     @property
     def context_dim(self) -> int:
@@ -132,6 +136,10 @@ class PolicyAdapter(Protocol):
         self, batch: Batch, belief: Float[Tensor, "batch tokens context_dim"] | None = None, **kwargs: Any
     ) -> RolloutTrace:
         """`predict_action_chunk(batch, **kwargs)` under the belief; module modes are as before afterwards."""
+        ...
+
+    def observe(self, batch: Batch) -> None:
+        """Take in one environment step's observation, for a policy that reads several; called before each action."""
         ...
 
     def belief_scope(
@@ -236,12 +244,15 @@ def require_keys(batch: Batch, keys: Iterable[str], family: str) -> None:
         )
 
 
-def refuse_stacked_frames(batch: Batch, keys: Iterable[str], single_frame_ndim: int) -> None:
-    """Refuse several frames under one key: a policy reads the last of them, which may be the future."""
+def refuse_stacked_frames(batch: Batch, keys: Iterable[str], single_frame_ndim: int, frames: int = 1) -> None:
+    """Refuse more frames under one key than the policy's `frames`: the last one it reads may be the future."""
     for key in keys:
         value = batch.get(key)
-        if value is not None and value.ndim > single_frame_ndim and value.shape[1] > 1:
+        if value is None:
+            continue
+        held = value.shape[1] if value.ndim > single_frame_ndim else 1
+        if held > frames:
             raise ValueError(
-                f"{key!r} holds {value.shape[1]} frames per row and the policy would read the last one: "
+                f"{key!r} holds {held} frames per row where the policy reads {frames}, and its last may be the future: "
                 "split future frames off under keys of their own before the policy sees the batch."
             )
