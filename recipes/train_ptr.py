@@ -37,6 +37,7 @@ from torch import nn
 from transformers import HfArgumentParser, set_seed
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments, score_dataset
+from ptr_hf.configuration_ptr import chunk_settings
 from ptr_hf.data.datasets import dataset_metadata
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
 from ptr_hf.hub import is_ptr_source
@@ -158,7 +159,9 @@ def adapted_policy(path: str, overrides: list[str], dataset: str, args: PTRTrain
     # on the CPU first, so that the processes of a node do not all load onto its first GPU
     settings = [*overrides, "device=cpu"]
     if args.chunk_size is not None:
-        settings += [f"chunk_size={args.chunk_size}", f"n_action_steps={args.chunk_size}"]
+        settings += [
+            f"{name}={value}" for name, value in chunk_settings(type(saved), args.chunk_size, vars(saved)).items()
+        ]
     try:
         config = PreTrainedConfig.from_pretrained(
             path, revision=args.model_revision, cli_overrides=[f"--{setting}" for setting in settings]

@@ -4,7 +4,7 @@
     policy_{pre,post}processor*                   its processors
     ptr_config.json                               PTRConfig
     ptr_scorer.safetensors                        scorer, belief, moving average (if not shared), queue, controller
-    ptr_adapter.safetensors                       with PEFT: the adapter, to resume from; model.safetensors has it merged
+    adapter_config.json, adapter_model.safetensors  with PEFT: the adapter in place of model.safetensors (see peft_policies)
 
 Nothing that is read can execute: JSON and safetensors only, every key and every shape checked.
 """
@@ -20,16 +20,23 @@ from huggingface_hub import file_exists, snapshot_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from huggingface_hub.errors import HFValidationError
 from lerobot.configs import PreTrainedConfig
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
+from ptr_hf.peft_policies import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    load_adapted_base,
+    load_adapter,
+    save_adapter,
+    source_of,
+)
 from ptr_hf.policies.hooks import unwrap
 
 PTR_SCORER_NAME = "ptr_scorer.safetensors"
-PTR_ADAPTER_NAME = "ptr_adapter.safetensors"
 BASE_PREFIX = "base."
 TOWER_PREFIX = "target_encoder.tower."
 
@@ -57,7 +64,8 @@ def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None 
     """Write a `PTRPolicy`'s files (not its processors) into an existing folder.
 
     With belief tokens `config.json` names the type `ptr`, since the base policy alone would miss them; without, it is
-    the base policy's own. A PEFT adapter is merged into the base policy's weights and stored beside them.
+    the base policy's own. Of a policy under PEFT the adapter alone is stored, as PEFT and LeRobot do; where the base has no
+    source to be loaded from again, `model.safetensors` holds it with the adapter merged.
 
     Args:
         policy: a `PTRPolicy`.
@@ -65,18 +73,22 @@ def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None 
         state_dict: gathered by the caller where parameters are sharded; by default the policy's own.
     """
     base = unwrap(policy.base)
+    adapter_alone = False
     if isinstance(policy.base, PeftModel):
         if state_dict is not None:
             raise ValueError("A sharded PEFT model cannot be saved; train it without FSDP, or merge the adapter first.")
-        save_file(_contiguous(get_peft_model_state_dict(policy.base)), folder / PTR_ADAPTER_NAME)
-        base = copy.deepcopy(policy.base).merge_and_unload()
-        base.config.use_peft = False
+        save_adapter(policy.base, folder, policy.config.base_revision)
+        adapter_alone = source_of(policy.base) is not None
+        if not adapter_alone:
+            base = copy.deepcopy(policy.base).merge_and_unload()
+            base.config.use_peft = False
     policy.config.base = draccus.encode(base.config, PreTrainedConfig)
     shown = policy.config if policy.config.num_belief_tokens else base.config
     for name, config in ((PTR_CONFIG_NAME, policy.config), (CONFIG_NAME, shown)):
         _write_json(folder / name, draccus.encode(config, PreTrainedConfig) | {"pretrained_path": None})
     if state_dict is None:
-        save_model(base, str(folder / SAFETENSORS_SINGLE_FILE))
+        if not adapter_alone:
+            save_model(base, str(folder / SAFETENSORS_SINGLE_FILE))
         side = policy.side_state_dict()
     else:
         base_state = {
@@ -89,16 +101,30 @@ def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None 
 
 
 def load_policy(
-    policy_class: type, source: str | Path, *, config: PreTrainedConfig | None = None, **hub_kwargs: Any
+    policy_class: type,
+    source: str | Path,
+    *,
+    config: PreTrainedConfig | None = None,
+    merge_adapter: bool = False,
+    **hub_kwargs: Any,
 ) -> Any:
     """Build a `PTRPolicy` from a folder or a Hub repo and load every tensor strictly.
+
+    Args:
+        policy_class: `PTRPolicy`.
+        source: folder or Hub id.
+        config: replaces the saved configuration.
+        merge_adapter: fold a PEFT adapter into the base policy's weights instead of keeping it trainable.
+        hub_kwargs: see `PTRPolicy.from_pretrained`.
 
     Raises:
         FileNotFoundError: the folder lacks one of the checkpoint's files.
         ValueError: a file is damaged, or its tensors are not this policy's.
     """
     folder = resolve_folder(source, **hub_kwargs)
-    for name in (PTR_CONFIG_NAME, SAFETENSORS_SINGLE_FILE, PTR_SCORER_NAME):
+    adapter_alone = is_adapter_alone(folder)
+    base_files = (ADAPTER_CONFIG_NAME,) if adapter_alone else (SAFETENSORS_SINGLE_FILE,)
+    for name in (PTR_CONFIG_NAME, *base_files, PTR_SCORER_NAME):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{source} is no PTR checkpoint: it lacks {name}. A folder written by PTRPolicy.save_pretrained has it; a plain "
@@ -112,12 +138,19 @@ def load_policy(
     else:
         saved.device = config.device if config is not None else saved.device
     saved.base_path, provenance = None, saved.base_path
-    policy = policy_class(saved)
+    policy = policy_class(saved, base_policy=load_adapted_base(saved, folder) if adapter_alone else None)
     saved.base_path = provenance
     load_weights(policy, folder)
+    if merge_adapter:
+        policy.merge_adapter()
     saved.pretrained_path, saved.pretrained_revision = Path(source), hub_kwargs.get("revision")
     policy.eval()
     return policy
+
+
+def is_adapter_alone(folder: Path) -> bool:
+    """Whether a checkpoint holds a PEFT adapter without the base policy's weights."""
+    return (folder / ADAPTER_WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_SINGLE_FILE).is_file()
 
 
 def load_weights(policy: Any, folder: Path) -> None:
@@ -133,7 +166,7 @@ def load_weights(policy: Any, folder: Path) -> None:
         (PTR_SCORER_NAME, _load_side),
     )
     if isinstance(policy.base, PeftModel):
-        loaders = ((PTR_ADAPTER_NAME, _load_adapter), (PTR_SCORER_NAME, _load_side))
+        loaders = ((ADAPTER_WEIGHTS_NAME, _load_adapter), (PTR_SCORER_NAME, _load_side))
     for name, load in loaders:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"The checkpoint in {folder} lacks {name}, which this policy needs.")
@@ -170,11 +203,7 @@ def _load_base(policy: Any, path: Path) -> None:
 
 
 def _load_adapter(policy: Any, path: Path) -> None:
-    tensors = load_file(path)
-    own = get_peft_model_state_dict(policy.base)
-    if {name: value.shape for name, value in tensors.items()} != {name: value.shape for name, value in own.items()}:
-        raise ValueError(f"{path} holds another PEFT adapter than this policy has.")
-    set_peft_model_state_dict(policy.base, tensors)
+    load_adapter(policy.base, path)
 
 
 def _load_side(policy: Any, path: Path) -> None:

@@ -16,6 +16,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.constants import OBS_STATE
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ptr_hf.configuration_ptr import PTRConfig
@@ -72,7 +73,7 @@ class PTRPolicy(PreTrainedPolicy):
         super().__init__(config)
         self.config: PTRConfig = config
         if base_policy is None:
-            base_policy = _build_base(config, **kwargs)
+            base_policy = build_base(config, **kwargs)
         self.base: PreTrainedPolicy = base_policy
         self._adapter: PolicyAdapter | None = None
         chunk = self.adapter.chunk_size
@@ -409,6 +410,12 @@ class PTRPolicy(PreTrainedPolicy):
             self._action_queue.extend(chunk.transpose(0, 1))
         return self._action_queue.popleft()
 
+    def merge_adapter(self) -> None:
+        """Fold a PEFT adapter into the base policy's weights for good; nothing to do without one."""
+        if isinstance(self.base, PeftModel):
+            self.base = self.base.merge_and_unload()
+            self.base.config.use_peft = False
+
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -418,21 +425,27 @@ class PTRPolicy(PreTrainedPolicy):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_name_or_path: str | Path, *, config: PreTrainedConfig | None = None, **kwargs: Any
+        cls,
+        pretrained_name_or_path: str | Path,
+        *,
+        config: PreTrainedConfig | None = None,
+        merge_adapter: bool = False,
+        **kwargs: Any,
     ) -> "PTRPolicy":
         """Load a PTR checkpoint from a folder or the Hub, strictly: every key, every shape.
 
         Args:
             pretrained_name_or_path: folder or Hub id.
             config: replaces the saved configuration (LeRobot's factory passes the one it has parsed).
+            merge_adapter: fold a PEFT adapter into the base policy's weights; by default it is kept, and trainable.
             kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` for the Hub.
         """
         from ptr_hf.hub import load_policy
 
-        return load_policy(cls, pretrained_name_or_path, config=config, **kwargs)
+        return load_policy(cls, pretrained_name_or_path, config=config, merge_adapter=merge_adapter, **kwargs)
 
 
-def _build_base(config: PTRConfig, **kwargs: Any) -> PreTrainedPolicy:
+def build_base(config: PTRConfig, **kwargs: Any) -> PreTrainedPolicy:
     base_config = config.base_config
     if base_config.type not in supported_policies():
         raise ValueError(

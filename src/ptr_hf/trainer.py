@@ -18,6 +18,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.collate import lerobot_collate_fn
 from lerobot.utils.feature_utils import dataset_to_policy_features
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
@@ -31,7 +32,8 @@ from ptr_hf.data.segments import SegmentLayout, segment_rows
 from ptr_hf.hub import is_ptr_folder, is_ptr_source, load_weights
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.metrics import MetricsWindow
-from ptr_hf.modeling_ptr import PTRPolicy
+from ptr_hf.modeling_ptr import PTRPolicy, build_base
+from ptr_hf.peft_policies import wrap_with_peft
 from ptr_hf.policies.hooks import unwrap
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
 from ptr_hf.report import DYNAMICS_COLUMNS, DYNAMICS_FILE, DynamicsLog
@@ -57,6 +59,8 @@ class PTRTrainer(Trainer):
         args: training arguments and hyperparameters. A `PTRPolicy` (or a PTR checkpoint) keeps its own hyperparameters.
         train_dataset: a Hub id, a folder, or a LeRobotDataset; it is read at the segment layout whatever it was opened with.
         eval_dataset: likewise, or None.
+        peft_config: trains a PEFT adapter in place of the policy's weights; `args.use_peft` with the policy's own target
+            modules does so too.
         preprocessor, postprocessor: LeRobot pipelines; by default the policy's own, with the dataset's statistics.
         callbacks, optimizers: as for `transformers.Trainer`.
 
@@ -78,6 +82,7 @@ class PTRTrainer(Trainer):
         train_dataset: DatasetSource | None = None,
         eval_dataset: DatasetSource | None = None,
         *,
+        peft_config: PeftConfig | None = None,
         preprocessor: PolicyProcessorPipeline | None = None,
         postprocessor: PolicyProcessorPipeline | None = None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -102,7 +107,7 @@ class PTRTrainer(Trainer):
             args.dataloader_pin_memory = False
         sources = [source for source in (train_dataset, eval_dataset) if source is not None]
         meta = dataset_metadata(sources[0], args.dataset_revision) if sources else None
-        policy = resolve_policy(model, args, meta)
+        policy = resolve_policy(model, args, meta, peft_config)
         layout = policy.config.layout
         opened: dict[str, LeRobotDataset | InMemorySegments] = {}
         for name, source in (("train", train_dataset), ("eval", eval_dataset)):
@@ -302,21 +307,30 @@ def _is_8_bit_frame(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == torch.uint8 and value.ndim >= 4
 
 
-def resolve_policy(model: ModelSource, args: PTRTrainingArguments, meta: Any = None) -> PTRPolicy:
+def resolve_policy(
+    model: ModelSource, args: PTRTrainingArguments, meta: Any = None, peft_config: PeftConfig | None = None
+) -> PTRPolicy:
     """The `PTRPolicy` that a model argument of `PTRTrainer` stands for, on the arguments' device.
 
     Args:
         model: see `PTRTrainer`.
         args: source of hyperparameters, device and revision.
         meta: metadata of the dataset; gives a policy that starts from a configuration its features.
+        peft_config: of an adapter to train in place of the policy's weights.
 
     Raises:
-        ValueError: the model is none of these, or the policy's type is not supported.
+        ValueError: the model is none of these, its type is not supported, or it cannot take an adapter.
     """
     device = args.device.type
+    adapted = args.use_peft or peft_config is not None
     if isinstance(model, str | Path) and is_ptr_source(model, args.model_revision):
         model = PTRPolicy.from_pretrained(model, revision=args.model_revision)
     if isinstance(model, PTRPolicy):
+        if adapted:
+            raise ValueError(
+                "A PTRPolicy is built around its base: give the base policy with peft_config, or wrap the base by PEFT before "
+                "PTRPolicy(config, base_policy=...)."
+            )
         _check_hyperparameters(args, model.config)
         model.config.device = device
         return model.to(args.device)
@@ -328,15 +342,25 @@ def resolve_policy(model: ModelSource, args: PTRTrainingArguments, meta: Any = N
                 f"{type(model).__name__} is no LeRobot policy: give a LeRobot policy, a PTRPolicy, a Hub id or a folder."
             )
         base.config.device = device
+        if adapted:
+            model = wrap_with_peft(model, peft_config, args.peft_overrides)
         return PTRPolicy(PTRConfig(device=device, **hyperparameters), base_policy=model.to(args.device))
     if isinstance(model, PTRConfig):
         raise ValueError("Give the base policy's configuration with the hyperparameters in args, or PTRPolicy(config).")
     if isinstance(model, PreTrainedConfig):
+        if adapted:
+            raise ValueError(
+                "An adapter needs trained weights under it: give a policy's Hub id or folder with peft_config."
+            )
         return _fresh_policy(model, device, hyperparameters, meta)
     config = PTRConfig(device=device, base_path=str(model), base_revision=args.model_revision, **hyperparameters)
     if meta is not None:
         _fit_to_robot(config, meta.features)
-    return PTRPolicy(config)
+    if not adapted:
+        return PTRPolicy(config)
+    trained = build_base(config)
+    trained.config.pretrained_path = Path(model)
+    return PTRPolicy(config, base_policy=wrap_with_peft(trained, peft_config, args.peft_overrides).to(args.device))
 
 
 def _episode_table(config: PTRConfig, dataset: LeRobotDataset, args: PTRTrainingArguments) -> EpisodeTable:

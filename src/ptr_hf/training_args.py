@@ -1,6 +1,7 @@
 """`PTRTrainingArguments`: transformers' training arguments and the method's hyperparameters, with the paper's defaults."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -57,6 +58,15 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
         default=None,
         metadata={"help": "Truth sidecar of the training data, for score=oracle. Default: the one beside its folder."},
     )
+    use_peft: bool = field(
+        default=False,
+        metadata={"help": "Train a PEFT adapter (LoRA) on the frozen policy, at the policy's own target modules."},
+    )
+    peft_r: int = field(default=16, metadata={"help": "Rank of the adapter that use_peft trains."})
+    peft_alpha: int | None = field(default=None, metadata={"help": "LoRA's alpha. Default: PEFT's."})
+    peft_target_modules: str | None = field(
+        default=None, metadata={"help": "Regular expression of the modules to adapt. Default: the policy's own."}
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of the policy on the Hub."})
 
     # transformers parses JSON given on the command line for the fields listed here
@@ -68,6 +78,13 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
         super().__post_init__()
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop what the policy reads; leave it at False.")
+
+    @property
+    def peft_overrides(self) -> dict[str, Any] | None:
+        """The fields above as LeRobot's `wrap_with_peft` takes them; None where use_peft is off."""
+        if not self.use_peft:
+            return None
+        return {"r": self.peft_r, "lora_alpha": self.peft_alpha, "target_modules": self.peft_target_modules}
 
     @property
     def observation_renames(self) -> dict[str, str]:
