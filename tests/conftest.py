@@ -1,6 +1,7 @@
 """Every shape written in a signature is checked while the tests run; small real datasets for all of them."""
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,27 @@ def point_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from demonstrations import write_dataset
 
     return write_dataset(tmp_path_factory.mktemp("datasets") / "point_videos", use_videos=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--capabilities", help="write what each policy family can do, as the tests found it, to this JSON file"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--capabilities")
+    if path and not os.environ.get("PYTEST_XDIST_WORKER"):
+        from capabilities import CapabilityRecorder
+
+        config.pluginmanager.register(CapabilityRecorder(Path(path)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Name the capability that a test shows in its report, which crosses from the workers."""
+    report = yield
+    marker, callspec = item.get_closest_marker("capability"), vars(item).get("callspec")
+    if marker is not None and callspec is not None and report.when == "call":
+        report.user_properties.append(("capability", [callspec.params["family"].name, marker.args[0]]))
+    return report

@@ -18,10 +18,12 @@ def write_dataset(
     size: int = 32,
     fps: int = 10,
     seed: int = 0,
+    vivid: bool = False,
 ) -> Path:
     """A LeRobotDataset of a point that follows its actions; every frame shows where the point is and which frame it is.
 
-    State is (x, y, frame / 100, episode), action the step (dx, dy); episodes alternate between two tasks.
+    State is (x, y, frame / 100, episode), action the step (dx, dy); episodes alternate between two tasks. `vivid` frames take
+    their background's colour from the point and the episode, so that even an untrained vision tower tells them apart.
     """
     features = {
         "observation.state": {"dtype": "float32", "shape": (4,), "names": ["x", "y", "frame", "episode"]},
@@ -42,7 +44,8 @@ def write_dataset(
                 "task": TASKS[episode % 2],
             }
             for camera in cameras:
-                item[camera] = _picture(point, goal, size)
+                background = np.array([*point, (0.37 * episode) % 1.0]) if vivid else np.full(3, 40 / 255)
+                item[camera] = _picture(point, goal, size, background)
             dataset.add_frame(item)
             point = point + action
         dataset.save_episode()
@@ -50,8 +53,8 @@ def write_dataset(
     return root
 
 
-def _picture(point: np.ndarray, goal: np.ndarray, size: int) -> np.ndarray:
-    picture = np.full((size, size, 3), 40, dtype=np.uint8)
+def _picture(point: np.ndarray, goal: np.ndarray, size: int, background: np.ndarray) -> np.ndarray:
+    picture = np.tile(np.clip(255 * background, 0, 255).astype(np.uint8), (size, size, 1))
     for centre, colour in ((goal, (40, 200, 40)), (point, (220, 60, 40))):
         x, y = (np.clip(centre, 0, 1) * (size - 5)).astype(int)
         picture[y : y + 5, x : x + 5] = colour

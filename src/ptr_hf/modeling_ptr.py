@@ -173,6 +173,31 @@ class PTRPolicy(PreTrainedPolicy):
         if self.objective is not None:
             self.objective.seed = seed
 
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Turn on the base policy's gradient checkpointing; transformers' Trainer calls this, its options do not apply.
+
+        Raises:
+            ValueError: the base policy has none.
+        """
+        self.adapter.gradient_checkpointing_enable()
+
+    def compile_base(self, **options: Any) -> None:
+        """Compile the regions of the base policy that the method does not read, in place; keys and files stay the same.
+
+        Args:
+            options: of `torch.compile`.
+
+        Raises:
+            ValueError: the base policy has no such region.
+        """
+        modules = list(self.adapter.compilable())
+        if not modules:
+            raise ValueError(
+                f"No part of the {self.adapter.family} policy can be compiled under PTR: leave torch_compile out."
+            )
+        for module in modules:
+            module.compile(**options)
+
     # ---- training --------------------------------------------------------------------------------------------------
 
     def forward(

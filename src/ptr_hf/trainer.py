@@ -97,17 +97,16 @@ class PTRTrainer(Trainer):
             )
         if args.push_to_hub:
             raise ValueError(_NO_PUSH.format(folder=args.output_dir))
-        if args.gradient_checkpointing:
-            raise ValueError(
-                "gradient_checkpointing=True is a switch of transformers models, which LeRobot policies lack: leave it out, "
-                "and turn it on in the base policy's configuration where the policy has it."
-            )
         if args.device.type == "cpu":
             # there is no accelerator to pin memory for; PyTorch would warn about it
             args.dataloader_pin_memory = False
         sources = [source for source in (train_dataset, eval_dataset) if source is not None]
         meta = dataset_metadata(sources[0], args.dataset_revision) if sources else None
         policy = resolve_policy(model, args, meta, peft_config)
+        if args.gradient_checkpointing:
+            policy.gradient_checkpointing_enable()
+        if args.torch_compile:
+            policy.compile_base(**_compile_options(args))
         layout = policy.config.layout
         opened: dict[str, LeRobotDataset | InMemorySegments] = {}
         for name, source in (("train", train_dataset), ("eval", eval_dataset)):
@@ -126,6 +125,8 @@ class PTRTrainer(Trainer):
             preprocessor, postprocessor = _processors(policy, meta, args)
         self.preprocessor, self.postprocessor = preprocessor, postprocessor
         self.window = MetricsWindow()
+        # Accelerate would compile the whole step, which reads values out of modules; compile_base has done what can be
+        compiler, args.torch_compile_backend = args.torch_compile_backend, None
         super().__init__(
             model=policy,
             args=args,
@@ -135,6 +136,7 @@ class PTRTrainer(Trainer):
             callbacks=[_AfterStep(), *callbacks],
             optimizers=optimizers,
         )
+        args.torch_compile_backend = compiler
         self.model_accepts_loss_kwargs = False
         self.can_return_loss = True
         if not args.disable_tqdm:
@@ -295,6 +297,12 @@ class PTRProgressCallback(ProgressCallback):
             shown = {label: f"{logs[name]:.3f}" for name, label in self._SHOWN if name in logs}
             if shown:
                 self.training_bar.set_postfix(shown)
+
+
+def _compile_options(args: PTRTrainingArguments) -> dict[str, Any]:
+    """`torch.compile` options of the arguments; without them PyTorch's own defaults."""
+    options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def preprocess(batch: dict[str, Any], preprocessor: PolicyProcessorPipeline, layout: SegmentLayout) -> dict[str, Any]:

@@ -17,6 +17,7 @@ _ACT = {
     "lora": r".*(action_head|linear1|action_input_proj)",
     "tower": "model.backbone.conv1",
     "regression": True,
+    "compiles": True,
 }
 
 FAMILIES = (

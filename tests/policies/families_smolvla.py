@@ -5,6 +5,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import torch
 from family import CHUNK, TASKS, TOP, WRIST, Family
 from lerobot.policies.pretrained import PreTrainedPolicy
 
@@ -29,16 +30,29 @@ def build_smolvla(features: Any, **settings: Any) -> PreTrainedPolicy:
     return tiny_smolvla(features, vlm_folder(), chunk_size=CHUNK, num_steps=2, **settings)
 
 
+def half_vlm(policy: PreTrainedPolicy) -> None:
+    """As LeRobot loads the VLM; the expert and the projections stay in float32."""
+    policy.model.vlm_with_expert.vlm.to(torch.bfloat16)
+
+
 _SMOLVLA = {
+    "half": half_vlm,
+    "compiles": True,
     "build": build_smolvla,
     "lora": r".*(action_in_proj|action_out_proj|state_proj|lm_expert.*[qv]_proj)",
     "tower": "model.vlm_with_expert.vlm.model.vision_model.embeddings",
 }
-_STATE = {"build": build_smolvla, "cameras": (), "lora": r".*(action_in_proj|action_out_proj|lm_expert.*[qv]_proj)"}
+_STATE = {
+    "build": build_smolvla,
+    "cameras": (),
+    "lora": r".*(action_in_proj|action_out_proj|lm_expert.*[qv]_proj)",
+    "half": half_vlm,
+    "compiles": True,
+}
 
 FAMILIES = (
-    Family("smolvla", **_SMOLVLA),
-    Family("smolvla-two-cameras", cameras=(TOP, WRIST), settings={"empty_cameras": 1}, **_SMOLVLA),
+    Family("smolvla", checkpoints=True, **_SMOLVLA),
+    Family("smolvla-two-cameras", cameras=(TOP, WRIST), settings={"empty_cameras": 1}, checkpoints=True, **_SMOLVLA),
     Family("smolvla-frozen", settings={"freeze_vision_encoder": True, "train_expert_only": True}, **_SMOLVLA),
     Family("smolvla-state", **_STATE),
     Family("smolvla-state-frozen", settings={"train_state_proj": False, "expert_width_multiplier": 1.0}, **_STATE),

@@ -45,6 +45,12 @@ class Family:
         masks_padding: whether LeRobot's own loss leaves padded action steps out.
         regression: whether the head predicts the chunk without seeing a noised one.
         waits: whether LeRobot's own forward waits for the device, so that a trace cannot help it.
+        action_tokens: length of A_t and C_t; only a policy that writes its chunk as text has another than the steps.
+        targets: what a training batch must hold besides observations.
+        pickles: whether LeRobot's policy can be pickled.
+        half: brings the policy's weights to the bfloat16 that it supports (VLM, not heads); None where it supports none.
+        checkpoints: whether LeRobot's policy has gradient checkpointing.
+        compiles: whether parts of the policy can be compiled in place.
         predict: LeRobot's own prediction of a chunk from a preprocessed observation.
     """
 
@@ -62,7 +68,23 @@ class Family:
     masks_padding: bool = True
     regression: bool = False
     waits: bool = False
+    half: Callable[[PreTrainedPolicy], None] | None = None
+    checkpoints: bool = False
+    compiles: bool = False
+    action_tokens: int = CHUNK
+    targets: tuple[str, ...] = ("action",)
+    pickles: bool = True
     predict: Callable[[PreTrainedPolicy, dict[str, Any]], Tensor] = predict_chunk
+
+    @property
+    def writes_tokens(self) -> bool:
+        """Whether A_t are text tokens, which no single step can be read from."""
+        return self.action_tokens != CHUNK
+
+    def action_mask(self, batch: dict[str, Any]) -> Tensor:
+        """Which of A_t are real."""
+        pad = batch["action_is_pad"]
+        return batch["action.token_mask"] & ~pad.all(1, keepdim=True) if self.writes_tokens else ~pad
 
     @property
     def features(self) -> tuple[dict[str, PolicyFeature], dict[str, PolicyFeature]]:

@@ -4,7 +4,10 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import nn
 
 from ptr_hf.policies.act import ACTAdapter
+from ptr_hf.policies.flow_vla import FlowVLAAdapter
 from ptr_hf.policies.hooks import unwrap
+from ptr_hf.policies.openpi import PI0Adapter, PI05Adapter
+from ptr_hf.policies.pi0_fast import PI0FastAdapter
 from ptr_hf.policies.protocol import Batch, BeliefMask, PolicyAdapter, PolicyTrace, RolloutTrace, Views
 from ptr_hf.policies.smolvla import SmolVLAAdapter, SmolVLAStateAdapter
 
@@ -22,8 +25,9 @@ __all__ = [
     "supported_policies",
 ]
 
-_ADAPTERS: dict[str, type[ACTAdapter] | type[SmolVLAAdapter]] = {
-    adapter.family: adapter for adapter in (ACTAdapter, SmolVLAAdapter, SmolVLAStateAdapter)
+_ADAPTERS: dict[str, type[ACTAdapter] | type[FlowVLAAdapter]] = {
+    adapter.family: adapter
+    for adapter in (ACTAdapter, SmolVLAAdapter, SmolVLAStateAdapter, PI0Adapter, PI05Adapter, PI0FastAdapter)
 }
 
 

@@ -147,6 +147,14 @@ class ACTAdapter(AdapterBase):
                         scope.enter_context(edited_call(layer.multihead_attn, injection.cross_attention))
             yield
 
+    def compilable(self) -> Iterable[nn.Module]:
+        """The backbone's residual blocks and the encoder's layers; decoder layers take a belief's mask by a hook."""
+        model = self.base.model
+        yield from model.encoder.layers
+        if self.base.config.image_features:
+            for stage in range(1, RESNET_STAGES + 1):
+                yield from model.backbone[f"layer{stage}"]
+
     def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
         """Feature maps of all rows, one backbone call per camera; see `PolicyAdapter.encode_views`."""
         if layer is not None:

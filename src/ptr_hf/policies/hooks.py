@@ -1,7 +1,7 @@
 """Hooks and patches that exist only inside a `with` block, so that nothing is ever left on a policy."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -117,6 +117,17 @@ class AdapterBase:
 
     def observe(self, batch: dict[str, Any]) -> None:
         """A policy that reads one observation keeps none; see `PolicyAdapter.observe`."""
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Most policies have no such switch; see `PolicyAdapter.gradient_checkpointing_enable`."""
+        raise ValueError(
+            f"The {self.base.name} policy of LeRobot has no gradient checkpointing: leave it out, and use smaller batches with "
+            "gradient_accumulation_steps where memory is short."
+        )
+
+    def compilable(self) -> Iterable[nn.Module]:
+        """No module of a policy can be compiled unless its adapter says so; see `PolicyAdapter.compilable`."""
+        return ()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

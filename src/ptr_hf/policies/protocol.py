@@ -138,6 +138,18 @@ class PolicyAdapter(Protocol):
         """`predict_action_chunk(batch, **kwargs)` under the belief; module modes are as before afterwards."""
         ...
 
+    def gradient_checkpointing_enable(self) -> None:
+        """Turn on the policy's own gradient checkpointing.
+
+        Raises:
+            ValueError: LeRobot's policy has none.
+        """
+        ...
+
+    def compilable(self) -> Iterable[nn.Module]:
+        """Modules that can be compiled in place (`nn.Module.compile`): nothing inside them is hooked or patched."""
+        ...
+
     def observe(self, batch: Batch) -> None:
         """Take in one environment step's observation, for a policy that reads several; called before each action."""
         ...

@@ -1,0 +1,214 @@
+"""pi0-FAST: a PaliGemma that writes the action chunk as text, one FAST token after another."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from lerobot.utils.constants import (
+    ACTION_TOKEN_MASK,
+    ACTION_TOKENS,
+    OBS_LANGUAGE_ATTENTION_MASK,
+    OBS_LANGUAGE_TOKENS,
+    OBS_STATE,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ptr_hf.policies.hooks import patched, preserved_modes
+from ptr_hf.policies.openpi import OpenPIAdapter
+from ptr_hf.policies.protocol import (
+    ACTION_PAD,
+    Batch,
+    BeliefMask,
+    PolicyTrace,
+    RolloutTrace,
+    Views,
+    belief_token_mask,
+    per_sample_mean,
+    refuse_stacked_frames,
+    require_keys,
+)
+
+END_OF_ACTION = "|"
+
+
+class PI0FastAdapter(OpenPIAdapter):
+    """Reads a `PI0FastPolicy` (lerobot 0.6.1): next-token prediction instead of flow matching.
+
+    A chunk is a sequence of `max_action_tokens` tokens (a frame of "Action: ...|" around discrete-cosine coefficients in
+    byte-pair merges, then padding), so the steps of A_t and C_t are tokens and `action_mask` says which are real. H_t is
+    the language model's final norm over images and instruction, which no action token reaches; A_t the embeddings of the
+    recorded tokens, C_t the final norm at their positions (zero where there is none).
+
+    The loss is the mean cross-entropy of a row's tokens; LeRobot's own is the mean over the batch's, so it weighs rows by
+    how many tokens they have. Every token describes all steps of the chunk: `action_is_pad` can only leave out a chunk
+    that is padding alone. A chunk that ends in padding is learned whole, as the preprocessor wrote it, with its last
+    action repeated.
+
+    The model returns one number a batch, so the per-token loss is read off `cross_entropy` itself. In sampling the
+    policy embeds the begin token with the instruction, which attends to it, and in training with the action: C_t of the
+    two differs by that.
+    """
+
+    family = "pi0_fast"
+    preprocesses_rows = True
+    observations = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
+
+    @property
+    def action_dim(self) -> int:
+        """Width of A_t: the language model's hidden size."""
+        return self.context_dim
+
+    def _language_layers(self) -> Iterable[Any]:
+        yield from self._language_model.layers
+
+    def trace(
+        self,
+        batch: Batch,
+        belief: Float[Tensor, "batch tokens context_dim"] | None = None,
+        belief_mask: BeliefMask | None = None,
+        views: Views | None = None,
+    ) -> PolicyTrace:
+        """One forward of the next-token loss; see `PolicyAdapter.trace`."""
+        self._check(batch, training=True, with_images=views is None)
+        tokens = batch[ACTION_TOKENS]
+        with ExitStack() as scope:
+            images = self._enter_images(scope, batch, views, rows=tokens.shape[0])
+            prefix_pad = scope.enter_context(self._prefix(belief, belief_mask))
+            hidden = scope.enter_context(self._captured_context())
+            losses = scope.enter_context(_CrossEntropies())
+            self.base.model.forward(
+                *images,
+                batch[OBS_LANGUAGE_TOKENS],
+                batch[OBS_LANGUAGE_ATTENTION_MASK],
+                tokens,
+                batch[ACTION_TOKEN_MASK],
+            )
+        steps, context = tokens.shape[1], prefix_pad[0].shape[1] - tokens.shape[1]
+        mask = _token_mask(batch)
+        # The first token is given, not predicted.
+        per_token = losses.value.reshape(tokens.shape[0], steps - 1, 1)
+        return PolicyTrace(
+            loss=per_sample_mean(per_token, mask[:, 1:]),
+            context=hidden.value[:, -steps - context : -steps].float(),
+            context_mask=prefix_pad[0][:, :context],
+            action_tokens=self._experts.embed_language_tokens(tokens).float(),
+            action_hidden=hidden.value[:, -steps:].float() * mask.unsqueeze(-1),
+            action_mask=mask,
+        )
+
+    @torch.no_grad()
+    def rollout(
+        self, batch: Batch, belief: Float[Tensor, "batch tokens context_dim"] | None = None, **kwargs: Any
+    ) -> RolloutTrace:
+        """Write a chunk under the belief; `action_mask` ends with each row's end-of-action token."""
+        self._check(batch, training=False, with_images=True)
+        policy = self.base
+        written: list[Tensor] = []
+        detokenize = policy.detokenize_actions
+
+        def detokenized(tokens: Tensor, *args: Any, **arguments: Any) -> Tensor:
+            written.append(tokens)
+            return detokenize(tokens, *args, **arguments)
+
+        with (
+            preserved_modes(self.policy),
+            self._masked_cameras(),
+            self.belief_scope(belief),
+            patched(policy, "detokenize_actions", detokenized),
+            _last_states(self._language_model.norm) as states,
+        ):
+            actions = policy.predict_action_chunk(batch, **kwargs)
+        hidden = torch.stack(states, dim=1).float()
+        tokens, mask = self._read_tokens(written[0], hidden.shape[1])
+        missing = (0, 0, 0, max(0, policy.config.max_action_tokens - hidden.shape[1]))
+        return RolloutTrace(
+            actions=actions,
+            action_tokens=functional.pad(self._experts.embed_language_tokens(tokens).float(), missing),
+            action_hidden=functional.pad(hidden, missing),
+            action_mask=functional.pad(mask, missing[2:]),
+        )
+
+    def _read_tokens(
+        self, written: Int[Tensor, "batch steps"], reads: int
+    ) -> tuple[Int[Tensor, "batch reads"], Bool[Tensor, "batch reads"]]:
+        """What the model read to write its tokens: the begin token and all but the last, as training lays them out."""
+        tokenizer = self.base._paligemma_tokenizer
+        begin = torch.full_like(written[:, :1], tokenizer.bos_token_id)
+        tokens = torch.cat([begin, written], dim=1)[:, :reads]
+        ended = tokens == tokenizer.convert_tokens_to_ids(END_OF_ACTION)
+        return tokens, ended.cumsum(dim=1) - ended.long() == 0
+
+    @contextmanager
+    def _prefix(
+        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None
+    ) -> Iterator[list[Bool[Tensor, "batch sequence"]]]:
+        """Prepend the belief in `embed_prefix_fast`, whose attention mask is spelled out pair by pair."""
+        model = self.base.model
+        original = model.embed_prefix_fast
+        pads: list[Tensor] = []
+
+        def embed_prefix(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor, int, int]:
+            embeddings, pad, attention, image_tokens, action_tokens = original(*args, **kwargs)
+            pads.append(pad)
+            if belief is None:
+                return embeddings, pad, attention, image_tokens, action_tokens
+            readable = belief_token_mask(belief, mask)
+            extended = torch.cat([readable, pad], dim=1)
+            seen = extended.clone()
+            seen[:, extended.shape[1] - action_tokens :] = False
+            by_belief = readable.unsqueeze(2) & seen.unsqueeze(1)
+            by_others = torch.cat([pad.unsqueeze(2) & readable.unsqueeze(1), attention], dim=2)
+            return (
+                torch.cat([belief.to(embeddings.dtype), embeddings], dim=1),
+                extended,
+                torch.cat([by_belief, by_others], dim=1),
+                image_tokens,
+                action_tokens,
+            )
+
+        with self.exclusive(), patched(model, "embed_prefix_fast", embed_prefix):
+            yield pads
+
+    def _check(self, batch: Batch, training: bool, with_images: bool) -> None:
+        targets = (ACTION_TOKENS, ACTION_TOKEN_MASK) if training else ()
+        require_keys(batch, [*self.observations, *targets], self.family)
+        refuse_stacked_frames(batch, [OBS_STATE], single_frame_ndim=2)
+        if with_images:
+            self._check_images(batch)
+
+
+class _CrossEntropies(TorchFunctionMode):
+    """Keeps what the first `cross_entropy` call inside the block returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = torch.empty(0)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is functional.cross_entropy and not self.value.numel():
+            self.value = result
+        return result
+
+
+def _token_mask(batch: Batch) -> Bool[Tensor, "batch steps"]:
+    mask = batch[ACTION_TOKEN_MASK].bool()
+    pad = batch.get(ACTION_PAD)
+    return mask if pad is None else mask & ~pad.all(dim=1, keepdim=True)
+
+
+@contextmanager
+def _last_states(norm: nn.Module) -> Iterator[list[Float[Tensor, "batch hidden_dim"]]]:
+    """Collect the state at the last position of every call: the token that was just read."""
+    states: list[Tensor] = []
+    handle = norm.register_forward_hook(lambda _module, _args, output: states.append(output[0][:, -1]))
+    try:
+        yield states
+    finally:
+        handle.remove()
