@@ -439,6 +439,38 @@ class TestOptimisation:
         trained = {id(parameter) for group in groups for parameter in group["params"]}
         assert trained == {id(parameter) for parameter in trainer.policy.parameters() if parameter.requires_grad}
 
+    @pytest.mark.parametrize(
+        "settings",
+        [{"gradient_checkpointing": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}],
+        ids=["gradient checkpointing", "torch.compile"],
+    )
+    def test_saving_memory_or_time_changes_nothing(
+        self, points: Path, tmp_path: Path, settings: dict[str, Any]
+    ) -> None:
+        losses = []
+        for name, extra in (("plain", {}), ("switched", settings)):
+            args = arguments(tmp_path / name, max_steps=2, num_belief_tokens=2, **SMALL, **extra)
+            torch.manual_seed(0)
+            trainer = PTRTrainer(base_policy("smolvla", points), args, train_dataset=points)
+            trainer.train()
+            trainer.save_model()
+            losses.append(trainer.state.log_history[-1]["train_loss"])
+            assert {**args.to_dict(), **extra} == args.to_dict(), "the arguments stay as they were given"
+            loaded = PTRPolicy.from_pretrained(tmp_path / name)
+            assert tensors_equal(loaded.state_dict(), trainer.policy.state_dict())
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+    def test_bf16_trains(self, points: Path, tmp_path: Path) -> None:
+        args = arguments(tmp_path, max_steps=3, bf16=True, num_belief_tokens=2, warmup_steps=0, **SMALL)
+        trainer = PTRTrainer(base_policy("smolvla", points), args, train_dataset=points)
+        before = {name: value.clone() for name, value in trainer.policy.state_dict().items()}
+        trainer.train()
+        after = trainer.policy.state_dict()
+        assert {parameter.dtype for parameter in trainer.policy.parameters()} == {torch.float32}
+        assert all(value.isfinite().all() for value in after.values() if value.is_floating_point())
+        for part in ("base.", "belief.", "objective.scorer."):
+            assert any(not torch.equal(after[name], before[name]) for name in after if name.startswith(part)), part
+
     def test_the_warmup_is_a_share_of_the_run(self, points: Path, tmp_path: Path) -> None:
         args = arguments(tmp_path, max_steps=4, scorer_warmup_steps=0.5, num_belief_tokens=0, **SMALL)
         trainer = PTRTrainer(base_policy("smolvla", points), args, train_dataset=points)
@@ -461,9 +493,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"nothing to train on: give PTRTrainer a train_dataset"):
             PTRTrainer(base_policy("smolvla", points), arguments(tmp_path, preset="sft")).train()
 
-    def test_gradient_checkpointing(self, points: Path, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"gradient_checkpointing=True.*the base policy's configuration"):
-            PTRTrainer(base_policy("smolvla", points), arguments(tmp_path, gradient_checkpointing=True))
+    def test_gradient_checkpointing_of_a_policy_without_it(self, points: Path, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"act policy.*no gradient checkpointing"):
+            PTRTrainer(base_policy("act", points), arguments(tmp_path, gradient_checkpointing=True))
 
     def test_pushing_during_training(self, points: Path, tmp_path: Path) -> None:
         args = arguments(tmp_path, push_to_hub=True)

@@ -54,6 +54,6 @@ FAMILIES = (
     Family("smolvla", checkpoints=True, **_SMOLVLA),
     Family("smolvla-two-cameras", cameras=(TOP, WRIST), settings={"empty_cameras": 1}, checkpoints=True, **_SMOLVLA),
     Family("smolvla-frozen", settings={"freeze_vision_encoder": True, "train_expert_only": True}, **_SMOLVLA),
-    Family("smolvla-state", **_STATE),
-    Family("smolvla-state-frozen", settings={"train_state_proj": False, "expert_width_multiplier": 1.0}, **_STATE),
+    Family("smolvla_state", **_STATE),
+    Family("smolvla_state-frozen", settings={"train_state_proj": False, "expert_width_multiplier": 1.0}, **_STATE),
 )

@@ -34,7 +34,7 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def family() -> Family:
-    return next(family for family in FAMILIES if family.name == "smolvla-state")
+    return next(family for family in FAMILIES if family.name == "smolvla_state")
 
 
 class TestPolicy:
