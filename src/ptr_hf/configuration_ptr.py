@@ -8,7 +8,7 @@ from typing import Any
 import draccus
 import lerobot.policies  # noqa: F401  registers LeRobot's own policy configurations
 from lerobot.configs import NormalizationMode, PreTrainedConfig
-from lerobot.optim import LRSchedulerConfig, OptimizerConfig
+from lerobot.optim import AdamWConfig, LRSchedulerConfig, OptimizerConfig, XVLAAdamWConfig
 
 import ptr_hf.policies.configuration_smolvla_state  # noqa: F401  registers the policy type `smolvla_state`
 from ptr_hf.data.segments import SegmentLayout
@@ -104,7 +104,7 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
     @property
     def layout(self) -> SegmentLayout:
         """Which frames a training sample reads."""
-        actions, steps = self._action_steps, self.base_config.observation_delta_indices
+        actions, steps = self._action_steps, self._observation_steps
         # the first frame that the chunk's actions do not reach
         after = actions[-1] + 1
         return SegmentLayout(
@@ -114,6 +114,15 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
             chunk_stride=self.chunk_stride or after,
             consequence_offset=(self.consequence_offset or after) if self.reads_futures else None,
         )
+
+    @property
+    def _observation_steps(self) -> list[int] | None:
+        """The base policy's, without the coming frames that a world model would learn from: PTR keeps futures apart."""
+        steps = self.base_config.observation_delta_indices
+        if steps is None or not self.scorer or max(steps) <= 0:
+            return steps
+        present = [step for step in steps if step <= 0]
+        return None if present == [0] else present
 
     @property
     def _action_steps(self) -> list[int]:
@@ -155,8 +164,11 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
         return None
 
     def get_optimizer_preset(self) -> OptimizerConfig:
-        """The base policy's own."""
-        return self.base_config.get_optimizer_preset()
+        """The base policy's own, as plain AdamW where it would group parameters by name: PTR's groups are made already."""
+        preset = self.base_config.get_optimizer_preset()
+        if isinstance(preset, XVLAAdamWConfig):
+            return AdamWConfig(preset.lr, preset.weight_decay, preset.grad_clip_norm, preset.betas, preset.eps)
+        return preset
 
     def get_scheduler_preset(self) -> LRSchedulerConfig | None:
         """The base policy's own."""

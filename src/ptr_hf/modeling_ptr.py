@@ -20,7 +20,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ptr_hf.configuration_ptr import PTRConfig
-from ptr_hf.data.segments import ACTION, CAMERA_MASK_SUFFIX, PAD_SUFFIX, Segment, is_rows, split_segment
+from ptr_hf.data.segments import (
+    ACTION,
+    CAMERA_MASK_SUFFIX,
+    PAD_SUFFIX,
+    Segment,
+    SegmentLayout,
+    is_rows,
+    segment_rows,
+    split_segment,
+)
 from ptr_hf.hyperparameters import PAPER_WARMUP_STEPS
 from ptr_hf.method import (
     ChunkBatch,
@@ -32,7 +41,7 @@ from ptr_hf.method import (
     masked_mean,
 )
 from ptr_hf.pathway import ACTION_STRETCHES, BeliefModule, build_objective
-from ptr_hf.policies import PolicyAdapter, PolicyTrace, Views, make_adapter, supported_policies
+from ptr_hf.policies import PolicyAdapter, PolicyTrace, Views, make_adapter, refusal, supported_policies
 from ptr_hf.policies.hooks import unwrap
 from ptr_hf.scores import EpisodeTable, ScoreWeigher
 
@@ -93,7 +102,11 @@ class PTRPolicy(PreTrainedPolicy):
         if config.num_belief_tokens:
             adapter = self.adapter
             self.belief = BeliefModule(
-                adapter.action_dim, adapter.context_dim, config.num_belief_tokens, config.belief_temperature
+                adapter.action_dim,
+                adapter.hidden_dim,
+                adapter.context_dim,
+                config.num_belief_tokens,
+                config.belief_temperature,
             )
         self.to(config.device)
         # LeRobot's factory tells which data the policy is for
@@ -224,8 +237,25 @@ class PTRPolicy(PreTrainedPolicy):
 
     def _plain(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Without a scorer the base policy sees its own batch; several chunks become rows."""
-        layout = self.config.layout
-        return batch if layout.is_plain else split_segment(batch, layout).chunks
+        # without futures every row is a chunk
+        return batch if self.config.layout.is_plain else segment_rows(batch, self.config.layout)
+
+    def split(self, batch: dict[str, Any], layout: SegmentLayout | None = None) -> Segment:
+        """Cut a preprocessed batch of segments into chunks and futures that the base policy's adapter can read.
+
+        Args:
+            batch: what the preprocessor made of `segment_rows`, or preprocessed segments.
+            layout: the batch was read at; by default the policy's own.
+
+        Raises:
+            ValueError: the policy's preprocessor needed rows, or the batch was not read at this layout.
+        """
+        if self.adapter.preprocesses_rows and not is_rows(batch):
+            raise ValueError(
+                f"The {self.adapter.family} policy's preprocessor reads one chunk a row, so segments must be laid out as rows "
+                "before it: use PTRTrainer, or the preprocessor of make_ptr_pre_post_processors."
+            )
+        return split_segment(self.adapter.arrange(batch), layout or self.config.layout)
 
     def compute(self, batch: dict[str, Any]) -> ObjectiveOutput:
         """Trace, target, score and weigh every chunk of a batch of segments.
@@ -237,12 +267,7 @@ class PTRPolicy(PreTrainedPolicy):
             raise ValueError(
                 "This policy has no scorer (preset='sft'); call forward(batch) for the base policy's loss."
             )
-        if self.adapter.preprocesses_rows and not is_rows(batch):
-            raise ValueError(
-                f"The {self.adapter.family} policy's preprocessor reads one chunk a row, so segments must be laid out as rows "
-                "before it: use PTRTrainer, or the preprocessor of make_ptr_pre_post_processors."
-            )
-        segment = split_segment(batch, self.config.layout)
+        segment = self.split(batch)
         views = self._encode_views(segment)
         traced = self._trace(segment, views)
         targets, current = self._targets(segment, views)
@@ -383,12 +408,21 @@ class PTRPolicy(PreTrainedPolicy):
 
     def get_optim_params(self) -> Any:
         """The base policy's own parameter groups, and the side pathway's parameters as one more."""
-        groups = unwrap(self.base).get_optim_params()
-        groups = list(groups) if isinstance(groups, list) else [{"params": [p for p in groups if p.requires_grad]}]
+        groups = self._base_groups(unwrap(self.base).get_optim_params())
         side = [p for name, p in self.named_parameters() if not name.startswith(BASE_PREFIX) and p.requires_grad]
         rate = self.config.head_learning_rate
         own_rate = {} if rate is None else {"lr": rate}
         return [*groups, {"params": side, **own_rate}] if side else groups
+
+    def _base_groups(self, groups: Any) -> list[dict[str, Any]]:
+        """What LeRobot's policies return: groups, parameters, or parameters by name for an optimiser that groups them."""
+        if isinstance(groups, list):
+            return list(groups)
+        if isinstance(groups, dict):
+            built = self.config.base_config.get_optimizer_preset().build(groups)
+            assert isinstance(built, torch.optim.Optimizer)
+            return [{"params": group["params"], "lr": group["lr"]} for group in built.param_groups]
+        return [{"params": [p for p in groups if p.requires_grad]}]
 
     def side_state_dict(self) -> dict[str, Tensor]:
         """Everything but the base policy: scorer, belief, moving average (when not shared), queue, controller."""
@@ -417,7 +451,9 @@ class PTRPolicy(PreTrainedPolicy):
                 f"The belief of this episode has {len(self._belief_tokens)} rows but the batch has {rows}; call reset() "
                 "before a batch of another size."
             )
-        rollout = self.adapter.rollout(batch, belief=memory.to_backbone(self._belief_tokens), **kwargs)
+        rollout = self.adapter.rollout(
+            self.adapter.arrange(batch), belief=memory.to_backbone(self._belief_tokens), **kwargs
+        )
         update = self.belief.tokenizer(rollout.action_hidden, rollout.action_tokens, rollout.action_mask)
         self._belief_tokens = memory.carry(update.tokens)
         return rollout.actions
@@ -473,9 +509,7 @@ class PTRPolicy(PreTrainedPolicy):
 def build_base(config: PTRConfig, **kwargs: Any) -> PreTrainedPolicy:
     base_config = config.base_config
     if base_config.type not in supported_policies():
-        raise ValueError(
-            f"PTR does not support the policy type {base_config.type!r}; supported: {', '.join(supported_policies())}."
-        )
+        raise ValueError(refusal(base_config.type))
     policy_class = get_policy_class(base_config.type)
     if config.base_path is None:
         return policy_class(base_config, **kwargs)
@@ -507,7 +541,9 @@ def _stretches(
 
 def _motion(chunks: dict[str, Any]) -> Float[Tensor, " rows"]:
     """Mean square of a chunk's normalised actions over its valid steps."""
-    action, pad = chunks[ACTION], chunks[ACTION + PAD_SUFFIX]
+    pad = chunks[ACTION + PAD_SUFFIX]
+    # a preprocessor may have lengthened the chunk to the model's own horizon
+    action = chunks[ACTION][:, : pad.shape[1]]
     return masked_mean(action.square().mean(dim=-1, keepdim=True), ~pad)[:, 0]
 
 

@@ -35,9 +35,9 @@ ACTION_STRETCHES = 8
 class BeliefModule(nn.Module):
     """The belief's two learned parts, named apart from the base policy."""
 
-    def __init__(self, dim: int, backbone_dim: int, num_tokens: int, temperature: float) -> None:
+    def __init__(self, dim: int, hidden_dim: int, backbone_dim: int, num_tokens: int, temperature: float) -> None:
         super().__init__()
-        self.tokenizer = BeliefTokenizer(dim, num_tokens, temperature)
+        self.tokenizer = BeliefTokenizer(dim, num_tokens, temperature, hidden_dim)
         self.memory = BeliefMemory(dim, num_tokens, backbone_dim)
 
 

@@ -150,7 +150,7 @@ def action_loss(
     with _evaluating(policy, seed):
         for _ in range(repeats):
             for batch in _segments(opened, anchors, batch_size, seed, False, ""):
-                segment = split_segment(preprocess(_to_device(batch, policy), preprocessor, layout), layout)
+                segment = policy.split(preprocess(_to_device(batch, policy), preprocessor, layout), layout)
                 loss = policy.chunk_losses(segment)[segment.chunk_valid]
                 total += float(loss.double().sum())
                 count += len(loss)

@@ -47,6 +47,8 @@ class Family:
         waits: whether LeRobot's own forward waits for the device, so that a trace cannot help it.
         action_tokens: length of A_t and C_t; only a policy that writes its chunk as text has another than the steps.
         targets: what a training batch must hold besides observations.
+        context_reads_belief: whether H_t depends on the belief; not where both enter the head side by side.
+        adapts_projector: whether LoRA can reach the projector that A_t goes through.
         pickles: whether LeRobot's policy can be pickled.
         half: brings the policy's weights to the bfloat16 that it supports (VLM, not heads); None where it supports none.
         checkpoints: whether LeRobot's policy has gradient checkpointing.
@@ -73,6 +75,8 @@ class Family:
     compiles: bool = False
     action_tokens: int = CHUNK
     targets: tuple[str, ...] = ("action",)
+    context_reads_belief: bool = True
+    adapts_projector: bool = True
     pickles: bool = True
     predict: Callable[[PreTrainedPolicy, dict[str, Any]], Tensor] = predict_chunk
 

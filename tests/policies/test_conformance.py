@@ -59,8 +59,9 @@ def calls_of(module: nn.Module, run: Callable[[], Any]) -> int:
 
 def assert_untouched(policy: nn.Module) -> None:
     for name, module in policy.named_modules():
-        assert not module._forward_hooks, name
-        assert not module._forward_pre_hooks, name
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        # LeRobot's own evo1 and groot ask transformers for hidden states, which it captures by hooks that stay
+        assert not [hook for hook in hooks if not hook.__module__.startswith("transformers.")], name
         patched = {key for key, value in vars(module).items() if callable(value) and hasattr(type(module), key)}
         assert not patched, f"{name}: {patched}"
 
@@ -136,12 +137,14 @@ def test_trace_reads_no_scalar_back_and_leaves_the_batch_alone(
 
 
 @pytest.mark.capability("belief")
-def test_belief_changes_the_trace_and_gets_gradients_row_by_row(policy: PreTrainedPolicy, batch: Batch) -> None:
+def test_belief_changes_the_trace_and_gets_gradients_row_by_row(
+    policy: PreTrainedPolicy, batch: Batch, family: Family
+) -> None:
     adapter = make_adapter(policy)
     belief = belief_for(adapter, 4).requires_grad_()
     plain, traced = seeded(lambda: adapter.trace(batch)), seeded(lambda: adapter.trace(batch, belief))
     assert traced.context.shape == plain.context.shape, "belief positions must not be part of the context"
-    assert not torch.allclose(traced.context, plain.context)
+    assert torch.allclose(traced.context, plain.context) != family.context_reads_belief
     assert not torch.allclose(traced.loss, plain.loss)
     traced.loss[0].backward()
     assert belief.grad is not None
@@ -209,7 +212,7 @@ def test_rollout_tokens_are_the_training_tokens_of_the_same_chunk(
     adapter = make_adapter(policy)
     rollout = adapter.rollout(batch)
     before = family.observation_steps - 1  # steps of the predicted chunk that lie before now, and are not executed
-    action = torch.cat([batch["action"][:, :before], rollout.actions], dim=1)
+    action = torch.cat([batch["action"][:, :before, :ACTION_DIM], rollout.actions], dim=1)
     trace = adapter.trace({**batch, "action": action})
     torch.testing.assert_close(rollout.action_tokens[:, before:], trace.action_tokens[:, before:], rtol=1e-5, atol=1e-5)
 
@@ -282,7 +285,8 @@ def test_peft(policy: PreTrainedPolicy, batch: Batch, family: Family) -> None:
                 parameter.normal_(std=0.5)
     trace = seeded(lambda: adapter.trace(batch))
     assert not torch.allclose(trace.loss, expected.loss)
-    assert not torch.allclose(trace.action_tokens, expected.action_tokens), "A_t must see the adapted projector"
+    adapted = not torch.allclose(trace.action_tokens, expected.action_tokens)
+    assert adapted == family.adapts_projector, "A_t must see the adapted projector"
     torch.testing.assert_close(
         trace.loss.mean(),
         seeded(lambda: wrapped.get_base_model().forward(copy.deepcopy(batch))[0]),
@@ -409,7 +413,7 @@ def test_padded_steps_do_not_count(policy: PreTrainedPolicy, batch: Batch, famil
     action = batch["action"].clone()
     policy.eval()  # a VAE encodes even padded actions into its latent's input, which it masks
     first = seeded(lambda: adapter.trace({**batch, "action_is_pad": pad}))
-    action[pad] += 100.0
+    action[:, :CHUNK][pad] += 100.0
     second = seeded(lambda: adapter.trace({**batch, "action": action, "action_is_pad": pad}))
     assert torch.equal(first.action_mask, family.action_mask({**batch, "action_is_pad": pad}))
     assert first.loss[0] == 0

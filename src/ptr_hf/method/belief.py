@@ -33,27 +33,28 @@ class BeliefTokenizer(NeverLowered):
     """Pools a chunk's fused action features over time into M belief tokens (Eq. 3-9).
 
     Args:
-        dim: width of both inputs and of the tokens.
+        dim: width of the action embeddings and of the tokens.
         num_tokens: M, at least 1.
         temperature: τ_tok of the softmax over time, positive.
+        context_dim: width of the head's hidden states, where it is another.
 
     Raises:
         ValueError: if num_tokens or temperature is not positive.
     """
 
-    def __init__(self, dim: int, num_tokens: int = 4, temperature: float = 1.0) -> None:
+    def __init__(self, dim: int, num_tokens: int = 4, temperature: float = 1.0, context_dim: int | None = None) -> None:
         super().__init__()
         if num_tokens < 1:
             raise ValueError(f"num_tokens is {num_tokens}; a BeliefTokenizer needs at least 1, build none for M = 0.")
         if temperature <= 0:
             raise ValueError(f"The tokenizer's temperature is {temperature}; pass a positive number.")
         self.temperature = temperature
-        self.fuse = nn.Linear(2 * dim, dim)
+        self.fuse = nn.Linear((context_dim or dim) + dim, dim)
         self.assign = nn.Linear(dim, num_tokens)
 
     def forward(
         self,
-        context: Float[Tensor, "batch steps dim"],
+        context: Float[Tensor, "batch steps context_dim"],
         action: Float[Tensor, "batch steps dim"],
         mask: Bool[Tensor, "batch steps"] | None = None,
     ) -> BeliefUpdate:

@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 class Capture:
@@ -62,6 +63,31 @@ def captured_input(module: nn.Module, keep: str = "first") -> Iterator[Capture]:
         handle.remove()
 
 
+class captured_result(TorchFunctionMode):
+    """Capture what a torch function returns to whoever calls it inside the block, the first time.
+
+    For what a policy computes and reduces within one method, where no module can be hooked.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self._function, self._capture = function, Capture()
+
+    @property
+    def value(self) -> Tensor:
+        """The captured result."""
+        return self._capture.value
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run every torch function as it is."""
+        result = func(*args, **(kwargs or {}))
+        if func is self._function:
+            self._capture.offer(result)
+        return result
+
+
 @contextmanager
 def edited_call(
     module: nn.Module, edit: Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
@@ -114,6 +140,10 @@ class AdapterBase:
     def base(self) -> Any:
         """The LeRobot policy itself, looked up anew because PEFT may have wrapped it."""
         return unwrap(self.policy)
+
+    def arrange(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Most preprocessors return rows; see `PolicyAdapter.arrange`."""
+        return batch
 
     def observe(self, batch: dict[str, Any]) -> None:
         """A policy that reads one observation keeps none; see `PolicyAdapter.observe`."""

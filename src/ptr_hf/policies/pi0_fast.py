@@ -1,6 +1,6 @@
 """pi0-FAST: a PaliGemma that writes the action chunk as text, one FAST token after another."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,9 +15,8 @@ from lerobot.utils.constants import (
 )
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
-from ptr_hf.policies.hooks import patched, preserved_modes
+from ptr_hf.policies.hooks import captured_result, patched, preserved_modes
 from ptr_hf.policies.openpi import OpenPIAdapter
 from ptr_hf.policies.protocol import (
     ACTION_PAD,
@@ -79,7 +78,7 @@ class PI0FastAdapter(OpenPIAdapter):
             images = self._enter_images(scope, batch, views, rows=tokens.shape[0])
             prefix_pad = scope.enter_context(self._prefix(belief, belief_mask))
             hidden = scope.enter_context(self._captured_context())
-            losses = scope.enter_context(_CrossEntropies())
+            losses = scope.enter_context(captured_result(functional.cross_entropy))
             self.base.model.forward(
                 *images,
                 batch[OBS_LANGUAGE_TOKENS],
@@ -179,22 +178,6 @@ class PI0FastAdapter(OpenPIAdapter):
         refuse_stacked_frames(batch, [OBS_STATE], single_frame_ndim=2)
         if with_images:
             self._check_images(batch)
-
-
-class _CrossEntropies(TorchFunctionMode):
-    """Keeps what the first `cross_entropy` call inside the block returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.value = torch.empty(0)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is functional.cross_entropy and not self.value.numel():
-            self.value = result
-        return result
 
 
 def _token_mask(batch: Batch) -> Bool[Tensor, "batch steps"]:

@@ -29,6 +29,8 @@ class PolicyTrace:
         action_tokens: A_t, the clean recorded chunk through the action head's own projector; float32.
         action_hidden: C_t, hidden states at the action-token positions; float32.
         action_mask: True where an action step lies inside its episode.
+
+    A policy that writes its chunk as text has action tokens in the places of steps.
     """
 
     loss: Float32[Tensor, " batch"]
@@ -48,7 +50,7 @@ class RolloutTrace:
             with an observation history leaves out the steps before now.
         action_tokens: A_t of the whole predicted chunk.
         action_hidden: C_t of the last denoising step (of the only pass, for a regression head).
-        action_mask: all True: a predicted chunk has no padding.
+        action_mask: all True, since a predicted chunk has no padding; for a policy that writes tokens, up to each row's end.
     """
 
     actions: Float[Tensor, "batch executed robot_action_dim"]
@@ -148,6 +150,10 @@ class PolicyAdapter(Protocol):
 
     def compilable(self) -> Iterable[nn.Module]:
         """Modules that can be compiled in place (`nn.Module.compile`): nothing inside them is hooked or patched."""
+        ...
+
+    def arrange(self, batch: Batch) -> Batch:
+        """What the policy's preprocessor returned, in the form that the other methods take: every tensor by row."""
         ...
 
     def observe(self, batch: Batch) -> None:

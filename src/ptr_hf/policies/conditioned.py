@@ -1,0 +1,387 @@
+"""What the diffusion policies share: a denoiser under one conditioning vector, made of an observation history."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32
+from lerobot.policies.utils import populate_queues
+from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGES
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ptr_hf.policies.hooks import (
+    AdapterBase,
+    Capture,
+    captured_input,
+    captured_output,
+    captured_result,
+    edited_call,
+    frozen_copy,
+    patched,
+    preserved_modes,
+)
+from ptr_hf.policies.protocol import (
+    ACTION_PAD,
+    Batch,
+    BeliefMask,
+    PolicyTrace,
+    RolloutTrace,
+    Views,
+    action_mask,
+    belief_token_mask,
+    check_layer,
+    per_sample_mean,
+    refuse_stacked_frames,
+    require_keys,
+)
+
+
+class ConditionedAdapter(AdapterBase, ABC):
+    """Reads a policy whose denoiser sees the n observation steps as one vector (B, n · width).
+
+    H_t is that vector, one token per step, as it is before any belief. There is no sequence to put belief tokens in: the
+    mean of the readable ones is added to every step's conditioning, and none adds nothing. So H_t does not depend on the
+    belief, which C_t and the loss do. The elementwise loss is the one LeRobot computes and averages, kept as it passes.
+
+    The consequence tower is cut from the policy's image encoder, one per camera where the policy has separate ones. A
+    policy without cameras feeds its state raw, so that state, normalised, is the target itself. A tower with batch norm
+    is never shared: its statistics move in training.
+    """
+
+    family: str
+    condition = "global_cond"
+    """The denoiser's keyword for the conditioning vector."""
+    state_target = OBS_ENV_STATE
+    """The consequence target of a policy without cameras."""
+
+    @property
+    @abstractmethod
+    def context_dim(self) -> int:
+        """Width of one observation step's conditioning."""
+
+    @property
+    @abstractmethod
+    def action_dim(self) -> int:
+        """Width of A_t."""
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of C_t, the same as of A_t."""
+        return self.action_dim
+
+    @abstractmethod
+    def num_tower_layers(self) -> int:
+        """How many layers `build_tower` can keep."""
+
+    @abstractmethod
+    def target_dim(self, layer: int) -> int:
+        """Width of the tower's hidden states after `layer` layers."""
+
+    @property
+    def chunk_size(self) -> int:
+        """Steps in one denoised chunk; the first n - 1 of them lie before now."""
+        return int(self.base.config.horizon)
+
+    def trace(
+        self,
+        batch: Batch,
+        belief: Float[Tensor, "batch tokens context_dim"] | None = None,
+        belief_mask: BeliefMask | None = None,
+        views: Views | None = None,
+    ) -> PolicyTrace:
+        """One forward of the squared error of noise, sample or velocity; see `PolicyAdapter.trace`."""
+        frames = self._frames(batch, self._steps, with_images=views is None)
+        require_keys(batch, [ACTION], self.family)
+        action = batch[ACTION]
+        mask = action_mask(batch, action.shape[1], action.shape[0], action.device)
+        inputs = {**batch, **frames, ACTION_PAD: ~mask}
+        with ExitStack() as scope:
+            if views is not None:
+                self._check_rows(views, action.shape[0])
+                # the policy stacks its cameras' features as it stacks their images
+                inputs |= views.features
+                self._enter_views(scope)
+            conditioning = scope.enter_context(self._conditioning(belief, belief_mask))
+            hidden = scope.enter_context(captured_input(self._head))
+            errors = scope.enter_context(captured_result(functional.mse_loss))
+            self.base.forward(inputs)
+        context = conditioning.value.unflatten(1, (self._steps, -1)).float()
+        return PolicyTrace(
+            loss=per_sample_mean(errors.value, mask),
+            context=context,
+            context_mask=torch.ones(context.shape[:2], dtype=torch.bool, device=context.device),
+            action_tokens=self._action_tokens(action),
+            action_hidden=self._steps_first(hidden.value).float(),
+            action_mask=mask,
+        )
+
+    @torch.no_grad()
+    def rollout(
+        self, batch: Batch, belief: Float[Tensor, "batch tokens context_dim"] | None = None, **kwargs: Any
+    ) -> RolloutTrace:
+        """Sample a chunk from the observed history, or from the batch's own n steps where none was observed."""
+        with (
+            preserved_modes(self.policy, training=False),
+            self._history(batch) as inputs,
+            self.belief_scope(belief),
+            captured_input(self._head, keep="last") as hidden,
+            self._sampled() as chunk,
+        ):
+            actions = self.base.predict_action_chunk(inputs, **kwargs)
+        return RolloutTrace(
+            actions=actions,
+            action_tokens=self._action_tokens(chunk.value),
+            action_hidden=self._steps_first(hidden.value).float(),
+            action_mask=torch.ones(chunk.value.shape[:2], dtype=torch.bool, device=actions.device),
+        )
+
+    @torch.no_grad()
+    def observe(self, batch: Batch) -> None:
+        """Put one observation (B, ...) into the policy's own queues, as its `select_action` does."""
+        populate_queues(self.base._queues, {key: value[:, 0] for key, value in self._stacked(batch, 1).items()})
+
+    @contextmanager
+    def belief_scope(
+        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None = None
+    ) -> Iterator[None]:
+        """Add the readable belief tokens' mean to the conditioning of every denoiser call while the scope is open."""
+        with self._conditioning(belief, mask):
+            yield
+
+    def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
+        """Image features of all rows and observation steps, one encoder call per camera; see `PolicyAdapter`.
+
+        Random crops are drawn here, one per camera. The layer states are those of the last step's centre crop, which
+        costs another truncated pass where the policy's own crop is random.
+        """
+        if layer is not None:
+            check_layer(layer, self.num_tower_layers())
+            if not self.tower_is_frozen():
+                raise ValueError("Layer states are shared only while the vision tower is frozen; pass layer=None.")
+        frames = self._frames(batch, self._steps)
+        views = Views(features={}, masks={})
+        for index, key in enumerate(self._cameras):
+            encoder, images = self._encoders[index % len(self._encoders)], frames[key]
+            with ExitStack() as scope:
+                if layer is not None:
+                    state = scope.enter_context(captured_output(self._layer(encoder, layer)))
+                views.features[key] = self._encode(encoder, images.flatten(0, 1)).unflatten(0, images.shape[:2])
+            views.masks[key] = torch.ones(images.shape[0], dtype=torch.bool, device=images.device)
+            if layer is not None and self._crops_at_random(encoder):
+                views.tower[key] = self.encode_image(self.build_tower(layer, share=True), key, images[:, -1])
+            elif layer is not None:
+                tokens = self._tokens(state.value.detach())
+                views.tower[key] = tokens.unflatten(0, images.shape[:2])[:, -1]
+        if layer is not None and not self._cameras:
+            views.tower[self.state_target] = frames[self.state_target][:, -1:]
+        return views
+
+    def target_keys(self) -> tuple[str, ...]:
+        """The policy's cameras, or the state of a policy that sees no images."""
+        return self._cameras or (self.state_target,)
+
+    def tower_is_frozen(self) -> bool:
+        """Whether nothing in the vision tower changes in training, the running statistics of a batch norm included."""
+        modules = [module for encoder in self._encoders for module in self._tower_root(encoder).modules()]
+        if any(isinstance(module, nn.BatchNorm2d) for module in modules):
+            return False
+        return not any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+    def build_tower(self, layer: int, share: bool = False) -> nn.Module:
+        """One truncated tower per encoder, or the identity for a state; see `PolicyAdapter.build_tower`."""
+        check_layer(layer, self.num_tower_layers())
+        tower: nn.Module = nn.Identity()
+        if self._cameras:
+            tower = nn.ModuleList(self._truncated(encoder, layer) for encoder in self._encoders)
+        return tower if share else frozen_copy(tower)
+
+    def tower_parameters(self, layer: int) -> Iterable[tuple[str, Tensor]]:
+        """The live tower's parameters and buffers under the names of `build_tower(layer).state_dict()`."""
+        return self.build_tower(layer, share=True).state_dict().items()
+
+    @torch.no_grad()
+    def encode_image(
+        self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
+    ) -> Float[Tensor, "batch patches target_dim"]:
+        """Tower tokens of one camera's normalised images, resized and centre-cropped as the policy does in eval mode."""
+        if key not in self.target_keys():
+            raise ValueError(f"{key!r} is not among this policy's target features: {', '.join(self.target_keys())}.")
+        if not self._cameras:
+            return image.unsqueeze(1)
+        index = self._cameras.index(key) % len(self._encoders)
+        truncated = tower.get_submodule(str(index))
+        pixels = self._prepared(self._encoders[index], image)
+        return self._tokens(self._run_tower(truncated, pixels.to(next(truncated.parameters()).dtype)))
+
+    @property
+    def _steps(self) -> int:
+        return int(self.base.config.n_obs_steps)
+
+    @property
+    def _cameras(self) -> tuple[str, ...]:
+        return tuple(self.base.config.image_features)
+
+    def _frames(
+        self, batch: Batch, steps: int, with_images: bool = True
+    ) -> dict[str, Float[Tensor, "batch steps ..."]]:
+        """The observations (B, steps, ...) the policy reads; a single step may lack the axis, as in LeRobot's datasets."""
+        dims = dict.fromkeys(self._state_keys, 2) | (dict.fromkeys(self._cameras, 4) if with_images else {})
+        require_keys(batch, dims, self.family)
+        frames = {}
+        for key, ndim in dims.items():
+            refuse_stacked_frames(batch, [key], ndim, frames=steps)
+            frames[key] = batch[key] if batch[key].ndim > ndim else batch[key].unsqueeze(1)
+            if frames[key].shape[1] != steps:
+                raise ValueError(
+                    f"{key!r} holds {frames[key].shape[1]} frames per row where the {self.family} policy reads {steps}: "
+                    "read the dataset at the policy's observation_delta_indices, and at inference pass each environment "
+                    "step to observe() first."
+                )
+        return frames
+
+    def _stacked(self, batch: Batch, steps: int) -> dict[str, Float[Tensor, "batch steps ..."]]:
+        """The observations under the keys of the policy's queues, its cameras on one axis."""
+        frames = self._frames(batch, steps)
+        stacked = {key: frames[key] for key in self._state_keys}
+        if self._cameras:
+            stacked[OBS_IMAGES] = torch.stack([frames[key] for key in self._cameras], dim=2)
+        return stacked
+
+    @contextmanager
+    def _history(self, batch: Batch) -> Iterator[Batch]:
+        """What `predict_action_chunk` takes; empty observation queues hold the batch's own steps meanwhile."""
+        queues = {key: queue for key, queue in self.base._queues.items() if key != ACTION}
+        borrowed = not any(queues.values())
+        if borrowed:
+            for key, value in self._stacked(batch, self._steps).items():
+                queues[key].extend(value.unbind(1))
+        try:
+            latest = {key: queue[-1] for key, queue in queues.items()}
+            yield {key: value for key, value in batch.items() if key != ACTION} | latest
+        finally:
+            if borrowed:
+                for queue in queues.values():
+                    queue.clear()
+
+    @contextmanager
+    def _conditioning(
+        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None
+    ) -> Iterator[Capture]:
+        """The conditioning as the policy makes it, from the first denoiser call; the denoiser sees the belief too."""
+        own, steps = Capture(), self._steps
+        shift = None if belief is None else _readable_mean(belief, mask).repeat(1, steps)
+
+        def edit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            conditioning = kwargs[self.condition]
+            own.offer(conditioning)
+            if shift is None:
+                return args, kwargs
+            if shift.shape != conditioning.shape:
+                raise RuntimeError(
+                    f"The belief makes a conditioning of {tuple(shift.shape)} where the policy has "
+                    f"{tuple(conditioning.shape)}: pass one belief per row, {self.context_dim} wide."
+                )
+            return args, {**kwargs, self.condition: conditioning + shift.to(conditioning.dtype)}
+
+        with self.exclusive(), edited_call(self._denoiser, edit):
+            yield own
+
+    @contextmanager
+    def _sampled(self) -> Iterator[Capture]:
+        """The whole sampled chunk, of which the policy returns the steps from now on."""
+        chunk, original = Capture(), self._sampler.conditional_sample
+
+        def conditional_sample(*args: Any, **kwargs: Any) -> Tensor:
+            sample = original(*args, **kwargs)
+            chunk.offer(sample)
+            return sample
+
+        with patched(self._sampler, "conditional_sample", conditional_sample):
+            yield chunk
+
+    def _enter_views(self, scope: ExitStack) -> None:
+        for encoder in self._encoders:
+            scope.enter_context(patched(encoder, "forward", self._from_features))
+
+    def _check_rows(self, views: Views, rows: int) -> None:
+        for key in self._cameras:
+            if views.features[key].shape[0] != rows:
+                raise ValueError(f"views has {views.features[key].shape[0]} rows and the batch {rows}.")
+
+    @property
+    @abstractmethod
+    def _denoiser(self) -> Any:
+        """The network that predicts noise, sample or velocity."""
+
+    @property
+    @abstractmethod
+    def _sampler(self) -> Any:
+        """The module whose `conditional_sample` denoises a whole chunk."""
+
+    @property
+    @abstractmethod
+    def _head(self) -> Any:
+        """The denoiser's last module, whose input is C_t."""
+
+    @property
+    @abstractmethod
+    def _encoders(self) -> list[Any]:
+        """The image encoders: one for all cameras, or one each."""
+
+    @property
+    @abstractmethod
+    def _state_keys(self) -> list[str]:
+        """The states that the policy reads."""
+
+    @abstractmethod
+    def _steps_first(self, hidden: Float[Tensor, "batch _ _"]) -> Float[Tensor, "batch steps dim"]:
+        """C_t with the steps before the width."""
+
+    @abstractmethod
+    def _action_tokens(self, action: Float[Tensor, "batch steps dim"]) -> Float32[Tensor, "batch steps action_dim"]:
+        """A_t of a chunk."""
+
+    @abstractmethod
+    def _tower_root(self, encoder: Any) -> Any:
+        """An encoder's vision tower."""
+
+    @abstractmethod
+    def _layer(self, encoder: Any, layer: int) -> Any:
+        """The module after which `layer` layers of an encoder's tower have run."""
+
+    @abstractmethod
+    def _truncated(self, encoder: Any, layer: int) -> nn.Module:
+        """An encoder's tower cut after `layer` layers, of the policy's own modules."""
+
+    @abstractmethod
+    def _run_tower(self, tower: nn.Module, pixels: Float[Tensor, "batch _ _ _"]) -> Float[Tensor, "batch *state"]:
+        """States of a truncated tower."""
+
+    @abstractmethod
+    def _tokens(self, state: Float[Tensor, "batch *state"]) -> Float[Tensor, "batch patches dim"]:
+        """A tower's states as tokens."""
+
+    @abstractmethod
+    def _encode(self, encoder: Any, images: Float[Tensor, "rows _ _ _"]) -> Float[Tensor, "rows dim 1 1"]:
+        """Features that stand in an image's place: the policy stacks both alike."""
+
+    @abstractmethod
+    def _from_features(self, features: Float[Tensor, "rows dim 1 1"]) -> Float[Tensor, "rows dim *ones"]:
+        """What an encoder returns when it is given its own features."""
+
+    @abstractmethod
+    def _prepared(self, encoder: Any, image: Float[Tensor, "batch _ _ _"]) -> Float[Tensor, "batch _ _ _"]:
+        """One camera's images, resized and centre-cropped."""
+
+    @abstractmethod
+    def _crops_at_random(self, encoder: Any) -> bool:
+        """Whether the policy would crop at random now."""
+
+
+def _readable_mean(belief: Float[Tensor, "batch tokens dim"], mask: BeliefMask | None) -> Float[Tensor, "batch dim"]:
+    """Mean of the readable tokens, zeros where there are none."""
+    readable = belief_token_mask(belief, mask).unsqueeze(-1)
+    return torch.where(readable, belief, 0).sum(dim=1) / readable.sum(dim=1).clamp_min(1)

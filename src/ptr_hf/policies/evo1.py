@@ -1,0 +1,350 @@
+"""EVO1: an InternVL3 backbone whose hidden states condition a flow-matching action head."""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from lerobot.policies.evo1.internvl3_embedder import IMAGENET_MEAN, IMAGENET_STD, _batched_pixel_values
+from lerobot.utils.constants import ACTION, OBS_STATE
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ptr_hf.policies.hooks import AdapterBase, captured_output, edited_call, frozen_copy, patched, preserved_modes
+from ptr_hf.policies.protocol import (
+    Batch,
+    BeliefMask,
+    PolicyTrace,
+    RolloutTrace,
+    Views,
+    action_mask,
+    belief_token_mask,
+    check_layer,
+    refuse_stacked_frames,
+    require_keys,
+)
+
+EMPTY_CAMERA = "observation.images.empty_camera_"
+ACTION_DIMS = "action_mask"
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Evo1Adapter(AdapterBase):
+    """Reads an `Evo1Policy` (lerobot 0.6.1).
+
+    H_t is what the action head attends to: the language model's last hidden states over images and instruction, then the
+    state's token. A_t is the clean chunk through `action_head._project_actions`; C_t the output of `action_head.norm_out`.
+
+    Belief tokens are prepended to the language model's sequence, because it is causal: only then do images and
+    instruction read them. The head attends to them like to any other context token.
+
+    LeRobot runs a frozen backbone (stage 1) without gradients; under a belief it passes them on, its weights still frozen.
+
+    The consequence tower is the InternViT up to one of its layers, class token included.
+
+    Raises:
+        ValueError: the policy names no camera in its input features.
+    """
+
+    family = "evo1"
+    preprocesses_rows = True
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__(policy)
+        if not self.target_keys():
+            raise ValueError("PTR needs to know an EVO1 policy's cameras: name them in its config's input_features.")
+
+    @property
+    def context_dim(self) -> int:
+        """Width of H_t: the language model's, which is the action head's."""
+        return int(self.base.config.embed_dim)
+
+    action_dim = hidden_dim = context_dim
+    """Widths of A_t and C_t: the action head has one width."""
+
+    @property
+    def chunk_size(self) -> int:
+        """Steps in one action chunk."""
+        return int(self.base.config.chunk_size)
+
+    def trace(
+        self,
+        batch: Batch,
+        belief: Float[Tensor, "batch tokens context_dim"] | None = None,
+        belief_mask: BeliefMask | None = None,
+        views: Views | None = None,
+    ) -> PolicyTrace:
+        """One forward of `Evo1Policy.model`, without the waits of the policy's own logging."""
+        policy = self.base
+        self._check(batch, training=True, with_images=views is None)
+        action = batch[ACTION]
+        with ExitStack() as scope:
+            if views is None:
+                images, image_masks = policy._collect_image_batches(batch)
+            else:
+                images, image_masks = self._enter_views(scope, views, action.shape[0])
+            state, _ = policy._prepare_state(batch)
+            target, entries = policy._prepare_actions(batch)
+            scope.enter_context(self.belief_scope(belief, belief_mask))
+            seen = scope.enter_context(_captured_context(policy.model.action_head))
+            hidden = scope.enter_context(captured_output(policy.model.action_head.norm_out))
+            scope.enter_context(policy._maybe_autocast())
+            fused, fused_mask = policy._compute_fused_tokens(policy._normalize_task_batch(batch), images, image_masks)
+            velocity, noise = policy.model(
+                fused,
+                state=state,
+                actions_gt=target,
+                action_mask=entries.to(target.dtype),
+                embodiment_ids=policy._get_embodiment_ids(batch, state.shape[0]),
+                context_mask=fused_mask,
+            )
+        context, real = seen[0]
+        first = 0 if belief is None else belief.shape[1]
+        flow = ((target.float() - noise.float()) * entries).flatten(1)
+        return PolicyTrace(
+            loss=policy._compute_masked_loss(velocity.float(), flow, entries, "none"),
+            context=context[:, first:].float(),
+            context_mask=real[:, first:],
+            action_tokens=self._action_tokens(
+                batch, {key: batch[key] for key in (ACTION, ACTION_DIMS) if key in batch}
+            ),
+            action_hidden=hidden.value.float(),
+            action_mask=action_mask(batch, action.shape[1], action.shape[0], action.device),
+        )
+
+    @torch.no_grad()
+    def rollout(
+        self, batch: Batch, belief: Float[Tensor, "batch tokens context_dim"] | None = None, **kwargs: Any
+    ) -> RolloutTrace:
+        """Sample a chunk under the belief; `kwargs` (real-time chunking) go to `predict_action_chunk`."""
+        self._check(batch, training=False, with_images=True)
+        with (
+            preserved_modes(self.policy),
+            self.belief_scope(belief),
+            captured_output(self.base.model.action_head.norm_out, keep="last") as hidden,
+        ):
+            actions = self.base.predict_action_chunk(batch, **kwargs)
+        return RolloutTrace(
+            actions=actions,
+            action_tokens=self._action_tokens(batch, {ACTION: actions}),
+            action_hidden=hidden.value.float(),
+            action_mask=torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device),
+        )
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute the layers of InternViT and language model in the backward pass.
+
+        Raises:
+            ValueError: the backbone is frozen: LeRobot keeps it in eval mode, which recomputes nothing.
+        """
+        if not self.base._tracks_vlm_gradients:
+            raise ValueError("A frozen EVO1 backbone has no gradient checkpointing: leave it out, or train stage 2.")
+        self._vlm.gradient_checkpointing_enable({"use_reentrant": False})
+        self._vlm.disable_input_require_grads()  # a hook that only reentrant checkpointing needs
+        self._vlm.language_model.config.use_cache = False
+
+    def compilable(self) -> Iterable[nn.Module]:
+        """The layers' attention and feed-forward parts in InternViT and language model, and the head's blocks."""
+        for layer in self._vlm.vision_tower.encoder.layer:
+            yield from (layer.attention, layer.mlp)
+        for layer in self._vlm.language_model.layers:
+            yield from (layer.self_attn, layer.mlp)
+        yield from self.base.model.action_head.transformer_blocks
+
+    @contextmanager
+    def belief_scope(
+        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None = None
+    ) -> Iterator[None]:
+        """Prepend the belief tokens to what the language model reads while the scope is open.
+
+        Raises:
+            ValueError: the policy pools its context into one token.
+        """
+        with ExitStack() as scope:
+            scope.enter_context(self.exclusive())
+            if belief is not None:
+                if self.base.config.return_cls_only:
+                    raise ValueError(
+                        "A context that return_cls_only=True pools into one token has no place for a belief: set "
+                        "return_cls_only=False, or num_belief_tokens=0."
+                    )
+                self._inject(scope, belief, mask)
+            yield
+
+    def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
+        """Projected image tokens of all rows, one tower call per camera; see `PolicyAdapter.encode_views`."""
+        if layer is not None:
+            check_layer(layer, self.num_tower_layers())
+            if not self.tower_is_frozen():
+                raise ValueError("Layer states are shared only while the vision tower is frozen; pass layer=None.")
+        self._check_images(batch)
+        images, masks = self.base._collect_image_batches(batch)
+        keys = [key for key in self.base.config.image_features if key in batch]
+        features, shown, tower = {}, {}, {}
+        for index, (key, image) in enumerate(zip(keys, images, strict=True)):
+            with ExitStack() as scope:
+                if layer is not None:
+                    state = scope.enter_context(captured_output(self._vlm.vision_tower.encoder.layer[layer - 1]))
+                scope.enter_context(self.base._maybe_autocast())
+                features[key] = self._vlm.get_image_features(pixel_values=self._pixels(image)).pooler_output
+                shown[key] = masks[:, index]
+                if layer is not None and key in self.target_keys():
+                    tower[key] = state.value.detach()
+        return Views(features=features, masks=shown, tower=tower)
+
+    def target_keys(self) -> tuple[str, ...]:
+        """The policy's cameras without the empty ones it fills itself."""
+        return tuple(key for key in self.base.config.image_features if not key.startswith(EMPTY_CAMERA))
+
+    def tower_is_frozen(self) -> bool:
+        """Whether no parameter of the InternViT trains."""
+        return not any(parameter.requires_grad for parameter in self._vlm.vision_tower.parameters())
+
+    def num_tower_layers(self) -> int:
+        """Encoder layers of the InternViT."""
+        return len(self._vlm.vision_tower.encoder.layer)
+
+    def target_dim(self, layer: int) -> int:
+        """Width of the InternViT, the same after every layer."""
+        check_layer(layer, self.num_tower_layers())
+        return int(self._vlm.vision_tower.config.hidden_size)
+
+    def build_tower(self, layer: int, share: bool = False) -> nn.Module:
+        """The InternViT's first `layer` layers without the final norm; see `PolicyAdapter.build_tower`."""
+        check_layer(layer, self.num_tower_layers())
+        source = self._vlm.vision_tower
+        config = copy.deepcopy(source.config)
+        config.num_hidden_layers = layer
+        # The shell's own weights are never read: on the meta device they cost nothing.
+        with torch.device("meta"):
+            tower = type(source)(config)
+        tower.embeddings = source.embeddings
+        tower.encoder.layer = source.encoder.layer[:layer]
+        tower.layernorm = nn.Identity()
+        return tower.train(source.training) if share else frozen_copy(tower)
+
+    def tower_parameters(self, layer: int) -> Iterable[tuple[str, Tensor]]:
+        """The live tower's parameters under the names of `build_tower(layer).state_dict()`."""
+        check_layer(layer, self.num_tower_layers())
+        kept = ("embeddings.", *(f"encoder.layer.{index}." for index in range(layer)))
+        for name, value in self._vlm.vision_tower.state_dict().items():
+            if name.startswith(kept):
+                yield name, value
+
+    @torch.no_grad()
+    def encode_image(
+        self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
+    ) -> Float[Tensor, "batch patches target_dim"]:
+        """Tower tokens of one camera's images in [0, 1], resized and normalised by the policy's own function."""
+        if key not in self.target_keys():
+            raise ValueError(f"{key!r} is not a camera of this policy, which has {', '.join(self.target_keys())}.")
+        return tower(pixel_values=self._pixels(image).to(next(tower.parameters()).dtype)).last_hidden_state
+
+    @property
+    def _embedder(self) -> Any:
+        return self.base.model.embedder
+
+    @property
+    def _vlm(self) -> Any:
+        return self._embedder.model
+
+    def _pixels(self, image: Float[Tensor, "batch 3 _ _"]) -> Float[Tensor, "batch 3 size size"]:
+        embedder = self._embedder
+        mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=embedder.device)
+        return _batched_pixel_values([image], 1, embedder.image_size, mean, std, embedder.model_dtype, embedder.device)
+
+    def _inject(self, scope: ExitStack, belief: Float[Tensor, "batch tokens dim"], mask: BeliefMask | None) -> None:
+        """Prepend the belief to the language model's sequence, and say in the head's mask which of it is readable."""
+        policy = self.base
+        original = policy._compute_fused_tokens
+        readable = belief_token_mask(belief, mask)
+
+        def prepend(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+            embeddings, attention = kwargs["inputs_embeds"], kwargs["attention_mask"]
+            return args, {
+                **kwargs,
+                "inputs_embeds": torch.cat([belief.to(embeddings.dtype), embeddings], dim=1),
+                "attention_mask": torch.cat([readable.to(attention.dtype), attention], dim=1),
+            }
+
+        def compute_fused_tokens(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            with _tracked_gradients(policy.config):
+                fused, attention = original(*args, **kwargs)
+            return fused, torch.cat([readable, attention], dim=1)
+
+        scope.enter_context(edited_call(self._vlm.language_model, prepend))
+        scope.enter_context(patched(policy, "_compute_fused_tokens", compute_fused_tokens))
+
+    def _enter_views(
+        self, scope: ExitStack, views: Views, rows: int
+    ) -> tuple[list[Float[Tensor, "batch patches dim"]], Bool[Tensor, "batch views"]]:
+        """Let the embedder take features for images, and the vision tower return them as they are."""
+        embedder, count = self._embedder, self.base.config.max_views
+        masks = torch.stack(list(views.masks.values()), dim=1)
+        if masks.shape[0] != rows:
+            raise ValueError(f"views has {masks.shape[0]} rows and the batch {rows}.")
+        masks = torch.cat([masks, masks.new_zeros(rows, count - masks.shape[1])], dim=1)
+
+        def fused_embedding(
+            camera_images: Sequence[Tensor], image_masks: Tensor, text_prompts: Sequence[str], return_cls_only: bool
+        ) -> tuple[Tensor, Tensor | None]:
+            # nothing attends to an absent view, so its features need not come from the tower
+            blank = [torch.zeros_like(camera_images[0])] * (count - len(camera_images))
+            stacked = torch.stack([*camera_images, *blank], dim=1).flatten(0, 1)
+            return embedder._forward_vlm(stacked, [[1] * count] * rows, image_masks, text_prompts, return_cls_only)
+
+        scope.enter_context(patched(embedder, "get_fused_image_text_embedding_batched", fused_embedding))
+        scope.enter_context(patched(embedder.model, "get_image_features", _as_image_features))
+        return list(views.features.values()), masks
+
+    def _action_tokens(self, batch: Batch, chunk: Batch) -> Float[Tensor, "batch steps action_dim"]:
+        action, entries = self.base._prepare_actions(chunk)
+        embodiment = self.base._get_embodiment_ids(batch, action.shape[0])
+        return self.base.model.action_head._project_actions(action * entries, embodiment).float()
+
+    def _check(self, batch: Batch, training: bool, with_images: bool) -> None:
+        task = self.base.config.task_field if self.base.config.task_field in batch else "task"
+        require_keys(batch, [OBS_STATE, task, *([ACTION] if training else [])], self.family)
+        refuse_stacked_frames(batch, [OBS_STATE], single_frame_ndim=2)
+        if with_images:
+            self._check_images(batch)
+
+    def _check_images(self, batch: Batch) -> None:
+        # EVO1 takes as many absent cameras as its config announces, but needs one.
+        cameras = list(self.base.config.image_features)
+        missing = [key for key in cameras if key not in batch]
+        if len(missing) > self.base.config.empty_cameras or len(missing) == len(cameras):
+            require_keys(batch, [key for key in cameras if not key.startswith(EMPTY_CAMERA)], self.family)
+        refuse_stacked_frames(batch, cameras, single_frame_ndim=4)
+
+
+@contextmanager
+def _tracked_gradients(config: Any) -> Iterator[None]:
+    """Let a frozen backbone pass gradients on: the policy looks at this flag when it embeds its context."""
+    previous, config.finetune_vlm = config.finetune_vlm, True
+    try:
+        yield
+    finally:
+        config.finetune_vlm = previous
+
+
+@contextmanager
+def _captured_context(head: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Context tokens of the action head, the state's among them, and which of them are real."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    original = head._prepare_context
+
+    def prepare_context(*args: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+        context, padded, embodiment = original(*args)
+        calls.append((context, context.new_ones(context.shape[:2]).bool() if padded is None else ~padded))
+        return context, padded, embodiment
+
+    with patched(head, "_prepare_context", prepare_context):
+        yield calls
+
+
+def _as_image_features(pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+    return BaseModelOutputWithPooling(pooler_output=pixel_values)

@@ -1,0 +1,272 @@
+"""GR00T N1.7: a Qwen3-VL whose prompt a flow-matching transformer attends to."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from lerobot.utils.constants import ACTION
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from ptr_hf.policies.hooks import captured_input, captured_output, patched, preserved_modes
+from ptr_hf.policies.protocol import (
+    Batch,
+    BeliefMask,
+    PolicyTrace,
+    RolloutTrace,
+    Views,
+    action_mask,
+    per_sample_mean,
+    refuse_stacked_frames,
+    require_keys,
+)
+from ptr_hf.policies.qwen3vl import Qwen3VLAdapter
+
+PIXELS = "observation.pixel_values"
+"""Where the patches of a row's images lie, (rows, images, height, width, pixels of a patch), all cameras together."""
+PACKED, GRID = "pixel_values", "image_grid_thw"
+STATE, PROMPT, PROMPT_MASK = "state", "input_ids", "attention_mask"
+
+
+class GrootAdapter(Qwen3VLAdapter):
+    """Reads a `GrootPolicy` (lerobot 0.6.1, GR00T N1.7); experimental: never run on a released checkpoint.
+
+    H_t is what the action head attends to, the backbone's states after `vlln` and `vl_self_attention`, over images and
+    instruction; A_t the clean chunk through `action_encoder` at the latest flow time of training (time 1 is the clean end
+    here); C_t the input of `action_decoder`. Belief tokens are prepended to the prompt, see `Qwen3VLAdapter`, and cut off
+    before the action head. The loss is the policy's own, of the recorded steps and the robot's own action dimensions.
+
+    The preprocessor takes the cameras away and packs the patches of all rows on one axis, so a batch goes through
+    `arrange` first, and all cameras are one view. The prompt needs no images, so with given views the patches may be
+    missing.
+    """
+
+    family = "groot"
+    preprocesses_rows = True
+
+    def arrange(self, batch: Batch) -> Batch:
+        """What the preprocessor returned, with the packed patches by row under `observation.pixel_values`.
+
+        Raises:
+            ValueError: the batch has no patches, or cameras of different sizes.
+        """
+        require_keys(batch, [PACKED, GRID, PROMPT], self.family)
+        grid = batch[GRID]
+        if not bool((grid == grid[:1]).all()):
+            raise ValueError(
+                f"The images of a batch have the patch grids {grid.unique(dim=0).tolist()}, and PTR reads GR00T only with "
+                "images of one size: give all cameras one resolution."
+            )
+        _, height, width = grid[0].tolist()
+        pixels = batch[PACKED].unflatten(0, (len(batch[PROMPT]), -1, height, width))
+        return {PIXELS: pixels, **{key: value for key, value in batch.items() if key not in (PACKED, GRID)}}
+
+    @property
+    def action_dim(self) -> int:
+        """Width of A_t: the action head's input width."""
+        return int(self._head.input_embedding_dim)
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of C_t: the action head's output width."""
+        return int(self._head.hidden_size)
+
+    @property
+    def chunk_size(self) -> int:
+        """Steps in one action chunk: the recorded ones, of the model's longer horizon."""
+        return len(self.base.config.action_delta_indices)
+
+    def trace(
+        self,
+        batch: Batch,
+        belief: Float[Tensor, "batch tokens context_dim"] | None = None,
+        belief_mask: BeliefMask | None = None,
+        views: Views | None = None,
+    ) -> PolicyTrace:
+        """One forward of the flow-matching loss; see `PolicyAdapter.trace`.
+
+        `GrootPolicy.forward` waits for the device to log; its model is called as it does, under the same autocast.
+        """
+        self._check(batch, training=True, with_images=views is None)
+        rows = len(batch[PROMPT])
+        action = batch[ACTION][:, : self.chunk_size, : self._robot_dim]
+        mask = action_mask(batch, action.shape[1], rows, action.device)
+        padded = self._padded(action * mask.unsqueeze(-1))
+        counted = self._padded(mask.unsqueeze(-1).expand_as(action).to(action.dtype))
+        with ExitStack() as scope:
+            inputs = {**batch, ACTION: padded, "action_mask": counted}
+            inputs |= self._packed(batch[PIXELS]) if views is None else self._enter_views(scope, views, rows)
+            scope.enter_context(self.belief_scope(belief, belief_mask))
+            context = scope.enter_context(captured_output(self._head.vl_self_attention))
+            hidden = scope.enter_context(captured_input(self._head.action_decoder))
+            scope.enter_context(self._autocast())
+            inputs = self.base._filter_groot_inputs(inputs, include_action=True)
+            losses = self.base._groot_model.forward(inputs)["action_loss"]
+        return PolicyTrace(
+            loss=per_sample_mean(losses[:, : action.shape[1], : action.shape[2]], mask),
+            context=context.value.float(),
+            context_mask=batch[PROMPT_MASK].bool(),
+            action_tokens=self._action_tokens(action, batch["embodiment_id"]),
+            action_hidden=self._action_hidden(hidden.value),
+            action_mask=mask,
+        )
+
+    @torch.no_grad()
+    def rollout(
+        self, batch: Batch, belief: Float[Tensor, "batch tokens context_dim"] | None = None, **kwargs: Any
+    ) -> RolloutTrace:
+        """Sample a chunk under the belief; `kwargs` (real-time chunking) go to `predict_action_chunk`."""
+        self._check(batch, training=False, with_images=True)
+        with (
+            preserved_modes(self.policy),
+            self.belief_scope(belief),
+            captured_input(self._head.action_decoder, keep="last") as hidden,
+            self._predicted() as predicted,
+        ):
+            actions = self.base.predict_action_chunk({**batch, **self._packed(batch[PIXELS])}, **kwargs)
+        chunk = predicted[0][:, : self.chunk_size, : self._robot_dim]
+        return RolloutTrace(
+            actions=actions,
+            action_tokens=self._action_tokens(chunk, batch["embodiment_id"]),
+            action_hidden=self._action_hidden(hidden.value),
+            action_mask=torch.ones(chunk.shape[:2], dtype=torch.bool, device=chunk.device),
+        )
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute those of vision tower and language model that train; see `PolicyAdapter`.
+
+        Raises:
+            ValueError: neither trains: LeRobot keeps what is frozen in eval mode, which recomputes nothing.
+        """
+        if not (self.base.config.tune_llm or self.base.config.tune_visual):
+            raise ValueError(
+                "GR00T has no gradient checkpointing while its backbone is frozen: leave it out, or train with tune_llm=True "
+                "or tune_visual=True."
+            )
+        super().gradient_checkpointing_enable()
+
+    @contextmanager
+    def belief_scope(
+        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None = None
+    ) -> Iterator[None]:
+        """Prepend the belief tokens to every prompt that the backbone reads while the scope is open."""
+        backbone = self.base._groot_model.backbone
+        original = backbone._last_decoder_layer_output
+        tokens = 0 if belief is None else belief.shape[1]
+
+        def states(model_input: Any) -> Tensor:
+            return original(model_input)[:, tokens:]
+
+        with self.exclusive(), self._prepended(belief, mask), patched(backbone, "_last_decoder_layer_output", states):
+            yield
+
+    def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
+        """Merged and deepstack features of all rows and cameras in one tower call; see `PolicyAdapter.encode_views`."""
+        self._check_shared(layer)
+        self._check_images(batch)
+        pixels = batch[PIXELS]
+        packed = self._packed(pixels)
+        with self._autocast():
+            features, states = self._encode(packed[PACKED], packed[GRID], len(pixels), layer)
+        mask = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
+        return Views({PIXELS: features}, {PIXELS: mask}, {} if states is None else {PIXELS: states})
+
+    def target_keys(self) -> tuple[str, ...]:
+        """All cameras together."""
+        return (PIXELS,)
+
+    @torch.no_grad()
+    def encode_image(
+        self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
+    ) -> Float[Tensor, "batch patches target_dim"]:
+        """Tower tokens of a row's images (batch, images, height, width, pixels), one image after the other."""
+        if key != PIXELS:
+            raise ValueError(f"{key!r} is not the images of this policy, which lie under {PIXELS}.")
+        packed = self._packed(image)
+        with self._autocast():
+            pixels = packed[PACKED].to(next(tower.parameters()).dtype)
+            states = tower(pixels, grid_thw=packed[GRID]).last_hidden_state
+        return states.unflatten(0, (len(image), -1))
+
+    @property
+    def _qwen(self) -> Any:
+        return self.base._groot_model.backbone.model.model
+
+    @property
+    def _head(self) -> Any:
+        return self.base._groot_model.action_head
+
+    @property
+    def _head_blocks(self) -> Iterable[nn.Module]:
+        return self._head.model.transformer_blocks
+
+    @property
+    def _robot_dim(self) -> int:
+        return int(self.base.config.output_features[ACTION].shape[0])
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        device = next(self.base.parameters()).device.type
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.base.config.use_bf16)
+
+    def _packed(self, pixels: Float[Tensor, "rows images height width pixels"]) -> dict[str, Tensor]:
+        rows, images, height, width = pixels.shape[:4]
+        return {PACKED: pixels.flatten(0, 3), GRID: _grid(rows * images, height, width, pixels.device)}
+
+    def _enter_views(self, scope: ExitStack, views: Views, rows: int) -> dict[str, Tensor]:
+        """Give the features in the tower's place; returns the grids alone, which place the images' tokens."""
+        features = views.features[PIXELS]
+        if features.shape[0] != rows:
+            raise ValueError(f"views has {features.shape[0]} rows and the batch {rows}.")
+        scope.enter_context(self._given([features]))
+        side = self._qwen.visual.spatial_merge_size
+        images, height, width = features.shape[2:5]
+        grid = _grid(rows * images, side * height, side * width, features.device)
+        return {PACKED: features.new_zeros(0), GRID: grid}
+
+    @contextmanager
+    def _predicted(self) -> Iterator[list[Float[Tensor, "batch horizon dims"]]]:
+        """The whole chunk of each prediction, of which the policy may return less."""
+        chunks: list[Tensor] = []
+        head = self._head
+        original = head.get_action_with_features
+
+        def predict(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            chunks.append(output["action_pred"])
+            return output
+
+        with patched(head, "get_action_with_features", predict):
+            yield chunks
+
+    def _check(self, batch: Batch, training: bool, with_images: bool) -> None:
+        keys = [STATE, PROMPT, PROMPT_MASK, "embodiment_id"]
+        require_keys(batch, [*keys, ACTION] if training else keys, self.family)
+        refuse_stacked_frames(batch, [STATE], single_frame_ndim=3)
+        if with_images:
+            self._check_images(batch)
+
+    def _check_images(self, batch: Batch) -> None:
+        require_keys(batch, [PIXELS], self.family)
+        refuse_stacked_frames(batch, [PIXELS], single_frame_ndim=5)
+
+    def _padded(self, action: Float[Tensor, "batch steps dims"]) -> Float[Tensor, "batch horizon model_dims"]:
+        head = self._head
+        return pad(action, (0, head.action_dim - action.shape[2], 0, head.action_horizon - action.shape[1]))
+
+    def _action_hidden(self, states: Float[Tensor, "batch sequence dim"]) -> Float[Tensor, "batch steps dim"]:
+        return states[:, -self._head.action_horizon :][:, : self.chunk_size].float()
+
+    def _action_tokens(
+        self, action: Float[Tensor, "batch steps dims"], embodiment: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch steps action_dim"]:
+        head = self._head
+        clean = torch.full(embodiment.shape, int(head.config.noise_s * head.num_timestep_buckets), device=action.device)
+        tokens = head.action_encoder(self._padded(action).to(head.dtype), clean, embodiment)
+        return tokens[:, : action.shape[1]].float()
+
+
+def _grid(images: int, height: int, width: int, device: torch.device) -> Int[Tensor, "images 3"]:
+    """Patches of each image in time, height and width."""
+    return torch.tensor([[1, height, width]], device=device).expand(images, 3)

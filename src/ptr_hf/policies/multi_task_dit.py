@@ -1,0 +1,157 @@
+"""Multi-Task DiT: a diffusion transformer under CLIP image, CLIP text and state conditioning."""
+
+import copy
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32
+from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
+from torch import Tensor, nn
+
+from ptr_hf.policies.conditioned import ConditionedAdapter
+from ptr_hf.policies.hooks import AdapterBase, patched
+from ptr_hf.policies.protocol import Batch, check_layer, require_keys
+
+
+class MultiTaskDiTAdapter(ConditionedAdapter):
+    """Reads a `MultiTaskDiTPolicy` (lerobot 0.6.1) with either objective, with cameras or from states alone.
+
+    As `ConditionedAdapter` says: H_t is the conditioning, one token per observation step, and the belief's mean is added to it.
+
+    A_t is the clean chunk through `noise_predictor.input_proj`, C_t the input of `output_proj`. The belief is added to
+    the conditioning rather than appended as tokens: the transformer's tokens are action steps, rotary positions reach no
+    further than the horizon, and the conditioning already enters every block. A policy straight from initialisation
+    ignores its conditioning (AdaLN-zero), belief included, until its modulation has trained.
+
+    The consequence tower is the CLIP vision tower, one per camera where the policy has separate encoders; its tokens
+    include the class token. A policy without cameras feeds its state raw, so that state, normalised, is the target.
+    """
+
+    family = "multi_task_dit"
+    condition = "conditioning_vec"
+    state_target = OBS_STATE
+
+    @property
+    def context_dim(self) -> int:
+        """Width of one observation step's conditioning: state, every camera's class token, instruction."""
+        return int(self._denoiser.conditioning_dim) // self._steps
+
+    @property
+    def action_dim(self) -> int:
+        """Width of A_t: the transformer's."""
+        return int(self.base.config.hidden_dim)
+
+    def gradient_checkpointing_enable(self) -> None:
+        """Recompute the CLIP vision layers in the backward pass; the transformer has no such switch."""
+        if not self._cameras:
+            AdapterBase.gradient_checkpointing_enable(self)
+        for encoder in self._encoders:
+            encoder.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def compilable(self) -> Iterable[nn.Module]:
+        """The transformer's blocks, the CLIP text tower, attention and MLP of the vision layers."""
+        yield from self._denoiser.transformer_blocks
+        yield self.base.observation_encoder.text_encoder.text_encoder
+        for encoder in self._encoders:
+            for layer in self._tower_root(encoder).encoder.layers:
+                yield from (layer.self_attn, layer.mlp)
+
+    def num_tower_layers(self) -> int:
+        """Encoder layers of the CLIP vision tower, or 1 for the state itself."""
+        return len(self._tower_root(self._encoders[0]).encoder.layers) if self._cameras else 1
+
+    def target_dim(self, layer: int) -> int:
+        """Width of the CLIP vision tower, or of the state."""
+        check_layer(layer, self.num_tower_layers())
+        if not self._cameras:
+            return int(self.base.config.robot_state_feature.shape[0])
+        return int(self._encoders[0].embed_dim)
+
+    @property
+    def _denoiser(self) -> Any:
+        return self.base.noise_predictor
+
+    @property
+    def _sampler(self) -> Any:
+        return self.base.objective
+
+    @property
+    def _head(self) -> Any:
+        return self._denoiser.output_proj
+
+    @property
+    def _encoders(self) -> list[Any]:
+        observation = self.base.observation_encoder
+        if not self._cameras:
+            return []
+        separate = self.base.config.use_separate_rgb_encoder_per_camera
+        return list(observation.vision_encoders) if separate else [observation.vision_encoder]
+
+    @property
+    def _state_keys(self) -> list[str]:
+        return [OBS_STATE]
+
+    def _frames(
+        self, batch: Batch, steps: int, with_images: bool = True
+    ) -> dict[str, Float[Tensor, "batch steps ..."]]:
+        frames = super()._frames(batch, steps, with_images)
+        # without its tokens the policy would leave the instruction out and fail on the width
+        require_keys(batch, [OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK], self.family)
+        return frames
+
+    def _enter_views(self, scope: ExitStack) -> None:
+        super()._enter_views(scope)
+        scope.enter_context(patched(self.base.observation_encoder, "_apply_preprocessing", self._from_features))
+
+    def _steps_first(self, hidden: Float[Tensor, "batch steps dim"]) -> Float[Tensor, "batch steps dim"]:
+        return hidden
+
+    def _action_tokens(self, action: Float[Tensor, "batch steps dim"]) -> Float32[Tensor, "batch steps action_dim"]:
+        return self._denoiser.input_proj(action).float()
+
+    def _tower_root(self, encoder: Any) -> Any:
+        return encoder.model.vision_model
+
+    def _layer(self, encoder: Any, layer: int) -> Any:
+        return self._tower_root(encoder).encoder.layers[layer - 1]
+
+    def _truncated(self, encoder: Any, layer: int) -> nn.Module:
+        source = self._tower_root(encoder)
+        config = copy.deepcopy(source.config)
+        config.num_hidden_layers = layer
+        # The shell's own weights are never read: on the meta device they cost nothing.
+        with torch.device("meta"):
+            tower = type(source)(config)
+        tower.embeddings, tower.pre_layrnorm = source.embeddings, source.pre_layrnorm
+        tower.encoder.layers = nn.ModuleList(source.encoder.layers[:layer])
+        tower.post_layernorm = nn.Identity()
+        return tower.train(source.training)
+
+    def _run_tower(
+        self, tower: nn.Module, pixels: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch patches dim"]:
+        return tower(pixel_values=pixels).last_hidden_state
+
+    def _tokens(self, state: Float[Tensor, "batch patches dim"]) -> Float[Tensor, "batch patches dim"]:
+        return state
+
+    def _encode(
+        self, encoder: Any, images: Float[Tensor, "rows channels height width"]
+    ) -> Float[Tensor, "rows dim 1 1"]:
+        return encoder(self.base.observation_encoder._apply_preprocessing(images))
+
+    def _from_features(self, features: Float[Tensor, "rows dim 1 1"]) -> Float[Tensor, "rows dim 1 1"]:
+        return features
+
+    def _prepared(
+        self, encoder: Any, image: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels rows columns"]:
+        observation = self.base.observation_encoder
+        image = observation.resize(image) if observation.do_resize else image
+        return observation.center_crop(image) if observation.do_crop else image
+
+    def _crops_at_random(self, encoder: Any) -> bool:
+        observation = self.base.observation_encoder
+        return observation.training and observation.do_crop and self.base.config.image_crop_is_random
