@@ -84,7 +84,7 @@ def measure(policy: PTRPolicy) -> dict[str, Any]:
     """Parameters and bytes of the base policy and of every part of the side pathway."""
     base = list(policy.base.parameters())
     parts = {name: _sizes(policy, prefix) for name, prefix in PARTS.items()}
-    parts["the rest"] = _sizes(policy, "", tuple(["base.", *PARTS.values()]))
+    parts["the rest"] = _sizes(policy, "", ("base.", *PARTS.values()))
     trained = sum(
         p.numel() for name, p in policy.named_parameters() if not name.startswith("base.") and p.requires_grad
     )
@@ -137,16 +137,10 @@ def main() -> None:
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     content = {"command": "python recipes/measure_side_pathway.py", "preset": "ptr", "policies": measured}
     arguments.output.write_text(json.dumps(content, indent=1) + "\n")
-    table = Table(title="PTR's side pathway at real sizes (preset ptr)")
-    for column in (
-        "policy",
-        "base, M parameters",
-        "extra, M",
-        "extra, MB stored",
-        "extra, MB in training",
-        "share of the base",
-    ):
-        table.add_column(column, justify="left" if column == "policy" else "right")
+    table = Table(title="The side pathway at real sizes, preset ptr")
+    table.add_column("policy", no_wrap=True)
+    for column in ("M parameters", "extra M", "MB stored", "MB training", "share"):
+        table.add_column(column, justify="right")
     for name, row in measured.items():
         extra = row["extra"]
         table.add_row(

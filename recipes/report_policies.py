@@ -80,7 +80,7 @@ def training_table(found: Mapping[str, Found]) -> str:
     for name, outcomes in sorted(by_type(found).items()):
         for outcome in outcomes.get(TRAINING, []):
             figures = ("accuracy", "chance", "loss_before", "loss_after")
-            rows.append([f"`{name}`", *(f"{outcome[figure]:.2f}" for figure in figures)])
+            rows.append([f"`{name}`", *(f"{outcome[figure]:.3f}" for figure in figures)])
     return _markdown(rows)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
@@ -564,7 +564,7 @@ def _camera_mask(
     return torch.stack(masks, dim=1)
 
 
-def _view(segment: Segment, key: str, kind: str, number: int) -> Float[Tensor, "batch ..."]:
+def _view(segment: Segment, key: str, kind: str, number: int) -> Shaped[Tensor, "batch ..."]:
     """One camera's frames of a future, or of a chunk's own time, of every segment of the batch."""
     if kind == "future":
         return segment.futures[key][number]

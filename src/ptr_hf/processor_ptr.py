@@ -4,12 +4,12 @@ Segments are laid out as plain rows before them, futures included: each chunk ge
 normalised exactly like observations.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import EnvTransition, PolicyProcessorPipeline, RenameObservationsProcessorStep
-from lerobot.processor.converters import batch_to_transition
 
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.segments import SegmentLayout, segment_rows
@@ -32,12 +32,14 @@ def make_ptr_pre_post_processors(
         rename_map: dataset key -> policy key, for observations named differently.
     """
     preprocessor, postprocessor = _base_processors(config, dataset_stats, dataset_meta, rename_map)
-    preprocessor.to_transition = partial(_rows_to_transition, layout=config.layout)
+    preprocessor.to_transition = partial(_of_rows, preprocessor.to_transition, layout=config.layout)
     return preprocessor, postprocessor
 
 
-def _rows_to_transition(batch: dict[str, Any], layout: SegmentLayout) -> EnvTransition:
-    return batch_to_transition(segment_rows(batch, layout))
+def _of_rows(
+    to_transition: Callable[[dict[str, Any]], EnvTransition], batch: dict[str, Any], layout: SegmentLayout
+) -> EnvTransition:
+    return to_transition(segment_rows(batch, layout))
 
 
 def _base_processors(

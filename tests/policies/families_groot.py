@@ -12,10 +12,11 @@ from family import CHUNK, TOP, WRIST, Family
 from lerobot.configs import PolicyFeature
 from lerobot.policies.groot import processor_groot
 from lerobot.policies.groot.configuration_groot import GrootConfig
-from lerobot.policies.groot.groot_n1_7 import GR00TN17, GR00TN17Config
+from lerobot.policies.groot.groot_n1_7 import GR00TN17, CategorySpecificLinear, GR00TN17Config
 from lerobot.policies.groot.modeling_groot import GrootPolicy
 from lerobot.policies.pretrained import PreTrainedPolicy
 from tiny_qwen3vl import DIM, qwen_folder
+from torch import nn
 
 from ptr_hf.policies.groot import PIXELS, GrootAdapter
 
@@ -76,7 +77,12 @@ def build_groot(features: Any, **settings: Any) -> PreTrainedPolicy:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return GrootPolicy(config)
+        policy = GrootPolicy(config)
+        for module in policy.modules():
+            # drawn at std 0.02, too faint for widths this small to learn through
+            if isinstance(module, CategorySpecificLinear):
+                nn.init.normal_(module.W, std=module.W.shape[1] ** -0.5)
+        return policy
 
 
 @dataclass(frozen=True)
