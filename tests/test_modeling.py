@@ -479,8 +479,8 @@ class TestWrapping:
 
 class TestConstruction:
     def test_an_unsupported_policy_is_refused_before_it_is_built(self) -> None:
-        with pytest.raises(ValueError, match=r"does not support the policy type 'pi0'; supported: act, smolvla"):
-            PTRPolicy(PTRConfig(device="cpu", base={"type": "pi0"}))
+        with pytest.raises(ValueError, match=r"does not support the policy type 'tdmpc'.*Supported: act, diffusion"):
+            PTRPolicy(PTRConfig(device="cpu", base={"type": "tdmpc"}))
 
     def test_another_chunk_size_than_the_base_policy_has_is_refused(self, points: Path) -> None:
         with pytest.raises(ValueError, match=r"chunk_size=8 was asked for, but the base policy predicts chunks of 4"):

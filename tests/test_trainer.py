@@ -340,7 +340,7 @@ class TestModels:
             pretrained_backbone_weights=None,
             device="cpu",
         )
-        with pytest.raises(ValueError, match=r"does not support the policy type 'vqbet'.*supported: act, smolvla"):
+        with pytest.raises(ValueError, match=r"does not support the policy type 'vqbet'.*Supported: act, diffusion"):
             PTRTrainer(VQBeTPolicy(config), arguments(tmp_path), train_dataset=points)
 
     def test_a_path_that_does_not_exist_is_refused(self, points: Path, tmp_path: Path) -> None:
