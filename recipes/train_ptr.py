@@ -43,6 +43,7 @@ from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
 from ptr_hf.hub import is_ptr_source
 from ptr_hf.hyperparameters import PRESETS
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
+from ptr_hf.publish import PushError
 from ptr_hf.report import (
     SCORES_FILE,
     Dynamics,
@@ -191,7 +192,7 @@ def demo_policy(folder: Path, dataset: Path, args: PTRTrainingArguments) -> nn.M
 
 def sft_arguments(args: PTRTrainingArguments, folder: Path) -> PTRTrainingArguments:
     """The same run without PTR: the same segments in the same order, the same seed, schedule and optimiser."""
-    return replace(args, output_dir=str(folder), preset="sft", **PRESETS["sft"])
+    return replace(args, output_dir=str(folder), preset="sft", push_to_hub=False, **PRESETS["sft"])
 
 
 def train(model: Any, args: PTRTrainingArguments, dataset: Any) -> PTRTrainer:
@@ -255,7 +256,8 @@ def main(argv: list[str]) -> None:
     scores = None
     if recipe.score_after and main_trainer.policy.objective is not None:
         scores = score_dataset(main_trainer.policy, dataset, preprocessor=main_trainer.preprocessor, seed=args.seed)
-        write_scores(scores, output / SCORES_FILE)
+        for place in {output, folder}:
+            write_scores(scores, place / SCORES_FILE)
         results[name]["identification accuracy, end of training"] = dynamics.tail("accuracy", name)
         results[name]["chance accuracy, 1 / |Y|"] = 1 / dynamics.tail("candidates", name)
         if truth is not None:
@@ -275,6 +277,11 @@ def main(argv: list[str]) -> None:
 
     (output / "results.json").write_text(json.dumps({"seed": args.seed, **results}, indent=2) + "\n")
     console.print(comparison_table(results))
+    if args.push_to_hub:
+        try:
+            console.print(f"{'published':28}{main_trainer.push_to_hub()}", soft_wrap=True)
+        except PushError as error:
+            console.print(str(error), soft_wrap=True)
     for label, path in (
         ("checkpoint", folder),
         ("report (open in a browser)", report),

@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # pytest runs two workers (pyproject.toml): one thread each, also in the processes that tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# mujoco chooses its GL when it is first imported, whichever test does that
+os.environ.setdefault("MUJOCO_GL", "egl")
 
 from jaxtyping import install_import_hook
 

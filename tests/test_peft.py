@@ -188,7 +188,9 @@ class TestRefusals:
         shutil.copytree(folder_of(trained), tmp_path / "copy")
         path = tmp_path / "copy" / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 5}))
-        with pytest.raises(ValueError, match=r"adapter_model.safetensors.*another PEFT adapter"):
+        with pytest.raises(
+            ValueError, match=r"adapter_model.safetensors.*has shape \(2, 32\), this policy needs \(5, 32\)"
+        ):
             PTRPolicy.from_pretrained(tmp_path / "copy")
 
     def test_an_adapter_without_a_base(self, trained: PTRTrainer, tmp_path: Path) -> None:

@@ -496,8 +496,3 @@ class TestRefusals:
     def test_gradient_checkpointing_of_a_policy_without_it(self, points: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"act policy.*no gradient checkpointing"):
             PTRTrainer(base_policy("act", points), arguments(tmp_path, gradient_checkpointing=True))
-
-    def test_pushing_during_training(self, points: Path, tmp_path: Path) -> None:
-        args = arguments(tmp_path, push_to_hub=True)
-        with pytest.raises(ValueError, match=r"does not push to the Hub.*trainer.save_model"):
-            PTRTrainer(base_policy("act", points), args, train_dataset=points)

@@ -11,7 +11,9 @@ Nothing that is read can execute: JSON and safetensors only, every key and every
 
 import copy
 import json
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,17 @@ from huggingface_hub import file_exists, snapshot_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from huggingface_hub.errors import HFValidationError
 from lerobot.configs import PreTrainedConfig
+from lerobot.processor import PolicyProcessorPipeline
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
+from ptr_hf.artifact import PTR_SCORER_NAME, check_artifact, check_processors, check_tensors
+from ptr_hf.card_facts import BasePolicy, CardFacts
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
+from ptr_hf.model_card import library_versions, write_model_card
 from ptr_hf.peft_policies import (
-    ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
     load_adapted_base,
     load_adapter,
@@ -35,8 +40,10 @@ from ptr_hf.peft_policies import (
     source_of,
 )
 from ptr_hf.policies.hooks import unwrap
+from ptr_hf.publish import Destination
 
-PTR_SCORER_NAME = "ptr_scorer.safetensors"
+HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+PROCESSOR_FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
 BASE_PREFIX = "base."
 TOWER_PREFIX = "target_encoder.tower."
 
@@ -100,12 +107,60 @@ def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None 
     save_file(_contiguous(side), folder / PTR_SCORER_NAME, metadata={"shared_tower": str(shared)})
 
 
+def push_policy(
+    policy: Any,
+    destination: Destination,
+    *,
+    processors: Sequence[PolicyProcessorPipeline] = (),
+    license: str | None = None,
+    message: str = "Upload policy",
+    tags: Sequence[str] = (),
+) -> str:
+    """Save a `PTRPolicy` with a card and push it in one commit.
+
+    Args:
+        policy: a `PTRPolicy`.
+        destination: repo, branch and token.
+        processors: its pre- and postprocessor, without which a robot cannot run it.
+        license: for the card.
+        message: of the commit.
+        tags: git tags to set on it.
+
+    Returns:
+        the address of the commit.
+
+    Raises:
+        PushError: it did not get through; the folder that the message names stays.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="ptr_push_"))
+    policy.save_pretrained(folder)
+    for name, processor in zip(PROCESSOR_FILES, processors, strict=False):
+        processor.save_pretrained(folder, config_filename=name)
+    base, config = unwrap(policy.base).config, policy.config
+    destination = destination.create(folder)
+    source = config.base_path or (str(base.pretrained_path) if base.pretrained_path else None)
+    facts = CardFacts(
+        config=config,
+        base=BasePolicy(policy_type=base.type, source=source, revision=config.base_revision),
+        chunk_size=config.resolved_chunk_size,
+        peft=isinstance(policy.base, PeftModel) and source_of(policy.base) is not None,
+        versions=library_versions(),
+        license=license,
+        repo_id=destination.repo_id,
+    )
+    write_model_card(facts, folder)
+    address = str(destination.push(folder, message, tags=tags).commit_url)
+    shutil.rmtree(folder, ignore_errors=True)
+    return address
+
+
 def load_policy(
     policy_class: type,
     source: str | Path,
     *,
     config: PreTrainedConfig | None = None,
     merge_adapter: bool = False,
+    trusted_sources: Collection[str] = (),
     **hub_kwargs: Any,
 ) -> Any:
     """Build a `PTRPolicy` from a folder or a Hub repo and load every tensor strictly.
@@ -115,6 +170,7 @@ def load_policy(
         source: folder or Hub id.
         config: replaces the saved configuration.
         merge_adapter: fold a PEFT adapter into the base policy's weights instead of keeping it trainable.
+        trusted_sources: repos whose code LeRobot's processors may load, beyond the ones that LeRobot names itself.
         hub_kwargs: see `PTRPolicy.from_pretrained`.
 
     Raises:
@@ -122,15 +178,8 @@ def load_policy(
         ValueError: a file is damaged, or its tensors are not this policy's.
     """
     folder = resolve_folder(source, **hub_kwargs)
-    adapter_alone = is_adapter_alone(folder)
-    base_files = (ADAPTER_CONFIG_NAME,) if adapter_alone else (SAFETENSORS_SINGLE_FILE,)
-    for name in (PTR_CONFIG_NAME, *base_files, PTR_SCORER_NAME):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{source} is no PTR checkpoint: it lacks {name}. A folder written by PTRPolicy.save_pretrained has it; a plain "
-                "LeRobot policy goes into PTRConfig(base_path=...)."
-            )
-    saved = read_config(folder)
+    artifact = check_artifact(folder, trusted_sources)
+    saved = artifact.config
     if isinstance(config, PTRConfig):
         # LeRobot parsed the same file with the user's overrides; where the base came from stays as saved.
         config.base = config.base or saved.base
@@ -138,7 +187,8 @@ def load_policy(
     else:
         saved.device = config.device if config is not None else saved.device
     saved.base_path, provenance = None, saved.base_path
-    policy = policy_class(saved, base_policy=load_adapted_base(saved, folder) if adapter_alone else None)
+    check_tensors(saved, artifact)
+    policy = policy_class(saved, base_policy=load_adapted_base(saved, folder) if artifact.adapter_alone else None)
     saved.base_path = provenance
     load_weights(policy, folder)
     if merge_adapter:
@@ -146,11 +196,6 @@ def load_policy(
     saved.pretrained_path, saved.pretrained_revision = Path(source), hub_kwargs.get("revision")
     policy.eval()
     return policy
-
-
-def is_adapter_alone(folder: Path) -> bool:
-    """Whether a checkpoint holds a PEFT adapter without the base policy's weights."""
-    return (folder / ADAPTER_WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_SINGLE_FILE).is_file()
 
 
 def load_weights(policy: Any, folder: Path) -> None:
@@ -161,6 +206,7 @@ def load_weights(policy: Any, folder: Path) -> None:
     Raises:
         FileNotFoundError, ValueError: as `load_policy`.
     """
+    check_artifact(folder)
     loaders: tuple[tuple[str, Callable[[Any, Path], None]], ...] = (
         (SAFETENSORS_SINGLE_FILE, _load_base),
         (PTR_SCORER_NAME, _load_side),
@@ -176,26 +222,28 @@ def load_weights(policy: Any, folder: Path) -> None:
             raise ValueError(f"{folder / name} is damaged or belongs to another policy: {error}") from error
 
 
-def read_config(folder: Path) -> PTRConfig:
-    """Parse `ptr_config.json`, refusing unknown fields."""
-    path = folder / PTR_CONFIG_NAME
-    try:
-        raw = json.loads(path.read_text())
-        if not isinstance(raw, dict):
-            raise ValueError(f"it holds a {type(raw).__name__} instead of an object")
-        raw.pop("type", None)
-        return draccus.decode(PTRConfig, raw)
-    except (ValueError, draccus.ParsingError) as error:
-        raise ValueError(f"{path} is not a PTR configuration: {error.__cause__ or error}") from error
-
-
 def resolve_folder(source: str | Path, **hub_kwargs: Any) -> Path:
     """The local folder itself, or a snapshot of the Hub repo."""
     if Path(source).is_dir():
         return Path(source)
-    allowed = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-    known = {name: value for name, value in hub_kwargs.items() if name in allowed}
+    known = {name: value for name, value in hub_kwargs.items() if name in HUB_KWARGS}
     return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], **known))
+
+
+def resolve_processors(source: str | Path, revision: str | None = None, trusted: Collection[str] = ()) -> Path:
+    """A folder with a policy's processors, checked before LeRobot imports what their files name.
+
+    Raises:
+        ValueError: a processor would run code that is neither LeRobot's nor already imported.
+    """
+    patterns = ["*.json", "policy_*processor*.safetensors"]
+    folder = (
+        Path(source)
+        if Path(source).is_dir()
+        else Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+    )
+    check_processors(folder, trusted)
+    return folder
 
 
 def _load_base(policy: Any, path: Path) -> None:

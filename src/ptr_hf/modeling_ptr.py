@@ -6,7 +6,9 @@ objective scores and weighs each chunk. `update()` after the optimiser step move
 controller.
 """
 
+import copy
 from collections import deque
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +17,7 @@ from jaxtyping import Bool, Float, Shaped
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import OBS_STATE
 from peft import PeftModel
 from torch import Tensor, nn
@@ -484,6 +487,69 @@ class PTRPolicy(PreTrainedPolicy):
 
         save_policy(self, save_directory, state_dict)
 
+    def export_base(self, folder: str | Path, without_belief: bool = False) -> Path:
+        """Write the base policy alone, as LeRobot saves it, for LeRobot without ptr_hf; a PEFT adapter is merged.
+
+        Args:
+            folder: created if missing; the processors are the caller's to save (`ptr-export` copies them).
+            without_belief: export a policy trained with belief tokens too, which then acts without them.
+
+        Raises:
+            ValueError: the policy was trained with belief tokens, which no plain LeRobot policy reads.
+        """
+        if self.belief is not None and not without_belief:
+            raise ValueError(
+                f"This policy was trained with {self.config.num_belief_tokens} belief tokens, and its base alone acts without "
+                "them, which it was not trained for: run it with ptr_hf installed, or ask for it with without_belief=True."
+            )
+        base = self.base
+        if isinstance(base, PeftModel):
+            base = copy.deepcopy(base).merge_and_unload()
+            base.config.use_peft = False
+        base.save_pretrained(Path(folder))
+        return Path(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload policy",
+        private: bool | None = None,
+        token: str | None = None,
+        branch: str | None = None,
+        tags: Sequence[str] = (),
+        preprocessor: PolicyProcessorPipeline | None = None,
+        postprocessor: PolicyProcessorPipeline | None = None,
+        license: str | None = None,
+        **_: Any,
+    ) -> str:
+        """Publish the policy with a card that says what is known of it; `PTRTrainer.push_to_hub` knows its run too.
+
+        Args:
+            repo_id: user/name.
+            commit_message: of the one commit.
+            private: whether a new repo is private.
+            token: of the Hub; by default the one that `hf auth login` stored.
+            branch: to push to, created where it is missing; by default main.
+            tags: git tags to set on the commit.
+            preprocessor, postprocessor: the policy's LeRobot pipelines; whoever runs it needs them.
+            license: for the card, as the Hub names it.
+
+        Returns:
+            the address of the commit.
+
+        Raises:
+            PushError: it did not get through; the message says where the files are and how to push them again.
+        """
+        from ptr_hf.hub import push_policy
+        from ptr_hf.publish import Destination
+
+        processors = [pipeline for pipeline in (preprocessor, postprocessor) if pipeline is not None]
+        if len(processors) == 1:
+            raise ValueError("A policy is published with both of its processors or with none: give the other one too.")
+        destination = Destination(repo_id, private, branch, token)
+        return push_policy(self, destination, processors=processors, license=license, message=commit_message, tags=tags)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -491,6 +557,7 @@ class PTRPolicy(PreTrainedPolicy):
         *,
         config: PreTrainedConfig | None = None,
         merge_adapter: bool = False,
+        trusted_sources: Collection[str] = (),
         **kwargs: Any,
     ) -> "PTRPolicy":
         """Load a PTR checkpoint from a folder or the Hub, strictly: every key, every shape.
@@ -499,11 +566,19 @@ class PTRPolicy(PreTrainedPolicy):
             pretrained_name_or_path: folder or Hub id.
             config: replaces the saved configuration (LeRobot's factory passes the one it has parsed).
             merge_adapter: fold a PEFT adapter into the base policy's weights; by default it is kept, and trainable.
+            trusted_sources: repos whose code LeRobot's processors may load, beyond the ones that LeRobot names itself.
             kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` for the Hub.
         """
         from ptr_hf.hub import load_policy
 
-        return load_policy(cls, pretrained_name_or_path, config=config, merge_adapter=merge_adapter, **kwargs)
+        return load_policy(
+            cls,
+            pretrained_name_or_path,
+            config=config,
+            merge_adapter=merge_adapter,
+            trusted_sources=trusted_sources,
+            **kwargs,
+        )
 
 
 def build_base(config: PTRConfig, **kwargs: Any) -> PreTrainedPolicy:

@@ -13,6 +13,7 @@ from lerobot.processor import EnvTransition, PolicyProcessorPipeline, RenameObse
 
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.segments import SegmentLayout, segment_rows
+from ptr_hf.hub import resolve_processors
 
 
 def make_ptr_pre_post_processors(
@@ -64,8 +65,7 @@ def _base_processors(
         normalizer["stats"] = unnormalizer["stats"] = dataset_stats
     return make_pre_post_processors(
         base,
-        pretrained_path=config.base_path,
-        pretrained_revision=config.base_revision,
+        pretrained_path=str(resolve_processors(config.base_path, config.base_revision)),
         dataset_stats=dataset_stats,
         preprocessor_overrides={
             "device_processor": {"device": base.device},

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ptr_hf.data.datasets import check_cameras, check_dataset, episode_spans, open_dataset
 from ptr_hf.data.in_memory import InMemorySegments, collate_segments
 from ptr_hf.data.segments import SegmentLayout, split_segment
+from ptr_hf.hub import resolve_processors
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.report import ChunkScores
 from ptr_hf.scores import EpisodeTable, ScoreWeigher, SlotMemory
@@ -202,7 +203,7 @@ def _load(
     if preprocessor is None:
         overrides = {"device_processor": {"device": loaded.config.device}}
         preprocessor, _ = make_pre_post_processors(
-            loaded.config.base_config, pretrained_path=str(policy), preprocessor_overrides=overrides
+            loaded.config.base_config, pretrained_path=str(resolve_processors(policy)), preprocessor_overrides=overrides
         )
     return loaded, preprocessor
 

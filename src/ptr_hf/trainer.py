@@ -20,37 +20,36 @@ from lerobot.utils.collate import lerobot_collate_fn
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 
+from ptr_hf.card_facts import TrainingData
 from ptr_hf.configuration_ptr import PTRConfig, chunk_settings
 from ptr_hf.data.datasets import check_cameras, check_dataset, dataset_metadata, open_dataset
 from ptr_hf.data.demonstrations import load_truth
 from ptr_hf.data.in_memory import InMemorySegments, collate_segments
 from ptr_hf.data.segments import SegmentLayout, segment_rows
-from ptr_hf.hub import is_ptr_folder, is_ptr_source, load_weights
+from ptr_hf.evaluation_callback import EnvironmentSource, EvaluationCallback
+from ptr_hf.hub import is_ptr_folder, is_ptr_source, load_weights, resolve_processors
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.metrics import MetricsWindow
 from ptr_hf.modeling_ptr import PTRPolicy, build_base
 from ptr_hf.peft_policies import wrap_with_peft
 from ptr_hf.policies.hooks import unwrap
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
+from ptr_hf.publishing_trainer import PublishingTrainer
 from ptr_hf.report import DYNAMICS_COLUMNS, DYNAMICS_FILE, DynamicsLog
 from ptr_hf.scores import EpisodeTable
 from ptr_hf.training_args import PTRTrainingArguments
 
-_NO_PUSH = (
-    "ptr_hf does not push to the Hub itself yet; train, call trainer.save_model(), and upload the finished folder with "
-    "`hf upload <user>/<repo> {folder} --exclude 'checkpoint-*'`."
-)
 TRAINING_ARGS_NAME = "training_args.json"
 
 type ModelSource = str | Path | PreTrainedConfig | nn.Module
 type DatasetSource = str | Path | LeRobotDataset
 
 
-class PTRTrainer(Trainer):
+class PTRTrainer(PublishingTrainer):
     """Post-train a LeRobot policy with Posterior-Transition Reweighting.
 
     Args:
@@ -61,6 +60,8 @@ class PTRTrainer(Trainer):
         eval_dataset: likewise, or None.
         peft_config: trains a PEFT adapter in place of the policy's weights; `args.use_peft` with the policy's own target
             modules does so too.
+        eval_env: a LeRobot environment (its type, a dict with `type`, or its configuration) in which the policy is evaluated in
+            the course of training; by default `args.eval_env`, or none.
         preprocessor, postprocessor: LeRobot pipelines; by default the policy's own, with the dataset's statistics.
         callbacks, optimizers: as for `transformers.Trainer`.
 
@@ -83,6 +84,7 @@ class PTRTrainer(Trainer):
         eval_dataset: DatasetSource | None = None,
         *,
         peft_config: PeftConfig | None = None,
+        eval_env: EnvironmentSource | None = None,
         preprocessor: PolicyProcessorPipeline | None = None,
         postprocessor: PolicyProcessorPipeline | None = None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -95,14 +97,13 @@ class PTRTrainer(Trainer):
                 f"with `accelerate launch --multi_gpu --num_processes {args.n_gpu} ...`, or show one GPU with "
                 "CUDA_VISIBLE_DEVICES=0."
             )
-        if args.push_to_hub:
-            raise ValueError(_NO_PUSH.format(folder=args.output_dir))
         if args.device.type == "cpu":
             # there is no accelerator to pin memory for; PyTorch would warn about it
             args.dataloader_pin_memory = False
         sources = [source for source in (train_dataset, eval_dataset) if source is not None]
         meta = dataset_metadata(sources[0], args.dataset_revision) if sources else None
         policy = resolve_policy(model, args, meta, peft_config)
+        self.random_weights = isinstance(model, PreTrainedConfig)
         if args.gradient_checkpointing:
             policy.gradient_checkpointing_enable()
         if args.torch_compile:
@@ -115,6 +116,7 @@ class PTRTrainer(Trainer):
                 check_cameras(policy.config.base_config, dataset.meta.features, args.observation_renames)
                 check_dataset(dataset, layout)
                 if name == "train":
+                    self.training_data = (_described(source, dataset, args.dataset_revision),)
                     policy.set_episodes(_episode_table(policy.config, dataset, args), args.seed)
                 opened[name] = (
                     InMemorySegments(dataset, layout, max_gigabytes=args.max_gigabytes, frames_cache=args.frames_cache)
@@ -140,14 +142,22 @@ class PTRTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.can_return_loss = True
         if not args.disable_tqdm:
-            self.remove_callback(ProgressCallback)
+            self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
             self.add_callback(PTRProgressCallback())
         policy.seed_draws(args.seed)
-
-    @property
-    def policy(self) -> PTRPolicy:
-        """The policy in training, without Accelerate's wrappers."""
-        return self.accelerator.unwrap_model(self.model)
+        environment = args.eval_env if eval_env is None else eval_env
+        if environment is not None:
+            self.add_callback(
+                EvaluationCallback(
+                    self,
+                    environment,
+                    steps=args.eval_env_steps,
+                    episodes=args.eval_env_episodes,
+                    batch_size=args.eval_env_batch_size,
+                    seed=args.eval_env_seed,
+                    must_succeed=args.eval_env_must_succeed,
+                )
+            )
 
     # ---- the algorithm ---------------------------------------------------------------------------------------------
 
@@ -254,10 +264,6 @@ class PTRTrainer(Trainer):
         self.postprocessor.save_pretrained(folder, config_filename="policy_postprocessor.json")
         arguments = {name: value for name, value in self.args.to_dict().items() if not name.endswith("_token")}
         (folder / TRAINING_ARGS_NAME).write_text(json.dumps(arguments, indent=2, default=str) + "\n")
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
-        """Not yet: transformers would publish a card about another kind of model and pickled arguments."""
-        raise ValueError(_NO_PUSH.format(folder=self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Restore policy, scorer, belief, moving average, queue and controller, strictly."""
@@ -380,6 +386,14 @@ def _episode_table(config: PTRConfig, dataset: LeRobotDataset, args: PTRTraining
     return EpisodeTable.from_metadata(dataset.meta, config.standardize_by, corrupted)
 
 
+def _described(source: DatasetSource, dataset: LeRobotDataset, revision: str | None) -> TrainingData:
+    """A dataset as the card names it."""
+    name = source.repo_id if isinstance(source, LeRobotDataset) else source
+    meta = dataset.meta
+    episodes = len(dataset.episodes) if dataset.episodes else meta.total_episodes
+    return TrainingData(source=name, revision=revision, episodes=episodes, frames=len(dataset))
+
+
 def _fit_to_robot(config: PTRConfig, features: dict[str, Any]) -> None:
     """Give a pretrained policy this robot's action and state sizes, as LeRobot does; its cameras stay its own.
 
@@ -428,8 +442,7 @@ def _processors(
     if policy.config.pretrained_path is not None:
         return make_pre_post_processors(
             policy.config.base_config,
-            pretrained_path=str(policy.config.pretrained_path),
-            pretrained_revision=policy.config.pretrained_revision,
+            pretrained_path=str(resolve_processors(policy.config.pretrained_path, policy.config.pretrained_revision)),
             preprocessor_overrides={
                 "device_processor": {"device": policy.config.device},
                 "rename_observations_processor": rename,

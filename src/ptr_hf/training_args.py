@@ -67,10 +67,30 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
     peft_target_modules: str | None = field(
         default=None, metadata={"help": "Regular expression of the modules to adapt. Default: the policy's own."}
     )
+    eval_env: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "LeRobot environment to evaluate the policy in while it trains: its type, e.g. ptr_metaworld, or JSON with "
+            "type and fields. Success goes to the log, ptr_evaluation.json and the card."
+        },
+    )
+    eval_env_steps: int = field(
+        default=0, metadata={"help": "Steps between two evaluations in eval_env; 0 evaluates at the end alone."}
+    )
+    eval_env_episodes: int = field(default=10, metadata={"help": "Episodes per task in eval_env."})
+    eval_env_batch_size: int = field(default=10, metadata={"help": "Environments that run at once."})
+    eval_env_seed: int = field(default=1000, metadata={"help": "Seed of the first episode's start; then counting on."})
+    eval_env_must_succeed: bool = field(
+        default=False,
+        metadata={"help": "Stop training where the simulator fails, instead of reporting it and going on."},
+    )
+    license: str | None = field(
+        default=None, metadata={"help": "License of the published policy, as the Hub names it, e.g. apache-2.0."}
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of the policy on the Hub."})
 
     # transformers parses JSON given on the command line for the fields listed here
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "rename_map"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "rename_map", "eval_env"]  # noqa: RUF012
 
     def __post_init__(self) -> None:
         self.apply_preset()

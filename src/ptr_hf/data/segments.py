@@ -169,7 +169,7 @@ def segment_rows(batch: dict[str, Any], layout: SegmentLayout) -> dict[str, Any]
     Raises:
         ValueError: when the batch was not read with this layout.
     """
-    if ACTION not in batch or is_rows(batch):
+    if batch.get(ACTION) is None or is_rows(batch):
         return batch
     _check_segments(batch, layout)
     action = batch[ACTION]

@@ -1,0 +1,151 @@
+"""The facts of a run that its cards are written from; whoever fills them leaves out what it does not know."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ptr_hf.card_text import is_repo_id, named_source
+from ptr_hf.hyperparameters import PTRHyperparameters
+from ptr_hf.report import Dynamics, WeightShare
+
+OWN_POLICY_TYPES = ("smolvla_state",)
+"""Policy types that only ptr_hf brings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BasePolicy:
+    """The policy that was post-trained: LeRobot's type and the source of its weights, a Hub id or a folder.
+
+    Without a source it started from `random_weights`, or was given in memory and nobody knows.
+    """
+
+    policy_type: str
+    source: str | Path | None = None
+    revision: str | None = None
+    random_weights: bool = False
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-]+", self.policy_type, re.ASCII):
+            raise ValueError(f"policy_type={self.policy_type!r} is no LeRobot policy type: give one such as 'smolvla'.")
+        if self.random_weights and self.source is not None:
+            raise ValueError(
+                f"A base policy from {named_source(self.source).name} has no random weights: drop one of the two."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """A dataset (Hub id or folder) and how much of it was trained on."""
+
+    source: str | Path
+    revision: str | None = None
+    episodes: int | None = None
+    frames: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """Settings of the optimisation worth saying. `batch_size`: segments per optimiser step, over all processes."""
+
+    steps: int | None = None
+    batch_size: int | None = None
+    processes: int | None = None
+    learning_rate: float | None = None
+    lr_scheduler: str | None = None
+    weight_decay: float | None = None
+    precision: str | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Measured success, a fraction of the episodes, with its standard error if known.
+
+    `step` is the training step of the policy that was evaluated; None means the policy of the card.
+
+    Raises:
+        ValueError: the success is no fraction, or there were no episodes.
+    """
+
+    environment: str
+    task: str
+    episodes: int
+    success: float
+    standard_error: float | None = None
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.success <= 1.0 or self.episodes < 1:
+            raise ValueError(
+                f"An evaluation is a success in [0, 1] over 1 or more episodes, got success={self.success} and "
+                f"episodes={self.episodes}: give the fraction of solved episodes."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What a policy's card is written from.
+
+    Args:
+        config: the run's hyperparameters; a `PTRConfig` is one.
+        base: the policy that was post-trained.
+        chunk_size: L, where `config` leaves it to the base policy.
+        peft: whether the repo holds a PEFT adapter without the base policy's weights.
+        dynamics: of the run, or the path of its `ptr_dynamics.parquet`, which may be missing.
+        task_shares, source_shares: as `ptr_hf.report.weight_shares` gives them.
+        effective_sample_size: a fraction of the chunks, over the whole training data at the end.
+        versions: of the libraries, by name (`library_versions`).
+        license: the Hub's identifier of the policy's license, e.g. apache-2.0.
+        repo_id: where the policy is published, if known.
+
+    Raises:
+        ValueError: `repo_id` could not be the name of a repo.
+    """
+
+    config: PTRHyperparameters
+    base: BasePolicy
+    chunk_size: int | None = None
+    peft: bool = False
+    data: Sequence[TrainingData] = ()
+    training: TrainingRun = field(default_factory=TrainingRun)
+    dynamics: Dynamics | str | Path | None = None
+    task_shares: Sequence[WeightShare] = ()
+    source_shares: Sequence[WeightShare] = ()
+    effective_sample_size: float | None = None
+    evaluations: Sequence[Evaluation] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    license: str | None = None
+    repo_id: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.repo_id is not None and not is_repo_id(self.repo_id):
+            raise ValueError(f"repo_id={self.repo_id!r} is no name of a repo on the Hub: give it as user/name.")
+
+    @property
+    def needs_ptr_hf(self) -> bool:
+        """Whether plain LeRobot cannot load the policy: belief tokens, or a policy type of ptr_hf's own."""
+        return self.config.num_belief_tokens > 0 or self.base.policy_type in OWN_POLICY_TYPES
+
+    @property
+    def weighed(self) -> bool:
+        """Whether weights could leave 1; without them the loss is that of plain post-training."""
+        return self.config.scorer and self.config.alpha > 0.0
+
+    @property
+    def measured(self) -> list[Evaluation]:
+        """The evaluations of this very checkpoint."""
+        return [result for result in self.evaluations if result.step in (None, self.training.steps)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredDatasetFacts:
+    """What a scored dataset's card is written from; the shares as for `CardFacts`, `scorer` a Hub id or a folder."""
+
+    data: TrainingData
+    scorer: str | Path
+    scorer_revision: str | None = None
+    task_shares: Sequence[WeightShare] = ()
+    effective_sample_size: float | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    license: str | None = None
