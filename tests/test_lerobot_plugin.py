@@ -1,14 +1,15 @@
-"""LeRobot's own commands on checkpoints of `PTRTrainer`: `lerobot-eval`, `lerobot-train`, and its async inference server."""
+"""LeRobot's own code on checkpoints of `PTRTrainer`: rollouts, `lerobot-train`, and its async inference server.
+
+`lerobot-eval` as a command, from a hub, is in tests/hub/test_lerobot_eval.py.
+"""
 
 import os
 
 os.environ.setdefault("MUJOCO_GL", "egl")
 
 import io
-import json
 import logging
 import pickle
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent import futures
@@ -42,29 +43,6 @@ FRONT = "observation.images.front"
 SEEDS = (3, 4)
 register_third_party_plugins()  # as LeRobot's commands do before they read their arguments
 
-# LeRobot's evaluation as the console script runs it, where nobody can import ptr_hf; its Meta-World renders 500 large images
-# an episode, which the first ten steps spare.
-WITHOUT_PTR_HF = """
-import sys
-
-class Blocked:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("ptr_hf", "lerobot_policy_ptr"):
-            raise ImportError(f"{name} is not installed here")
-
-sys.meta_path.insert(0, Blocked())
-from lerobot.envs.metaworld import MetaworldEnv
-from lerobot.scripts.lerobot_eval import main
-
-built = MetaworldEnv.__init__
-def shorter(self, *args, **kwargs):
-    built(self, *args, **kwargs)
-    self._max_episode_steps = 10
-MetaworldEnv.__init__ = shorter
-main()
-assert not [name for name in sys.modules if name.startswith("ptr_hf")]
-"""
-
 
 def trained(folder: Path, root: Path, tokens: int, steps: int = 1) -> Path:
     """A checkpoint that `PTRTrainer` saved after a step or two."""
@@ -90,12 +68,6 @@ def trained(folder: Path, root: Path, tokens: int, steps: int = 1) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """M = 0, on the bundled demonstrations."""
-    return trained(tmp_path_factory.mktemp("checkpoints") / "plain", bundled_demonstrations("heldout"), tokens=0)
-
-
-@pytest.fixture(scope="module")
 def with_belief(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """M = 2, on the bundled demonstrations."""
     return trained(tmp_path_factory.mktemp("checkpoints") / "belief", bundled_demonstrations("heldout"), tokens=2)
@@ -111,55 +83,6 @@ def front_camera(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def of_robot(front_camera: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """M = 2, on `front_camera`."""
     return trained(tmp_path_factory.mktemp("checkpoints") / "robot", front_camera, tokens=2, steps=2)
-
-
-def run_process(command: list[str], folder: Path) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout + done.stderr
-
-
-def policy_type(folder: Path) -> str:
-    return json.loads((folder / "config.json").read_text())["type"]
-
-
-class TestLerobotEval:
-    def test_without_belief_nobody_needs_ptr_hf(self, plain: Path, tmp_path: Path) -> None:
-        """In LeRobot's own Meta-World environment, in an interpreter that cannot import this project."""
-        assert policy_type(plain) == "smolvla"
-        log = run_process(
-            [
-                *(sys.executable, "-c", WITHOUT_PTR_HF),
-                f"--policy.path={plain}",
-                "--policy.device=cpu",
-                *("--env.type=metaworld", "--env.task=reach-v3"),
-                *("--eval.n_episodes=1", "--eval.batch_size=1", "--output_dir=out"),
-            ],
-            tmp_path,
-        )
-        assert "Could not import third-party plugin: lerobot_policy_ptr" in log
-        found = json.loads((tmp_path / "out" / "eval_info.json").read_text())
-        assert found["overall"]["n_episodes"] == 1
-        assert len(found["per_task"][0]["metrics"]["successes"]) == 1
-
-    def test_with_belief_the_command_finds_the_plugin(self, with_belief: Path, tmp_path: Path) -> None:
-        assert policy_type(with_belief) == "ptr"
-        run_process(
-            [
-                str(BIN / "lerobot-eval"),
-                f"--policy.path={with_belief}",
-                "--policy.device=cpu",
-                "--env.type=ptr_metaworld",
-                "--env.task=reach-left,faucet-open-v3",
-                *("--env.track=pixels", "--env.episode_length=10"),
-                *("--eval.n_episodes=4", "--eval.batch_size=2", "--output_dir=out"),
-            ],
-            tmp_path,
-        )
-        found = json.loads((tmp_path / "out" / "eval_info.json").read_text())
-        assert [task["task_group"] for task in found["per_task"]] == ["reach-left", "faucet-open-v3"]
-        assert [len(task["metrics"]["successes"]) for task in found["per_task"]] == [4, 4]
 
 
 class Rollouts:
