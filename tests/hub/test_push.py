@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,16 +164,18 @@ class TestDuringTraining:
             assert {f"{resumable}/optimizer.pt", f"{resumable}/trainer_state.json"} <= commits[-1].files.keys()
         assert not list((tmp_path / "run").glob(".push_*")), "what was staged is gone"
 
-    @pytest.mark.parametrize("kind", [500, "cut", 403, 412, 429])
+    @pytest.mark.parametrize("kind", [500, "cut", 403, 409, 412, 429, "timeout"])
     def test_a_fault_costs_no_training(
         self,
         online: LoopbackHub,
         points: Path,
         tmp_path: Path,
         waits: list[float],
+        impatient: Callable[..., None],
         caplog: pytest.LogCaptureFixture,
         kind: int | str,
     ) -> None:
+        impatient(0.5, r"/commit/")
         settings = {"push_to_hub": True, "hub_always_push": True, "save_strategy": "steps", "save_steps": 2}
         trainer = trainer_for(points, tmp_path / "run", **settings)
         online.fail(r"/commit/", "POST", times=None, kind=kind)
