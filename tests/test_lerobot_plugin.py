@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("MUJOCO_GL", "egl")
 
 import io
+import json
 import logging
 import pickle
 import sys
@@ -83,6 +84,10 @@ def front_camera(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def of_robot(front_camera: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """M = 2, on `front_camera`."""
     return trained(tmp_path_factory.mktemp("checkpoints") / "robot", front_camera, tokens=2, steps=2)
+
+
+def policy_type(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text())["type"]
 
 
 class Rollouts:

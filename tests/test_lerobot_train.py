@@ -17,7 +17,7 @@ from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 from small_policies import tensors_equal
 
 from ptr_hf import PTRConfig, PTRPolicy
-from ptr_hf.hub import read_config
+from ptr_hf.artifact import read_config
 
 LEROBOT_TRAIN = Path(sys.executable).parent / "lerobot-train"
 BASE = {
