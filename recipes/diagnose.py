@@ -30,9 +30,9 @@ from ptr_hf.diagnosis import advise, collect, diagnose, frozen_policy
 from ptr_hf.hub import is_ptr_source
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
+from ptr_hf.policy_sources import resolve_policy
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
 from ptr_hf.report.diagnosis import DIAGNOSIS_FILE, show, write_diagnosis
-from ptr_hf.trainer import resolve_policy
 
 TINY_CHUNK = 8
 

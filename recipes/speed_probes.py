@@ -29,7 +29,7 @@ from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments
 from ptr_hf.data.datasets import dataset_metadata, open_dataset, video_backend
 from ptr_hf.data.segments import split_segment
 from ptr_hf.policies.tiny import tiny_act, tiny_smolvla, write_tiny_vlm
-from ptr_hf.trainer import preprocess
+from ptr_hf.processor_ptr import preprocess
 
 POLICIES = ("act", "smolvla", "smolvla_frozen", "smolvla_500m")
 MAX_GRAD_NORM = 10.0

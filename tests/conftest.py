@@ -16,7 +16,19 @@ os.environ.setdefault("MUJOCO_GL", "egl")
 from jaxtyping import install_import_hook
 
 # transformers' argument dataclasses change their own types after initialisation, so those modules stay unchecked
-CHECKED = ("method", "policies", "data", "report", "modeling_ptr", "pathway", "metrics", "scoring", "trainer", "hub")
+CHECKED = (
+    "method",
+    "policies",
+    "data",
+    "report",
+    "modeling_ptr",
+    "pathway",
+    "metrics",
+    "scoring",
+    "trainer",
+    "policy_sources",
+    "hub",
+)
 install_import_hook([f"ptr_hf.{name}" for name in CHECKED], "beartype.beartype")
 
 

@@ -19,7 +19,7 @@ from ptr_hf import PTRConfig, PTRPolicy
 from ptr_hf.data.datasets import open_dataset, video_backend
 from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.policies.tiny import tiny_act, tiny_smolvla, write_tiny_vlm
-from ptr_hf.trainer import preprocess
+from ptr_hf.processor_ptr import preprocess
 
 CHUNK = 4
 FAMILIES = ("act", "smolvla")

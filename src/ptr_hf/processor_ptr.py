@@ -8,8 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import EnvTransition, PolicyProcessorPipeline, RenameObservationsProcessorStep
+from torch import Tensor
 
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.segments import SegmentLayout, segment_rows
@@ -35,6 +37,16 @@ def make_ptr_pre_post_processors(
     preprocessor, postprocessor = _base_processors(config, dataset_stats, dataset_meta, rename_map)
     preprocessor.to_transition = partial(_of_rows, preprocessor.to_transition, layout=config.layout)
     return preprocessor, postprocessor
+
+
+def preprocess(batch: dict[str, Any], preprocessor: PolicyProcessorPipeline, layout: SegmentLayout) -> dict[str, Any]:
+    """Scale 8-bit frames to [0, 1] on the batch's device, lay segments out as rows, and run a LeRobot preprocessor."""
+    scaled = {key: value.to(torch.float32) / 255.0 if _is_8_bit_frame(value) else value for key, value in batch.items()}
+    return preprocessor(segment_rows(scaled, layout))
+
+
+def _is_8_bit_frame(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.uint8 and value.ndim >= 4
 
 
 def _of_rows(

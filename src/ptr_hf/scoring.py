@@ -19,9 +19,9 @@ from ptr_hf.data.in_memory import InMemorySegments, collate_segments
 from ptr_hf.data.segments import SegmentLayout, split_segment
 from ptr_hf.hub import resolve_processors
 from ptr_hf.modeling_ptr import PTRPolicy
+from ptr_hf.processor_ptr import preprocess
 from ptr_hf.report import ChunkScores
 from ptr_hf.scores import EpisodeTable, ScoreWeigher, SlotMemory
-from ptr_hf.trainer import preprocess
 
 
 def score_dataset(

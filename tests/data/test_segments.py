@@ -28,7 +28,7 @@ from torch.utils.data import default_collate
 
 from ptr_hf.data.datasets import episode_spans, open_dataset
 from ptr_hf.data.segments import Segment, SegmentLayout, segment_rows, split_segment
-from ptr_hf.trainer import preprocess
+from ptr_hf.processor_ptr import preprocess
 
 CAMERA, STATE = "observation.image", "observation.state"
 LENGTHS = (30, 24, 40, 18)

@@ -20,8 +20,7 @@ from torch.utils.data import default_collate
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments
 from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.segments import SegmentLayout, segment_rows
-from ptr_hf.processor_ptr import make_ptr_pre_post_processors
-from ptr_hf.trainer import preprocess
+from ptr_hf.processor_ptr import make_ptr_pre_post_processors, preprocess
 
 LENGTH, ANCHORS = 3, (0, 30, 41)
 SMALL = {"scorer_warmup_steps": 0, "queue_size": 0, "queue_negatives": 0, "device": "cpu"}

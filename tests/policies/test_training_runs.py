@@ -17,8 +17,8 @@ from torch.utils.data import default_collate
 
 from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments
 from ptr_hf.data.datasets import open_dataset
+from ptr_hf.processor_ptr import preprocess
 from ptr_hf.report import read_dynamics
-from ptr_hf.trainer import preprocess
 
 STEPS, WINDOW = 30, 5
 EPISODES = [24] * 24

@@ -18,7 +18,7 @@ from ptr_hf.data.datasets import check_cameras, check_dataset, episode_spans, op
 from ptr_hf.data.in_memory import collate_segments
 from ptr_hf.method.evidence import Evidence, Weigher, Weighing
 from ptr_hf.modeling_ptr import PTRPolicy
-from ptr_hf.trainer import preprocess
+from ptr_hf.processor_ptr import preprocess
 
 
 class Recorder(Weigher):

@@ -1,6 +1,7 @@
 """What policies on a Qwen3-VL backbone share: the vision tower, its features, and belief tokens before the prompt."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from ptr_hf.policies.hooks import AdapterBase, captured_output, edited_call, fro
 from ptr_hf.policies.protocol import BeliefMask, belief_token_mask, check_layer
 
 
-class Qwen3VLAdapter(AdapterBase):
+class Qwen3VLAdapter(AdapterBase, ABC):
     """The Qwen3-VL half of an adapter (transformers 5.5).
 
     Belief tokens are prepended to what the language model reads, image and text embeddings alike, at the positions
@@ -23,9 +24,9 @@ class Qwen3VLAdapter(AdapterBase):
     """
 
     @property
+    @abstractmethod
     def _qwen(self) -> Any:
         """The `Qwen3VLModel`: vision tower and language model."""
-        raise NotImplementedError
 
     @property
     def context_dim(self) -> int:
@@ -33,9 +34,9 @@ class Qwen3VLAdapter(AdapterBase):
         return int(self._qwen.language_model.config.hidden_size)
 
     @property
+    @abstractmethod
     def _head_blocks(self) -> Iterable[nn.Module]:
         """The action head's transformer blocks."""
-        raise NotImplementedError
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the blocks of vision tower and language model in the backward pass."""

@@ -1,0 +1,136 @@
+"""Which policy and which processors the arguments of `PTRTrainer` stand for."""
+
+from pathlib import Path
+from typing import Any
+
+from lerobot.configs import FeatureType, PreTrainedConfig
+from lerobot.policies.factory import make_policy, make_pre_post_processors
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.feature_utils import dataset_to_policy_features
+from peft import PeftConfig
+from torch import nn
+
+from ptr_hf.configuration_ptr import PTRConfig, chunk_settings
+from ptr_hf.hub import is_ptr_source, resolve_processors
+from ptr_hf.hyperparameters import PTRHyperparameters
+from ptr_hf.modeling_ptr import PTRPolicy, build_base
+from ptr_hf.peft_policies import wrap_with_peft
+from ptr_hf.policies.hooks import unwrap
+from ptr_hf.processor_ptr import make_ptr_pre_post_processors
+from ptr_hf.training_args import PTRTrainingArguments
+
+type ModelSource = str | Path | PreTrainedConfig | nn.Module
+
+
+def resolve_policy(
+    model: ModelSource, args: PTRTrainingArguments, meta: Any = None, peft_config: PeftConfig | None = None
+) -> PTRPolicy:
+    """The `PTRPolicy` that a model argument of `PTRTrainer` stands for, on the arguments' device.
+
+    Args:
+        model: see `PTRTrainer`.
+        args: source of hyperparameters, device and revision.
+        meta: metadata of the dataset; gives a policy that starts from a configuration its features.
+        peft_config: of an adapter to train in place of the policy's weights.
+
+    Raises:
+        ValueError: the model is none of these, its type is not supported, or it cannot take an adapter.
+    """
+    device = args.device.type
+    adapted = args.use_peft or peft_config is not None
+    if isinstance(model, str | Path) and is_ptr_source(model, args.model_revision):
+        model = PTRPolicy.from_pretrained(model, revision=args.model_revision)
+    if isinstance(model, PTRPolicy):
+        if adapted:
+            raise ValueError(
+                "A PTRPolicy is built around its base: give the base policy with peft_config, or wrap the base by PEFT before "
+                "PTRPolicy(config, base_policy=...)."
+            )
+        _check_hyperparameters(args, model.config)
+        model.config.device = device
+        return model.to(args.device)
+    hyperparameters = args.hyperparameters()
+    if isinstance(model, nn.Module):
+        base = unwrap(model)
+        if not isinstance(base, PreTrainedPolicy):
+            raise ValueError(
+                f"{type(model).__name__} is no LeRobot policy: give a LeRobot policy, a PTRPolicy, a Hub id or a folder."
+            )
+        base.config.device = device
+        if adapted:
+            model = wrap_with_peft(model, peft_config, args.peft_overrides)
+        return PTRPolicy(PTRConfig(device=device, **hyperparameters), base_policy=model.to(args.device))
+    if isinstance(model, PTRConfig):
+        raise ValueError("Give the base policy's configuration with the hyperparameters in args, or PTRPolicy(config).")
+    if isinstance(model, PreTrainedConfig):
+        if adapted:
+            raise ValueError(
+                "An adapter needs trained weights under it: give a policy's Hub id or folder with peft_config."
+            )
+        return _fresh_policy(model, device, hyperparameters, meta)
+    config = PTRConfig(device=device, base_path=str(model), base_revision=args.model_revision, **hyperparameters)
+    if meta is not None:
+        _fit_to_robot(config, meta.features)
+    if not adapted:
+        return PTRPolicy(config)
+    trained = build_base(config)
+    trained.config.pretrained_path = Path(model)
+    return PTRPolicy(config, base_policy=wrap_with_peft(trained, peft_config, args.peft_overrides).to(args.device))
+
+
+def _fit_to_robot(config: PTRConfig, features: dict[str, Any]) -> None:
+    """Give a pretrained policy this robot's action and state sizes, as LeRobot does; its cameras stay its own.
+
+    A released VLA was saved with another robot's sizes and pads every robot's to the same width.
+    """
+    robot = dataset_to_policy_features(features)
+    declared = config.base_config.input_features or {}
+    config.output_features = {key: feature for key, feature in robot.items() if feature.type is FeatureType.ACTION}
+    config.input_features = {
+        key: robot[key] if feature.type is FeatureType.STATE and key in robot else feature
+        for key, feature in declared.items()
+    }
+
+
+def _check_hyperparameters(args: PTRTrainingArguments, config: PTRConfig) -> None:
+    """Refuse hyperparameters that a finished `PTRPolicy` would silently overrule."""
+    defaults = PTRHyperparameters()
+    defaults.apply_preset()
+    own = config.hyperparameters()
+    for name, value in args.hyperparameters().items():
+        if value not in (vars(defaults)[name], own[name]):
+            raise ValueError(
+                f"{name}={value} was given, but the PTRPolicy brings {name}={own[name]}, which was fixed when it was built: "
+                f"leave {name} out, or start from a LeRobot policy."
+            )
+
+
+def _fresh_policy(config: PreTrainedConfig, device: str, hyperparameters: dict[str, Any], meta: Any) -> PTRPolicy:
+    if meta is None:
+        raise ValueError("A policy configuration needs a dataset to take its features from: give train_dataset too.")
+    config.device = device
+    if hyperparameters["chunk_size"] is not None:
+        vars(config).update(
+            chunk_settings(type(config), hyperparameters["chunk_size"], {"n_obs_steps": config.n_obs_steps})
+        )
+    return PTRPolicy(PTRConfig(device=device, **hyperparameters), base_policy=make_policy(config, ds_meta=meta))
+
+
+def policy_processors(
+    policy: PTRPolicy, meta: Any, args: PTRTrainingArguments
+) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
+    """The policy's own processors: a PTR checkpoint's as saved, otherwise with the dataset's statistics."""
+    rename = {"rename_map": args.observation_renames}
+    if policy.config.pretrained_path is not None:
+        return make_pre_post_processors(
+            policy.config.base_config,
+            pretrained_path=str(resolve_processors(policy.config.pretrained_path, policy.config.pretrained_revision)),
+            preprocessor_overrides={
+                "device_processor": {"device": policy.config.device},
+                "rename_observations_processor": rename,
+            },
+        )
+    return make_ptr_pre_post_processors(
+        policy.config, None if meta is None else meta.stats, meta, rename_map=args.observation_renames
+    )
