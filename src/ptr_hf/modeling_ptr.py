@@ -58,8 +58,8 @@ class TracedChunks(NamedTuple):
     context: Float[Tensor, "rows context_dim"]
     action: Float[Tensor, "rows action_dim"]
     stretches: Float[Tensor, "rows stretches action_dim"]
-    entropy: Float[Tensor, ""]
-    diversity: Float[Tensor, ""]
+    entropy: Float[Tensor, " rows"]
+    diversity: Float[Tensor, " rows"]
 
 
 class PTRPolicy(PreTrainedPolicy):
@@ -287,6 +287,7 @@ class PTRPolicy(PreTrainedPolicy):
                 chunk_valid=segment.chunk_valid,
                 entropy=traced.entropy,
                 diversity=traced.diversity,
+                segment_length=segment.length,
                 weighed_by=details,
             )
         )
@@ -309,7 +310,7 @@ class PTRPolicy(PreTrainedPolicy):
         """One base forward per chunk under the carried belief (4.1), or one for the whole segment without belief."""
         if self.belief is None:
             trace = self.adapter.trace(segment.chunks, views=views)
-            zero = trace.loss.new_zeros(())
+            zero = torch.zeros_like(trace.loss.detach())
             return TracedChunks(*_summaries(trace), entropy=zero, diversity=zero)
         memory, tokenizer = self.belief.memory, self.belief.tokenizer
         tokens = memory.start(segment.batch_size)
@@ -321,12 +322,10 @@ class PTRPolicy(PreTrainedPolicy):
             update = tokenizer(trace.action_hidden, trace.action_tokens, trace.action_mask)
             tokens = memory.carry(update.tokens)
             summaries.append(_summaries(trace))
-            entropies.append(update.entropy)
-            diversities.append(update.diversity)
+            entropies.append(update.row_entropy)
+            diversities.append(update.row_diversity)
         loss, context, action, stretches = (torch.cat(parts) for parts in zip(*summaries, strict=True))
-        return TracedChunks(
-            loss, context, action, stretches, torch.stack(entropies).mean(), torch.stack(diversities).mean()
-        )
+        return TracedChunks(loss, context, action, stretches, torch.cat(entropies), torch.cat(diversities))
 
     @torch.no_grad()
     def _targets(

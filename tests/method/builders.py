@@ -45,8 +45,8 @@ def make_chunks(rows: int = 6, seed: int = 0, context_dim: int = 10, action_dim:
         "action": torch.randn(rows, action_dim, generator=source).requires_grad_(),
         "samples": make_samples(rows, seed=seed),
         "chunk_valid": torch.ones(rows, dtype=torch.bool),
-        "entropy": torch.tensor(0.3),
-        "diversity": torch.tensor(1.7),
+        "entropy": torch.full((rows,), 0.3),
+        "diversity": torch.full((rows,), 1.7),
     }
     return ChunkBatch(**(values | columns))
 

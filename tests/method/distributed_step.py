@@ -13,14 +13,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ptr_hf.method import (
     ChunkBatch,
+    GlobalRows,
     Samples,
-    gather_across_ranks,
+    gather_samples,
     global_self_normalized_loss,
-    rank_offset,
     self_normalized_loss,
 )
 
-ROWS, STEPS = 8, 3
+CHUNKS, SEGMENTS, STEPS = 2, 4, 3
+ROWS = CHUNKS * SEGMENTS
+TERMS = ("action", "identification", "ranking", "tokenizer", "loss")
 
 
 class Policy(nn.Module):
@@ -28,9 +30,10 @@ class Policy(nn.Module):
 
     def __init__(self, term: str) -> None:
         super().__init__()
-        # more draws than entries, so that no draw depends on the rank
-        self.objective = make_objective(queue_negatives=64, capacity=64)
+        self.objective = make_objective(queue_negatives=4, capacity=16)
+        self.objective.controller.hard_negative_ratio.fill_(0.5)
         self.context, self.action, self.loss = nn.Linear(6, 10), nn.Linear(6, 5), nn.Linear(6, 1)
+        self.entropy = nn.Linear(6, 1)
         self.term = term
 
     def forward(self, x: Tensor, samples: Samples, chunk_valid: Tensor) -> Tensor:
@@ -41,8 +44,9 @@ class Policy(nn.Module):
                 action=self.action(x),
                 samples=samples,
                 chunk_valid=chunk_valid,
-                entropy=torch.zeros(()),
-                diversity=torch.zeros(()),
+                entropy=self.entropy(x).square().squeeze(1),
+                diversity=torch.zeros(len(x)),
+                segment_length=CHUNKS,
             )
         )
         # every parameter takes part, so that data-parallel training has nothing unused to wait for
@@ -61,13 +65,14 @@ def union_batch(step: int) -> tuple[Tensor, Samples, Tensor]:
 def run(folder: Path) -> None:
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if dist.is_initialized() else 0
-    rows = slice(rank * ROWS // ranks, (rank + 1) * ROWS // ranks)
+    numbering = GlobalRows(CHUNKS, SEGMENTS // ranks, rank, ranks)
+    rows = numbering.own()
     results: dict[str, Tensor] = {}
 
     def part(values: Samples) -> Samples:
         return Samples(**{name: value[rows] for name, value in vars(values).items()})
 
-    for term in ("action", "identification"):
+    for term in TERMS:
         policy = Policy(term)
         model: Any = DistributedDataParallel(policy) if ranks > 1 else policy
         for step in range(STEPS):
@@ -86,12 +91,12 @@ def run(folder: Path) -> None:
         for name, value in policy.objective.state_dict().items():
             results[f"{term}.state.{name}"] = value
 
-    gathered = gather_across_ranks(part(make_samples(ROWS, seed=7, valid=torch.arange(ROWS) % 3 > 0)))
+    gathered = gather_samples(part(make_samples(ROWS, seed=7, valid=torch.arange(ROWS) % 3 > 0)), numbering)
     for name, value in vars(gathered).items():
         results[f"gathered.{name}"] = value
-    results["offset"] = torch.tensor(rank_offset(ROWS // ranks))
+    results["own"] = rows
     # without the exchange, each rank's weights would sum to one on their own
-    loss, weight = torch.arange(8.0)[rows], torch.tensor([4.0, 4, 4, 4, 0.25, 0.25, 0.25, 0.25])[rows]
+    loss, weight = torch.arange(8.0)[rows], torch.tensor([4.0, 4, 0.25, 0.25, 4, 4, 0.25, 0.25])[rows]
     results["global"] = global_self_normalized_loss(loss, weight) / ranks
     results["local"] = self_normalized_loss(loss, weight) / ranks
 

@@ -11,11 +11,11 @@ from torch import nn
 
 from ptr_hf.method import (
     CandidateQueue,
+    GlobalRows,
     Samples,
     build_candidates,
-    gather_across_ranks,
+    gather_samples,
     identification_logits,
-    rank_offset,
 )
 
 COLUMNS = ("task", "source", "episode", "frame", "state")
@@ -140,7 +140,7 @@ def test_candidates_are_the_match_the_others_and_the_draws(seed, rows, entries, 
 
     samples, queue = crowded(rows), CandidateQueue(capacity, 8, 3)
     push(queue, crowded(entries))
-    candidates = build_candidates(samples, samples, 0, queue, drawn, torch.tensor(ratio), key, source)
+    candidates = build_candidates(samples, samples, None, queue, drawn, torch.tensor(ratio), key, seed)
     required, allowed = as_sets(samples, samples, queue)
     for i in range(rows):
         columns = candidates.index[i][candidates.mask[i]].tolist()
@@ -161,7 +161,7 @@ def test_a_target_is_never_its_own_negative_in_batch_or_queue():
     samples = make_samples(3, **twins)
     queue = CandidateQueue(8, 8, 3)
     push(queue, samples)
-    candidates = build_candidates(samples, samples, 0, queue, 8)
+    candidates = build_candidates(samples, samples, None, queue, 8)
     assert candidates.count.tolist() == [3, 3, 5]
     assert candidates.index[0][candidates.mask[0]].tolist() == [0, 2, 5]
 
@@ -169,43 +169,62 @@ def test_a_target_is_never_its_own_negative_in_batch_or_queue():
 @pytest.mark.parametrize("column", ["episode", "frame"])
 def test_equal_unknowns_are_not_one_identity(column):
     samples = make_samples(3, **({"frame": torch.zeros(3, dtype=torch.int64)} | {column: torch.full((3,), -1)}))
-    assert build_candidates(samples, samples, 0, None).count.tolist() == [3, 3, 3]
+    assert build_candidates(samples, samples, None, None).count.tolist() == [3, 3, 3]
 
 
 def test_a_sample_without_target_competes_nowhere():
     samples = make_samples(4, valid=torch.tensor([True, False, True, True]))
-    candidates = build_candidates(samples, samples, 0, None)
+    candidates = build_candidates(samples, samples, None, None)
     assert candidates.count.tolist() == [3, 0, 3, 3]
     assert not (candidates.mask & (candidates.index == 1)).any()
 
 
 def test_alone_without_queue_there_is_only_the_match():
     samples = make_samples(1)
-    candidates = build_candidates(samples, samples, 0, None)
+    candidates = build_candidates(samples, samples, None, None)
     assert candidates.index.tolist() == [[0]]
     assert candidates.mask.all()
 
 
 def test_local_rows_among_gathered_ones():
-    gathered = make_samples(6)
-    local = Samples(**{name: value[4:] for name, value in vars(gathered).items()})
-    candidates = build_candidates(local, gathered, 4, None)
-    assert candidates.index[:, 0].tolist() == [4, 5]
+    everyone, rows = make_samples(6), GlobalRows(2, 1, rank=1, ranks=3)
+    own = rows.own()
+    local = Samples(**{name: value[own] for name, value in vars(everyone).items()})
+    candidates = build_candidates(local, everyone, rows, None)
+    assert candidates.index[:, 0].tolist() == [1, 4]
     assert [sorted(row) for row in candidates.index.tolist()] == [list(range(6))] * 2
     assert torch.equal(candidates.targets[:, 0], local.targets)
 
 
+@pytest.mark.parametrize("ranks", [2, 4, 64])
+def test_a_row_has_the_same_candidates_on_whichever_rank_it_is(ranks):
+    chunks, segments = 3, 64
+    everyone = make_samples(chunks * segments, valid=torch.arange(chunks * segments) % 5 > 0)
+    queue = filled_queue(100, 128)
+    options = {"num_queue_negatives": 16, "hard_negative_ratio": 0.5, "seed": 3}
+    alone = build_candidates(everyone, everyone, GlobalRows(chunks, segments), queue, **options)
+    seen = []
+    for rank in range(ranks):
+        rows = GlobalRows(chunks, segments // ranks, rank, ranks)
+        own = rows.own()
+        local = Samples(**{name: value[own] for name, value in vars(everyone).items()})
+        candidates = build_candidates(local, everyone, rows, queue, **options)
+        assert torch.equal(candidates.index, alone.index[own])
+        assert torch.equal(candidates.mask, alone.mask[own])
+        seen += own.tolist()
+    assert sorted(seen) == list(range(chunks * segments))
+
+
 def test_one_process_gathers_itself():
     samples = make_samples(3)
-    for name, value in vars(gather_across_ranks(samples)).items():
+    for name, value in vars(gather_samples(samples, GlobalRows(1, 3))).items():
         assert torch.equal(value, getattr(samples, name))
-    assert rank_offset(3) == 0
 
 
 def test_uniform_draws_are_uniform():
     queue = filled_queue(20, 32)
-    samples, source = make_samples(1000), seeded(0)
-    candidates = build_candidates(samples, samples, 0, queue, 5, generator=source)
+    samples = make_samples(1000)
+    candidates = build_candidates(samples, samples, None, queue, 5)
     slots = (candidates.index[:, 1000:] - 1000)[candidates.mask[:, 1000:]]
     counts = torch.bincount(slots, minlength=32)
     assert (counts[20:] == 0).all()
@@ -219,7 +238,7 @@ def test_the_hard_share_comes_from_the_own_task(ratio, expected):
     task[:10] = 7
     queue = filled_queue(200, 256, task=task)
     samples = make_samples(50, task=torch.full((50,), 7))
-    candidates = build_candidates(samples, samples, 0, queue, 8, torch.tensor(ratio), "task", seeded(1))
+    candidates = build_candidates(samples, samples, None, queue, 8, torch.tensor(ratio), "task", 1)
     similar = ((candidates.index[:, 50:] - 50) < 10).sum(dim=1).double()
     if expected is None:
         assert similar.mean() < 1.0
@@ -232,7 +251,7 @@ def test_the_hard_share_comes_from_the_own_task(ratio, expected):
 def test_the_rest_beside_the_hard_share_is_uniform_over_all_that_is_left():
     task = (torch.arange(200) < 100).long()
     queue, samples = filled_queue(200, 256, task=task), make_samples(400, task=torch.ones(400, dtype=torch.int64))
-    candidates = build_candidates(samples, samples, 0, queue, 8, 0.5, "task", seeded(6))
+    candidates = build_candidates(samples, samples, None, queue, 8, 0.5, "task", 6)
     similar = ((candidates.index[:, 400:] - 400) < 100).sum(dim=1).double()
     # 4 hard ones, and 4 draws from 96 similar and 100 other entries; standard error 0.05
     assert similar.mean().item() == pytest.approx(4 + 4 * 96 / 196, abs=0.25)
@@ -242,7 +261,7 @@ def test_uniform_draws_fill_up_where_similar_entries_are_too_few():
     task = torch.zeros(100, dtype=torch.int64)
     task[:2] = 7
     queue, samples = filled_queue(100, 128, task=task), make_samples(20, task=torch.full((20,), 7))
-    candidates = build_candidates(samples, samples, 0, queue, 16, 1.0, "task", seeded(2))
+    candidates = build_candidates(samples, samples, None, queue, 16, 1.0, "task", 2)
     drawn = candidates.index[:, 20:] - 20
     assert candidates.mask[:, 20:].all()
     assert ((drawn < 2).sum(dim=1) == 2).all()
@@ -254,8 +273,8 @@ def test_an_unknown_task_is_similar_to_nothing():
     task[:50] = 3
     queue = filled_queue(100, 128, task=task)
     samples = make_samples(40, task=unknown[:40])
-    hard = build_candidates(samples, samples, 0, queue, 8, 1.0, "task", seeded(3)).index
-    uniform = build_candidates(samples, samples, 0, queue, 8, 0.0, "task", seeded(3)).index
+    hard = build_candidates(samples, samples, None, queue, 8, 1.0, "task", 3).index
+    uniform = build_candidates(samples, samples, None, queue, 8, 0.0, "task", 3).index
     assert torch.equal(hard, uniform)
 
 
@@ -263,9 +282,9 @@ def test_hard_negatives_by_state_are_the_nearest():
     state = torch.arange(100.0)[:, None].expand(100, 3)
     queue = filled_queue(100, 128, state=state)
     samples = make_samples(1, state=torch.full((1, 3), 60.2))
-    candidates = build_candidates(samples, samples, 0, queue, 5, 1.0, "state", seeded(4))
+    candidates = build_candidates(samples, samples, None, queue, 5, 1.0, "state", 4)
     assert sorted((candidates.index[0, 1:] - 1).tolist()) == [58, 59, 60, 61, 62]
-    either = build_candidates(samples, samples, 0, queue, 5, 1.0, "task_or_state", seeded(4))
+    either = build_candidates(samples, samples, None, queue, 5, 1.0, "task_or_state", 4)
     same_task = (queue.task[either.index[0, 1:] - 1] == samples.task[0]).tolist()
     near = [slot in range(58, 63) for slot in (either.index[0, 1:] - 1).tolist()]
     assert all(a or b for a, b in zip(same_task, near, strict=True))
@@ -275,7 +294,7 @@ def test_an_unknown_state_is_near_to_nothing_and_spoils_nothing():
     queue = filled_queue(10, 16)
     queue.push(unit_rows(3, 8, 9))
     samples = make_samples(2, state=torch.tensor([[torch.nan] * 3, [0.0] * 3]))
-    candidates = build_candidates(samples, samples, 0, queue, 4, 1.0, "state", seeded(5))
+    candidates = build_candidates(samples, samples, None, queue, 4, 1.0, "state", 5)
     assert candidates.mask.all()
     assert ((candidates.index[1, 2:] - 2) < 10).all()
 
@@ -284,7 +303,7 @@ def test_an_unknown_state_is_near_to_nothing_and_spoils_nothing():
 @given(seed=st.integers(0, 10_000), temperature=st.floats(0.02, 1.0), clamp=st.sampled_from([5.0, 20.0]))
 def test_logits_equal_the_reference_on_the_materialised_candidates(seed, temperature, clamp):
     samples = make_samples(5, seed=seed, targets=3 * unit_rows(5, 8, seed, torch.float64))
-    candidates = build_candidates(samples, samples, 0, filled_queue(12, 16), 6, 0.5, generator=seeded(seed))
+    candidates = build_candidates(samples, samples, None, filled_queue(12, 16), 6, 0.5, seed=seed)
     query = torch.randn(5, 8, generator=seeded(seed), dtype=torch.float64, requires_grad=True)
     logits = candidates.logits(query, temperature, clamp)
     reference = identification_logits(query, candidates.targets, torch.tensor(temperature, dtype=torch.float64), clamp)
@@ -297,7 +316,7 @@ def test_logits_equal_the_reference_on_the_materialised_candidates(seed, tempera
 def test_no_gradient_reaches_targets_or_queue():
     targets = unit_rows(4, 8).requires_grad_()
     samples, queue = make_samples(4, targets=targets), filled_queue(8, 8)
-    candidates = build_candidates(samples, gather_across_ranks(samples), 0, queue, 4)
+    candidates = build_candidates(samples, gather_samples(samples, GlobalRows(1, len(samples.valid))), None, queue, 4)
     candidates.logits(torch.randn(4, 8, requires_grad=True), 0.1).sum().backward()
     assert targets.grad is None
 
@@ -306,7 +325,7 @@ def test_a_target_that_is_not_finite_spoils_only_its_own_row():
     targets = unit_rows(4, 8)
     targets[1, 3] = torch.nan
     samples = make_samples(4, targets=targets)
-    candidates = build_candidates(samples, samples, 0, filled_queue(8, 8), 4)
+    candidates = build_candidates(samples, samples, None, filled_queue(8, 8), 4)
     query = torch.randn(4, 8, requires_grad=True)
     logits = candidates.logits(query, 0.1)
     logits.masked_fill(~candidates.mask, 0.0).sum().backward()
@@ -317,7 +336,7 @@ def test_a_target_that_is_not_finite_spoils_only_its_own_row():
 
 def test_autocast_does_not_blur_the_logits():
     samples = make_samples(4)
-    candidates = build_candidates(samples, samples, 0, None)
+    candidates = build_candidates(samples, samples, None, None)
     query = torch.randn(4, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = candidates.logits(query, 0.03)
@@ -325,11 +344,11 @@ def test_autocast_does_not_blur_the_logits():
     assert candidates.logits(query.bfloat16(), 0.03).dtype == torch.float32
 
 
-def test_draws_repeat_with_the_generator_and_leave_the_global_stream_alone():
+def test_draws_repeat_with_the_seed_and_leave_the_global_stream_alone():
     samples, queue = make_samples(4), filled_queue(30, 32)
     before = torch.get_rng_state()
     first, again, other = (
-        build_candidates(samples, samples, 0, queue, 8, 0.5, generator=seeded(seed)).index for seed in (1, 1, 2)
+        build_candidates(samples, samples, None, queue, 8, 0.5, seed=seed).index for seed in (1, 1, 2)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -339,10 +358,10 @@ def test_draws_repeat_with_the_generator_and_leave_the_global_stream_alone():
 def test_refuses_unknown_keys_and_another_width():
     samples = make_samples(2, dim=8)
     with pytest.raises(ValueError, match="width 5, the batch's have 8"):
-        build_candidates(samples, samples, 0, CandidateQueue(4, 5, 3), 2)
+        build_candidates(samples, samples, None, CandidateQueue(4, 5, 3), 2)
     # while the tests run, the annotation refuses it first
     with pytest.raises((ValueError, TypeCheckError), match="colour"):
-        build_candidates(samples, samples, 0, None, hard_negative_key="colour")
+        build_candidates(samples, samples, None, None, hard_negative_key="colour")
 
 
 def test_nothing_waits_for_the_device_and_nothing_large_is_built():
@@ -353,7 +372,14 @@ def test_nothing_waits_for_the_device_and_nothing_large_is_built():
     with HostReads() as seen:
         for _ in range(2):
             push(queue, samples)
-            candidates = build_candidates(samples, gather_across_ranks(samples), 0, queue, drawn, torch.tensor(0.5))
+            candidates = build_candidates(
+                samples,
+                gather_samples(samples, GlobalRows(1, len(samples.valid))),
+                None,
+                queue,
+                drawn,
+                torch.tensor(0.5),
+            )
             candidates.logits(query, torch.tensor(0.1)).sum().backward()
         candidates_per_row = candidates.index.shape[1]
     with HostReads() as control:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import make_samples
-from distributed_step import STEPS, run
+from distributed_step import STEPS, TERMS, run
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -41,22 +41,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor]
     return load_file(folder / "1-0.safetensors"), [load_file(folder / f"2-{rank}.safetensors") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("term", ["action", "identification"])
+@pytest.mark.parametrize("term", TERMS)
 def test_gradients_and_losses_equal_those_of_the_union_batch(results, term):
     alone, ranks = results
     for step in range(STEPS):
         names = [name for name in alone if name.startswith(f"{term}.{step}.grad.")]
         assert names
-        for name in names:
-            for rank in ranks:
-                torch.testing.assert_close(rank[name], alone[name], rtol=1e-5, atol=1e-6)
+        gradient = torch.cat([alone[name].flatten() for name in names])
+        for rank in ranks:
+            difference = torch.cat([rank[name].flatten() for name in names]) - gradient
+            assert difference.norm() <= 1e-5 * gradient.norm()
         total = sum(rank[f"{term}.{step}.loss"] for rank in ranks)
         torch.testing.assert_close(total, alone[f"{term}.{step}.loss"], rtol=1e-5, atol=1e-6)
-        gradient = torch.cat([alone[name].flatten() for name in names])
-        assert gradient.norm() > 1e-3
+        assert gradient.norm() > (1e-4 if term == "tokenizer" else 1e-3)
 
 
-@pytest.mark.parametrize("term", ["action", "identification"])
+@pytest.mark.parametrize("term", TERMS)
 def test_queue_controller_and_step_are_the_same_on_every_rank_and_alone(results, term):
     alone, ranks = results
     names = [name for name in alone if name.startswith(f"{term}.state.")]
@@ -68,20 +68,21 @@ def test_queue_controller_and_step_are_the_same_on_every_rank_and_alone(results,
     assert alone[f"{term}.state.controller.updates"] == 1
 
 
-def test_gather_keeps_rank_order_types_and_values(results):
+def test_gather_puts_rows_in_their_global_places_with_types_and_values(results):
     _, ranks = results
     expected = make_samples(8, seed=7, valid=torch.arange(8) % 3 > 0)
     for rank in ranks:
         for name, value in vars(expected).items():
             assert torch.equal(rank[f"gathered.{name}"], value)
             assert rank[f"gathered.{name}"].dtype == value.dtype
-    assert [int(rank["offset"]) for rank in ranks] == [0, 4]
+    # two chunks of four segments, two segments a rank
+    assert [rank["own"].tolist() for rank in ranks] == [[0, 1, 4, 5], [2, 3, 6, 7]]
 
 
 def test_a_local_denominator_would_be_wrong(results):
     alone, ranks = results
     torch.testing.assert_close(sum(rank["global"] for rank in ranks), alone["global"])
-    assert (sum(rank["local"] for rank in ranks) - alone["global"]).abs() > 1.0
+    assert (sum(rank["local"] for rank in ranks) - alone["global"]).abs() > 0.5
 
 
 def test_evaluation_on_one_rank_does_not_wait_for_the_other(results):

@@ -32,13 +32,14 @@ def train_step(objective: PTRObjective, chunks: ChunkBatch) -> tuple[ObjectiveOu
 @given(seed=st.integers(0, 10_000), rows=st.integers(1, 8))
 def test_combine_is_equation_32(seed, rows):
     source = seeded(seed)
-    loss, weight, identification, ranking = torch.rand(4, rows, generator=source, dtype=torch.float64)
+    numbers = torch.rand(6, rows, generator=source, dtype=torch.float64)
+    loss, weight, identification, ranking, entropy, diversity = numbers
     chunk_valid, target_valid, ranking_valid = torch.rand(3, rows, generator=source) < 0.7
     weight = weight * chunk_valid
     filler = torch.zeros(rows)
     output = ObjectiveOutput(
         loss, weight, filler, identification, ranking, target_valid, ranking_valid, chunk_valid,
-        torch.tensor(0.4, dtype=torch.float64), torch.tensor(2.5, dtype=torch.float64),
+        entropy, diversity,
         filler.bool(), filler, filler.long(),
     )  # fmt: skip
     objective = make_objective(
@@ -51,7 +52,10 @@ def test_combine_is_equation_32(seed, rows):
 
     terms = objective.combine(output)
     action, identified = mean(loss, weight), mean(identification, target_valid.double())
-    ranked, tokenizer = mean(ranking, ranking_valid.double()), 2e-3 * 0.4 + 3e-3 * 2.5
+    ranked, tokenizer = (
+        mean(ranking, ranking_valid.double()),
+        (2e-3 * mean(entropy, chunk_valid.double()) + 3e-3 * mean(diversity, chunk_valid.double())),
+    )
     expected = [action, identified, ranked, tokenizer, action + 0.05 * 0.9 * identified + 0.25 * ranked + tokenizer]
     assert list(terms) == ["action", "identification", "ranking", "tokenizer", "loss"]
     assert [value.item() for value in terms.values()] == pytest.approx(expected, abs=1e-12)
@@ -64,7 +68,7 @@ def test_forward_is_the_paper_step_by_step():
     output = objective(chunks)
     query = objective.scorer(chunks.context, chunks.action)
     # more draws than entries: the whole queue competes, so the draw leaves nothing to chance
-    candidates = build_candidates(chunks.samples, chunks.samples, 0, objective.queue, 32)
+    candidates = build_candidates(chunks.samples, chunks.samples, None, objective.queue, 32)
     logits = identification_logits(query, candidates.targets, 0.12)
     assert output.candidates.tolist() == [13] * 6
     torch.testing.assert_close(output.score, ptr_score(logits, candidates.mask).detach())
@@ -205,7 +209,7 @@ def test_one_sample_that_is_not_finite_does_not_spread(where):
             assert output.target_valid.tolist() == [True, True, False, True, True, True]
             assert output.weight[2] == 1.0
     assert spoilt.queue.ordered()["targets"].isfinite().all()
-    assert len(spoilt.queue) == (10 if where == "targets" else 12)
+    assert len(spoilt.queue) == (12 if where in ("loss", "state") else 10)
     assert spoilt.controller.updates == 2
 
 
@@ -292,7 +296,7 @@ def test_metrics_are_what_they_are_called():
     output = ObjectiveOutput(
         loss=filler, weight=weight, score=torch.tensor([-5.0, 3.0, 4.0, 0.0, 0.0, 0.0]), identification=filler,
         ranking=filler, target_valid=torch.tensor([1, 1, 1, 1, 0, 0]).bool(), ranking_valid=filler.bool(),
-        chunk_valid=torch.tensor([1, 1, 1, 1, 1, 0]).bool(), entropy=torch.tensor(0.5), diversity=torch.tensor(1.5),
+        chunk_valid=torch.tensor([1, 1, 1, 1, 1, 0]).bool(), entropy=torch.full((6,), 0.5), diversity=torch.full((6,), 1.5),
         correct=torch.tensor([0, 1, 1, 0, 0, 0]).bool(), margin=torch.tensor([-1.0, 2.0, 5.0, 0.0, 0.0, 0.0]),
         candidates=torch.tensor([9, 9, 9, 1, 0, 0]),
     )  # fmt: skip

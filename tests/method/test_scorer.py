@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from ptr_hf.method import (
     TransitionScorer,
-    derangement,
     identification_logits,
     identification_loss,
     identification_metrics,
@@ -131,23 +130,12 @@ def test_ranking_loss_equals_equation_31(pairs):
 
 
 @property_test
-@given(seed=seeds, n=st.integers(1, 30))
-def test_a_derangement_permutes_and_leaves_nothing_in_place(seed, n):
-    index = derangement(n, generator=seeded(seed))
-    assert sorted(index.tolist()) == list(range(n))
-    if n >= 2:
-        assert (index != torch.arange(n)).all()
-    else:
-        assert index.tolist() == [0]
-
-
-@property_test
 @given(seed=seeds, n=st.integers(1, 30), share=st.floats(0, 1))
 def test_a_masked_derangement_permutes_the_valid_rows_among_themselves(seed, n, share):
     source = seeded(seed)
-    valid = torch.rand(n, generator=source) < share
+    valid, keys = torch.rand(n, generator=source) < share, torch.rand(n, generator=source)
     with HostReads() as seen:
-        index, usable = masked_derangement(valid, source)
+        index, usable = masked_derangement(valid, keys)
     assert seen.reads == []
     assert sorted(index.tolist()) == list(range(n))
     assert torch.equal(usable, valid if valid.sum() >= 2 else torch.zeros_like(valid))
@@ -156,11 +144,19 @@ def test_a_masked_derangement_permutes_the_valid_rows_among_themselves(seed, n, 
     assert valid[index[usable]].all()
 
 
-def test_derangements_vary_and_repeat_with_the_generator():
-    drawn = {tuple(derangement(4, generator=seeded(seed)).tolist()) for seed in range(200)}
+def test_derangements_vary_with_the_keys_and_ignore_those_of_invalid_rows():
+    def draw(seed: int) -> list[int]:
+        return masked_derangement(torch.ones(4, dtype=torch.bool), torch.rand(4, generator=seeded(seed)))[0].tolist()
+
     # the six cyclic ones
-    assert len(drawn) == 6
-    assert torch.equal(derangement(9, generator=seeded(3)), derangement(9, generator=seeded(3)))
+    assert len({tuple(draw(seed)) for seed in range(200)}) == 6
+    valid, keys = torch.arange(7) < 4, torch.rand(7, generator=seeded(3))
+    assert masked_derangement(valid, keys)[0].tolist() == [
+        *masked_derangement(valid[:4], keys[:4])[0].tolist(),
+        4,
+        5,
+        6,
+    ]
 
 
 @property_test

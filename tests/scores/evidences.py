@@ -39,7 +39,9 @@ def make_evidence(rows: int, seed: int = 0, dim: int = 6, **columns: Any) -> Evi
 
 def rows_of(evidence: Evidence, rows: Tensor) -> Evidence:
     """Some of the rows."""
-    return replace(evidence, **{item.name: vars(evidence)[item.name][rows] for item in fields(Evidence)})
+    return replace(
+        evidence, **{item.name: vars(evidence)[item.name][rows] for item in fields(Evidence) if item.name != "among"}
+    )
 
 
 def make_table(lengths: tuple[int, ...], groups: tuple[int, ...] | None = None, num_tasks: int = 2) -> EpisodeTable:
@@ -75,8 +77,8 @@ def make_chunks(rows: int = 8, seed: int = 0) -> ChunkBatch:
         action=torch.randn(rows, 5, generator=source).requires_grad_(),
         samples=samples,
         chunk_valid=count < rows - 1,
-        entropy=torch.tensor(0.3),
-        diversity=torch.tensor(1.7),
+        entropy=torch.full((rows,), 0.3),
+        diversity=torch.full((rows,), 1.7),
         weighed_by=ChunkDetails(
             action=torch.randn(rows, 2, 3, generator=source),
             current=torch.randn(rows, 8, generator=source),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from evidences import make_evidence, make_table
 
+from ptr_hf.method import Draws
 from ptr_hf.scores import ActionMargin, Motion, NegativeLoss, OfEpisode, Posterior, Uniform, known_beforehand
 
 EVIDENCE = make_evidence(
@@ -17,7 +18,7 @@ INSIDE = [True, True, True, False, True, True]
 
 
 def test_uniform_is_0_everywhere() -> None:
-    scored = Uniform()(EVIDENCE, None)
+    scored = Uniform()(EVIDENCE, Draws(0))
     assert scored.value.tolist() == [0.0] * 6
     assert scored.valid.tolist() == INSIDE
     assert scored.loss is None
@@ -25,19 +26,19 @@ def test_uniform_is_0_everywhere() -> None:
 
 
 def test_small_losses_are_good_and_a_broken_one_says_nothing() -> None:
-    scored = NegativeLoss()(EVIDENCE, None)
+    scored = NegativeLoss()(EVIDENCE, Draws(0))
     assert scored.value[[0, 1, 4]].tolist() == [-0.5, -2.0, -1.0]
     assert scored.valid.tolist() == [True, True, False, False, True, True]
 
 
 def test_motion() -> None:
-    scored = Motion()(EVIDENCE, None)
+    scored = Motion()(EVIDENCE, Draws(0))
     assert torch.equal(scored.value, EVIDENCE.motion)
     assert scored.valid.tolist() == INSIDE
 
 
 def test_what_the_papers_scorer_says() -> None:
-    posterior, margin = Posterior()(EVIDENCE, None), ActionMargin()(EVIDENCE, None)
+    posterior, margin = Posterior()(EVIDENCE, Draws(0)), ActionMargin()(EVIDENCE, Draws(0))
     assert torch.equal(posterior.value, EVIDENCE.posterior)
     assert torch.equal(posterior.valid, EVIDENCE.target_valid)
     assert torch.equal(margin.value, EVIDENCE.contrast)
@@ -75,10 +76,10 @@ class TestKnownBeforehand:
     def test_each_chunk_gets_its_episodes_number(self) -> None:
         score = OfEpisode(torch.tensor([7.0, 8.0, 9.0]))
         evidence = make_evidence(4, episode=torch.tensor([2, 0, 2, 1]))
-        assert score(evidence, None).value.tolist() == [9.0, 7.0, 9.0, 8.0]
+        assert score(evidence, Draws(0)).value.tolist() == [9.0, 7.0, 9.0, 8.0]
 
     def test_an_episode_of_other_data_has_none(self) -> None:
         score = OfEpisode(torch.tensor([7.0, 8.0]))
-        scored = score(make_evidence(3, episode=torch.tensor([1, 2, 50])), None)
+        scored = score(make_evidence(3, episode=torch.tensor([1, 2, 50])), Draws(0))
         assert scored.valid.tolist() == [True, False, False]
         assert scored.value[0].item() == 8.0

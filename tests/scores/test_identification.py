@@ -9,6 +9,7 @@ import torch
 from evidences import make_evidence, rows_of, seeded
 from torch import Tensor
 
+from ptr_hf.method import Draws
 from ptr_hf.method.evidence import Evidence
 from ptr_hf.scores import ActionIdentification, InstructionIdentification
 from ptr_hf.scores.identification import CrossFitted, fold
@@ -51,10 +52,10 @@ def trained(score: CrossFitted, evidence: Evidence, steps: int = 250) -> CrossFi
             if isinstance(layer, torch.nn.Linear):
                 layer.reset_parameters()
     optimizer, source = torch.optim.AdamW(score.parameters(), lr=3e-3), seeded(1)
-    for _ in range(steps):
+    for step in range(steps):
         batch = rows_of(evidence, torch.randperm(len(evidence.loss), generator=source)[:48])
         optimizer.zero_grad()
-        score(batch, source).loss.mean().backward()
+        score(batch, Draws(step)).loss.mean().backward()
         optimizer.step()
     return score
 
@@ -75,7 +76,7 @@ def judged(score: CrossFitted, evidence: Evidence) -> tuple[Tensor, Tensor]:
     value, null = torch.empty(2, len(order))
     with torch.no_grad():
         for rows in order.split(48):
-            scored = score(rows_of(evidence, rows), seeded(3))
+            scored = score(rows_of(evidence, rows), Draws(3))
             assert scored.valid.all()
             value[rows], null[rows] = scored.value, scored.null
     return value, null
@@ -124,7 +125,7 @@ class TestCrossFitting:
         score, evidence = self.KINDS[kind](True), make_evidence(12)
         rows = fold(evidence.episode) == number
         assert 0 < rows.sum() < 12
-        score(evidence, seeded(0)).loss[rows].sum().backward()
+        score(evidence, Draws(0)).loss[rows].sum().backward()
         norms = [sum(float(p.grad.norm()) for p in head.parameters() if p.grad is not None) for head in score.heads]
         assert norms[number] == 0
         assert norms[1 - number] > 1e-3
@@ -134,11 +135,11 @@ class TestCrossFitting:
     def test_a_folds_verdicts_are_its_own_heads(self, kind: str, number: int) -> None:
         score, evidence = self.KINDS[kind](True), make_evidence(12)
         rows = fold(evidence.episode) == number
-        before = score(evidence, seeded(0)).value
+        before = score(evidence, Draws(0)).value
         with torch.no_grad():
             for parameter in score.heads[1 - number].parameters():
                 parameter.add_(torch.randn(parameter.shape, generator=seeded(9)))
-        after = score(evidence, seeded(0)).value
+        after = score(evidence, Draws(0)).value
         assert torch.equal(after[rows], before[rows])
         assert not torch.allclose(after[~rows], before[~rows])
 
@@ -146,7 +147,7 @@ class TestCrossFitting:
     def test_without_it_one_head_learns_from_and_judges_all(self, kind: str) -> None:
         score, evidence = self.KINDS[kind](False), make_evidence(12)
         assert len(score.heads) == 1
-        scored = score(evidence, seeded(0))
+        scored = score(evidence, Draws(0))
         scored.loss[:1].sum().backward()
         assert any(float(p.grad.norm()) > 0 for p in score.parameters())
 
@@ -158,7 +159,7 @@ class TestCrossFitting:
     def test_the_policy_is_never_reached(self) -> None:
         columns = {name: torch.randn(12, 6).requires_grad_() for name in ("current", "target")}
         score, evidence = ActionIdentification(6, 6, 16), make_evidence(12, **columns)
-        scored = score(evidence, seeded(0))
+        scored = score(evidence, Draws(0))
         assert not scored.value.requires_grad
         assert not scored.null.requires_grad
         assert scored.loss.requires_grad
@@ -167,30 +168,30 @@ class TestCrossFitting:
 class TestWithoutAnswer:
     def test_a_single_task_says_nothing(self) -> None:
         score = InstructionIdentification(6, 1, 16)
-        scored = score(make_evidence(8, task=torch.zeros(8, dtype=torch.int64)), seeded(0))
+        scored = score(make_evidence(8, task=torch.zeros(8, dtype=torch.int64)), Draws(0))
         assert not scored.valid.any()
         assert scored.loss.eq(0).all()
 
     def test_a_task_that_the_head_does_not_know_says_nothing(self) -> None:
-        scored = InstructionIdentification(6, 2, 16)(make_evidence(4, task=torch.tensor([0, 1, 2, 7])), seeded(0))
+        scored = InstructionIdentification(6, 2, 16)(make_evidence(4, task=torch.tensor([0, 1, 2, 7])), Draws(0))
         assert scored.valid.tolist() == [True, True, False, False]
         assert scored.loss[2:].eq(0).all()
 
     def test_chunks_without_a_future_neither_learn_nor_compete(self) -> None:
         score, known = ActionIdentification(6, 6, 16), torch.arange(10) < 6
         evidence = make_evidence(10, target_valid=known)
-        scored = score(evidence, seeded(0))
+        scored = score(evidence, Draws(0))
         assert torch.equal(scored.valid, known)
         assert scored.loss[~known].eq(0).all()
         assert scored.loss.isfinite().all()
-        alone = score(rows_of(evidence, known), seeded(0))
+        alone = score(rows_of(evidence, known), Draws(0))
         torch.testing.assert_close(scored.value[known], alone.value)
         torch.testing.assert_close(scored.loss[known], alone.loss)
 
     @pytest.mark.parametrize("usable", [0, 1])
     def test_nobody_to_compare_with(self, usable: int) -> None:
         score = ActionIdentification(6, 6, 16)
-        scored = score(make_evidence(5, target_valid=torch.arange(5) < usable), seeded(0))
+        scored = score(make_evidence(5, target_valid=torch.arange(5) < usable), Draws(0))
         assert not scored.valid.any()
         assert scored.loss.eq(0).all()
         scored.loss.sum().backward()
@@ -201,6 +202,6 @@ class TestWithoutAnswer:
         with torch.no_grad():
             for parameter in score.parameters():
                 parameter.zero_()
-        scored = score(make_evidence(9), seeded(0))
+        scored = score(make_evidence(9), Draws(0))
         torch.testing.assert_close(scored.value, torch.zeros(9))
         torch.testing.assert_close(scored.null, torch.zeros(9))

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from evidences import make_chunks, make_evidence, make_objective, make_table, seeded
+from evidences import make_chunks, make_evidence, make_objective, make_table
 
-from ptr_hf.method import conservative_weight
+from ptr_hf.method import Draws, conservative_weight
 from ptr_hf.scores import (
     WHOLE_EPISODE,
     ActionIdentification,
@@ -80,7 +80,7 @@ class TestThePaper:
         weights = {}
         for choice in ("one", "batch"):
             weigher.missing_future = choice
-            weights[choice] = weigher.weigh(evidence, BETA, True, None).weight
+            weights[choice] = weigher.weigh(evidence, BETA, True, Draws(0)).weight
         others = torch.arange(6) != 2
         expected = conservative_weight(evidence.posterior, BETA)
         assert weights["one"][2] == 1
@@ -92,7 +92,7 @@ class TestThePaper:
         weigher = self.paper().eval()
         weigher.missing_future = "batch"
         evidence = make_evidence(4, target_valid=torch.zeros(4, dtype=torch.bool))
-        assert weigher.weigh(evidence, BETA, True, None).weight.tolist() == [1.0] * 4
+        assert weigher.weigh(evidence, BETA, True, Draws(0)).weight.tolist() == [1.0] * 4
 
 
 class TestMemory:
@@ -100,17 +100,17 @@ class TestMemory:
         weigher = by_episode()
         evidence = of_every_episode()
         for step in range(1, 5):
-            weight = weigher.weigh(evidence, BETA, step > 3, seeded(0)).weight
+            weight = weigher.weigh(evidence, BETA, step > 3, Draws(0)).weight
             assert weight.tolist() == [1.0] * 8
             weigher.after_step(step, step >= 4)
-        assert weigher.weigh(evidence, BETA, True, seeded(0)).weight.std() > 0.1
+        assert weigher.weigh(evidence, BETA, True, Draws(0)).weight.std() > 0.1
 
     def test_an_episodes_weight_follows_the_mean_of_its_losses(self) -> None:
         weigher = by_episode()
         for step in range(1, 6):
-            weigher.weigh(of_every_episode(loss=torch.arange(8.0) + step % 2), BETA, True, seeded(0))
+            weigher.weigh(of_every_episode(loss=torch.arange(8.0) + step % 2), BETA, True, Draws(0))
             weigher.after_step(step, True)
-        weight = weigher.weigh(of_every_episode(), BETA, True, seeded(0)).weight
+        weight = weigher.weigh(of_every_episode(), BETA, True, Draws(0)).weight
         assert (weight.diff() <= 0).all()
         assert weight[0].item() == pytest.approx(4.0)
         # median 4 and median distance 2 of the losses 0 to 7
@@ -121,7 +121,7 @@ class TestMemory:
         weigher = by_episode(refresh_interval=3)
         seen = []
         for step in range(1, 7):
-            weigher.weigh(of_every_episode(seed=step), BETA, True, seeded(0))
+            weigher.weigh(of_every_episode(seed=step), BETA, True, Draws(0))
             weigher.after_step(step, True)
             seen.append(weigher.memory.weight.clone())
         changed = [bool((after != before).any()) for before, after in pairwise(seen)]
@@ -130,12 +130,12 @@ class TestMemory:
     def test_a_step_of_several_micro_batches_is_remembered_whole(self) -> None:
         one, several = by_episode(), by_episode()
         evidence = of_every_episode()
-        one.weigh(evidence, BETA, True, seeded(0))
+        one.weigh(evidence, BETA, True, Draws(0))
         for rows in (slice(0, 3), slice(3, 8)):
             part = make_evidence(8, index=make_table(LENGTHS).first)
             keep = torch.zeros(8, dtype=torch.bool)
             keep[rows] = True
-            several.weigh(type(part)(**{**vars(part), "chunk_valid": keep}), BETA, True, seeded(0))
+            several.weigh(type(part)(**{**vars(part), "chunk_valid": keep}), BETA, True, Draws(0))
         for weigher in (one, several):
             weigher.after_step(1, True)
         assert torch.equal(one.memory.mean[:, 0], several.memory.mean[:, 0])
@@ -143,20 +143,20 @@ class TestMemory:
 
     def test_chunks_past_the_end_are_not_remembered(self) -> None:
         weigher = by_episode()
-        weigher.weigh(of_every_episode(chunk_valid=torch.arange(8) < 5), BETA, True, seeded(0))
+        weigher.weigh(of_every_episode(chunk_valid=torch.arange(8) < 5), BETA, True, Draws(0))
         weigher.after_step(1, True)
         assert weigher.memory.count[:, 0].tolist() == [1.0] * 5 + [0.0] * 3
 
     def test_evaluation_neither_remembers_nor_weighs(self) -> None:
         weigher = by_episode()
         for step in range(1, 4):
-            weigher.weigh(of_every_episode(), BETA, True, seeded(0))
+            weigher.weigh(of_every_episode(), BETA, True, Draws(0))
             weigher.after_step(step, True)
         weigher.eval()
         before = {name: value.clone() for name, value in weigher.state_dict().items()}
         # another dataset's episodes, more than the memory has
         other = make_evidence(20, index=1000 * torch.arange(20))
-        assert weigher.weigh(other, BETA, True, seeded(0)).weight.tolist() == [1.0] * 20
+        assert weigher.weigh(other, BETA, True, Draws(0)).weight.tolist() == [1.0] * 20
         weigher.after_step(4, True)
         for name, value in weigher.state_dict().items():
             assert torch.equal(value, before[name]), name
@@ -164,18 +164,18 @@ class TestMemory:
     def test_training_on_unknown_episodes_is_refused(self) -> None:
         weigher = ScoreWeigher({"loss": NegativeLoss()}, SlotMemory(0, 0, 1))
         with pytest.raises(ValueError, match=r"episodes to be weighed are unknown: call PTRPolicy.set_episodes"):
-            weigher.weigh(make_evidence(4), BETA, False, seeded(0))
-        assert weigher.eval().weigh(make_evidence(4), BETA, True, seeded(0)).weight.tolist() == [1.0] * 4
+            weigher.weigh(make_evidence(4), BETA, False, Draws(0))
+        assert weigher.eval().weigh(make_evidence(4), BETA, True, Draws(0)).weight.tolist() == [1.0] * 4
 
     @pytest.mark.parametrize("choice", ["one", "episode", "batch"])
     def test_a_chunk_without_a_verdict(self, choice: str) -> None:
         weigher = by_episode(missing_future=choice)
         for step in range(1, 4):
-            weigher.weigh(of_every_episode(loss=torch.arange(8.0)), BETA, True, seeded(0))
+            weigher.weigh(of_every_episode(loss=torch.arange(8.0)), BETA, True, Draws(0))
             weigher.after_step(step, True)
         loss = torch.arange(8.0)
         loss[6] = torch.nan
-        weight = weigher.weigh(of_every_episode(loss=loss), BETA, True, seeded(0)).weight
+        weight = weigher.weigh(of_every_episode(loss=loss), BETA, True, Draws(0)).weight
         known = torch.arange(8) != 6
         assert torch.equal(weight[known], weigher.memory.weight[known])
         expected = {"one": 1.0, "episode": weigher.memory.weight[6], "batch": weight[known].mean()}
@@ -213,7 +213,7 @@ class TestMaps:
         weigher.lay_out(table)
         assert weigher.names == ("loss", "motion")
         evidence = of_every_episode()
-        verdicts = weigher.weigh(evidence, BETA, True, seeded(0)).verdicts
+        verdicts = weigher.weigh(evidence, BETA, True, Draws(0)).verdicts
         torch.testing.assert_close(verdicts, torch.stack([-evidence.loss, evidence.motion], dim=1))
         weigher.after_step(1, True)
         middle = verdicts.sort(dim=0).values[3]
@@ -228,7 +228,7 @@ class TestMaps:
         weigher.lay_out(table)
         # the second group's losses are all higher, and that is how it is
         loss = torch.arange(12.0) // 2 + torch.tensor([0.0, 100.0]).repeat(6)
-        weigher.weigh(make_evidence(12, loss=loss, index=table.first), BETA, True, seeded(0))
+        weigher.weigh(make_evidence(12, loss=loss, index=table.first), BETA, True, Draws(0))
         weigher.after_step(1, True)
         torch.testing.assert_close(memory.weight[::2], memory.weight[1::2])
 
@@ -249,18 +249,18 @@ class TestHeads:
         weigher = self.weigher()
         weigher.memory.weight.copy_(torch.linspace(0.02, 4, 8))
         evidence = of_every_episode(target_valid=torch.arange(8) != 2, chunk_valid=torch.arange(8) != 7)
-        weighing = weigher.weigh(evidence, BETA, True, seeded(0))
-        parts = [score(evidence, seeded(0)).loss for score in weigher.scores.values()]
+        weighing = weigher.weigh(evidence, BETA, True, Draws(0))
+        parts = [score(evidence, Draws(0)).loss for score in weigher.scores.values()]
         torch.testing.assert_close(weighing.head_loss, sum(parts))
         learns = (torch.arange(8) != 2) & (torch.arange(8) != 7)
         torch.testing.assert_close(weighing.head_weight, weigher.memory.weight * learns)
         weigher.self_weighting = False
-        assert torch.equal(weigher.weigh(evidence, BETA, True, seeded(0)).head_weight, learns.float())
+        assert torch.equal(weigher.weigh(evidence, BETA, True, Draws(0)).head_weight, learns.float())
 
     def test_verdicts_are_remembered_in_the_order_of_the_names(self) -> None:
         weigher = self.weigher()
         evidence = of_every_episode()
-        weighing = weigher.weigh(evidence, BETA, True, seeded(0))
+        weighing = weigher.weigh(evidence, BETA, True, Draws(0))
         weigher.after_step(1, True)
         assert weigher.names == ("action_identification", "instruction_identification")
         torch.testing.assert_close(weigher.memory.mean, weighing.verdicts)

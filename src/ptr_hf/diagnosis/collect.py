@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.datasets import check_cameras, check_dataset, episode_spans, open_dataset
 from ptr_hf.data.in_memory import collate_segments
+from ptr_hf.method.draws import Draws
 from ptr_hf.method.evidence import Evidence, Weigher, Weighing
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.processor_ptr import preprocess
@@ -28,9 +29,7 @@ class Recorder(Weigher):
         super().__init__()
         self.seen: list[Evidence] = []
 
-    def weigh(
-        self, evidence: Evidence, beta: Float[Tensor, ""], warm: bool, generator: torch.Generator | None
-    ) -> Weighing:
+    def weigh(self, evidence: Evidence, beta: Float[Tensor, ""], warm: bool, draws: Draws) -> Weighing:
         """Weights of 1."""
         self.seen.append(evidence)
         nothing = torch.zeros_like(evidence.loss)
@@ -105,7 +104,7 @@ def collect(
             on_device = {k: v.to(policy.config.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             policy.compute(preprocess(on_device, preprocessor, policy.config.layout))
     parts = objective.weigher.seen
-    whole = {name: torch.cat([vars(part)[name].cpu() for part in parts]) for name in _columns()}
+    whole: dict[str, Any] = {name: torch.cat([vars(part)[name].cpu() for part in parts]) for name in _columns()}
     objective.weigher.seen = []
     evidence = Evidence(**whole)
     evidence = rows_of(evidence, evidence.chunk_valid.nonzero()[:, 0])
@@ -118,4 +117,4 @@ def rows_of(evidence: Evidence, rows: Int[Tensor, " rows"] | Bool[Tensor, " rows
 
 
 def _columns() -> list[str]:
-    return [item.name for item in fields(Evidence)]
+    return [item.name for item in fields(Evidence) if item.name != "among"]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -147,7 +147,7 @@ def cross_fitted(
                 for batch_rows in _mixed(rows, source):
                     batch = _batch(evidence, batch_rows, shuffled, source)
                     own = answer(batch)
-                    other, _ = masked_derangement(torch.ones_like(batch.target_valid), source)
+                    other, _ = _permutation(len(batch.loss), source)
                     logits = _logits(head, batch)
                     shares = _nats(logits * sharpness)
                     picked = [shares.gather(1, label[:, None])[:, 0] for label in (own, own[other])]
@@ -223,9 +223,14 @@ def _mixed(rows: Int[Tensor, " rows"], source: torch.Generator) -> tuple[Int[Ten
     return order.tensor_split(max(1, round(len(rows) / CANDIDATES)))
 
 
+def _permutation(rows: int, source: torch.Generator) -> tuple[Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
+    """Another row for every row."""
+    return masked_derangement(torch.ones(rows, dtype=torch.bool), torch.rand(rows, generator=source))
+
+
 def _batch(evidence: Evidence, rows: Int[Tensor, " batch"], shuffled: bool, source: torch.Generator) -> Evidence:
     batch = rows_of(evidence, rows)
     if not shuffled:
         return batch
-    other, _ = masked_derangement(torch.ones_like(batch.target_valid), source)
+    other, _ = _permutation(len(batch.loss), source)
     return replace(batch, target=batch.target[other])

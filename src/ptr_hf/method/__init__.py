@@ -18,17 +18,17 @@ from ptr_hf.method.candidates import (
     HardNegativeKey,
     Samples,
     build_candidates,
-    gather_across_ranks,
-    rank_offset,
+    gather_samples,
 )
 from ptr_hf.method.controller import AdaptiveScaleController
-from ptr_hf.method.evidence import Evidence, Weigher, Weighing
+from ptr_hf.method.distributed import GlobalRows
+from ptr_hf.method.draws import Draws, Purpose, uniform
+from ptr_hf.method.evidence import Evidence, Rivals, Weigher, Weighing
 from ptr_hf.method.numerics import NeverLowered, full_precision
 from ptr_hf.method.objective import ChunkBatch, ChunkDetails, ObjectiveOutput, PTRObjective
 from ptr_hf.method.scorer import (
     IdentificationMetrics,
     TransitionScorer,
-    derangement,
     identification_logits,
     identification_loss,
     identification_metrics,
@@ -57,12 +57,16 @@ __all__ = [
     "ChunkBatch",
     "ChunkDetails",
     "ConsequenceEncoder",
+    "Draws",
     "Evidence",
+    "GlobalRows",
     "HardNegativeKey",
     "IdentificationMetrics",
     "NeverLowered",
     "ObjectiveOutput",
     "PTRObjective",
+    "Purpose",
+    "Rivals",
     "Samples",
     "TransitionScorer",
     "Weigher",
@@ -72,10 +76,9 @@ __all__ = [
     "build_candidates",
     "consequence_embedding",
     "conservative_weight",
-    "derangement",
     "effective_sample_size",
     "full_precision",
-    "gather_across_ranks",
+    "gather_samples",
     "global_self_normalized_loss",
     "identification_logits",
     "identification_loss",
@@ -84,9 +87,9 @@ __all__ = [
     "masked_derangement",
     "masked_mean",
     "ptr_score",
-    "rank_offset",
     "ranking_loss",
     "reconstruct",
     "self_normalized_loss",
+    "uniform",
     "weight_bounds",
 ]

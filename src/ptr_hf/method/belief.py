@@ -21,12 +21,14 @@ _INITIAL_RMS = 0.5
 
 
 class BeliefUpdate(NamedTuple):
-    """One update of the belief: the tokens, who they attend to, and the two regularisers (batch means)."""
+    """One update of the belief: the tokens, who they attend to, and the two regularisers, as batch means and row by row."""
 
     tokens: Float[Tensor, "batch tokens dim"]
     assignment: Float[Tensor, "batch steps tokens"]
     entropy: Float[Tensor, ""]
     diversity: Float[Tensor, ""]
+    row_entropy: Float[Tensor, " batch"]
+    row_diversity: Float[Tensor, " batch"]
 
 
 class BeliefTokenizer(NeverLowered):
@@ -64,7 +66,7 @@ class BeliefTokenizer(NeverLowered):
             context: C, the head's hidden states at the action positions.
             action: A, the head's action embeddings.
             mask: True where the step belongs to the episode; steps outside get no assignment, and a row without any
-                step gets zero tokens and is left out of both means.
+                step gets zero tokens and is left out of both means (0 row by row).
         """
         if mask is None:
             mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
@@ -78,15 +80,10 @@ class BeliefTokenizer(NeverLowered):
             log_assignment = logits.log_softmax(dim=1)
             assignment = log_assignment.exp().masked_fill(outside, 0.0)
             tokens = torch.einsum("blm,bld->bmd", assignment, features)
-            entropy = belief_entropy(assignment, log_assignment.masked_fill(outside, 0.0))
-            diversity = belief_diversity(assignment)
+            entropy = belief_entropy(assignment, log_assignment.masked_fill(outside, 0.0)).masked_fill(~some_step, 0.0)
+            diversity = belief_diversity(assignment).masked_fill(~some_step, 0.0)
         rows = some_step.sum().clamp(min=1)
-        return BeliefUpdate(
-            tokens,
-            assignment,
-            entropy.masked_fill(~some_step, 0.0).sum() / rows,
-            diversity.masked_fill(~some_step, 0.0).sum() / rows,
-        )
+        return BeliefUpdate(tokens, assignment, entropy.sum() / rows, diversity.sum() / rows, entropy, diversity)
 
 
 def belief_entropy(

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ptr_hf.method.candidate_queue import CandidateQueue
-from ptr_hf.method.distributed import rank, rows_of_all_ranks
+from ptr_hf.method.distributed import GlobalRows
+from ptr_hf.method.draws import uniform
 from ptr_hf.method.numerics import full_precision, upcast
 
 HardNegativeKey = Literal["task", "state", "task_or_state"]
@@ -72,21 +73,16 @@ class Candidates:
         return (cosine.gather(1, self.index) / temperature).clamp(-clamp, clamp)
 
 
-def rank_offset(rows: int) -> int:
-    """Position of this rank's first row among the gathered ones, when every rank holds ``rows``."""
-    return rank() * rows
-
-
 @torch.no_grad()
-def gather_across_ranks(samples: Samples) -> Samples:
-    """Every rank's samples in rank order, without gradient; the samples themselves in a single process.
+def gather_samples(samples: Samples, rows: GlobalRows) -> Samples:
+    """Every rank's samples in their global places, without gradient; the samples themselves in a single process.
 
-    Every rank must hold as many rows (a data loader with even batches): two collectives, no exchange of sizes.
+    Two collectives, no exchange of sizes.
     """
     dim = samples.targets.shape[1]
-    floats = rows_of_all_ranks(torch.cat([samples.targets, samples.state.to(samples.targets.dtype)], dim=1))
+    floats = rows.gather(torch.cat([samples.targets, samples.state.to(samples.targets.dtype)], dim=1).detach())
     columns = (samples.valid, samples.task, samples.source, samples.episode, samples.frame)
-    integers = rows_of_all_ranks(torch.stack([column.long() for column in columns], dim=1))
+    integers = rows.gather(torch.stack([column.long() for column in columns], dim=1))
     return Samples(
         targets=floats[:, :dim],
         valid=integers[:, 0].bool(),
@@ -101,30 +97,30 @@ def gather_across_ranks(samples: Samples) -> Samples:
 @torch.no_grad()
 def build_candidates(
     local: Samples,
-    gathered: Samples,
-    offset: int,
+    everyone: Samples,
+    rows: GlobalRows | None,
     queue: CandidateQueue | None,
     num_queue_negatives: int = 64,
     hard_negative_ratio: Float[Tensor, ""] | float = 0.0,
     hard_negative_key: HardNegativeKey = "task_or_state",
-    generator: torch.Generator | None = None,
+    seed: int = 0,
 ) -> Candidates:
     """The pool Y of every local sample.
 
     Args:
         local: this rank's samples.
-        gathered: every rank's samples, ``local`` being its rows from ``offset`` on (``local`` itself without gather).
-        offset: see ``rank_offset``.
+        everyone: every rank's samples (``local`` itself without gather).
+        rows: which of them are ``local``; None where it is all of them.
         queue: past targets, or None.
         num_queue_negatives: entries drawn from the queue for each sample, without replacement.
         hard_negative_ratio: ρ in [0, 1], the share of them drawn from similar entries; where these are too few,
             uniform draws fill up.
         hard_negative_key: what makes an entry similar: the same task, being among the ``num_queue_negatives``
             nearest in state, or either.
-        generator: source of the draws, on the samples' device.
+        seed: of the draws; a row draws the same entries on whichever rank it is.
 
     Returns:
-        One column for the match, one for every other gathered row, one for every draw. A sample without a usable
+        One column for the match, one for every other row of everyone, one for every draw. A sample without a usable
         target is nobody's candidate and has an empty row.
 
     Raises:
@@ -132,13 +128,15 @@ def build_candidates(
     """
     if hard_negative_key not in get_args(HardNegativeKey):
         raise ValueError(f"hard_negative_key is '{hard_negative_key}'; choose one of {get_args(HardNegativeKey)}.")
-    device, rows, total = local.targets.device, local.targets.shape[0], gathered.targets.shape[0]
-    own, usable = local.usable, gathered.usable
-    # column j of row i is gathered row (own + j) mod total, so column 0 is the match
-    index = (offset + torch.arange(rows, device=device)[:, None] + torch.arange(total, device=device)) % total
-    others = usable[index] & ~_same_target(local, gathered).gather(1, index)
-    pool = torch.where(usable[:, None], gathered.targets, 0.0)
-    mask = torch.cat([own[:, None], others[:, 1:]], dim=1)
+    device, total = local.targets.device, everyone.targets.shape[0]
+    rows = rows or GlobalRows(1, total)
+    own = rows.own(device)
+    matched, usable = local.usable, everyone.usable
+    # column j of row i is row (own + j) mod total of everyone, so column 0 is the match
+    index = (own[:, None] + torch.arange(total, device=device)) % total
+    others = usable[index] & ~_same_target(local, everyone).gather(1, index)
+    pool = torch.where(usable[:, None], everyone.targets, 0.0)
+    mask = torch.cat([matched[:, None], others[:, 1:]], dim=1)
     count = 0 if queue is None else min(num_queue_negatives, queue.capacity)
     if queue is not None and count > 0:
         if queue.targets.shape[1] != pool.shape[1]:
@@ -146,11 +144,13 @@ def build_candidates(
                 f"The queue holds targets of width {queue.targets.shape[1]}, the batch's have {pool.shape[1]}; "
                 "build the queue with the width of the target encoder."
             )
-        drawn, drawn_mask = _draw(local, queue, count, hard_negative_ratio, hard_negative_key, generator)
+        drawn, drawn_mask = _draw(
+            local, rows.numbers(device)[own], queue, count, hard_negative_ratio, hard_negative_key, seed
+        )
         index = torch.cat([index, total + drawn], dim=1)
         pool = torch.cat([pool, queue.targets.to(pool.dtype)])
         mask = torch.cat([mask, drawn_mask], dim=1)
-    return Candidates(pool, index, mask & own[:, None])
+    return Candidates(pool, index, mask & matched[:, None])
 
 
 def _same_target(samples: Samples, others: Samples | CandidateQueue) -> Bool[Tensor, "batch others"]:
@@ -187,20 +187,21 @@ def _similar_entries(
 
 def _draw(
     samples: Samples,
+    numbers: Int[Tensor, " batch"],
     queue: CandidateQueue,
     count: int,
     hard_ratio: Float[Tensor, ""] | float,
     key: HardNegativeKey,
-    generator: torch.Generator | None,
+    seed: int,
 ) -> tuple[Int[Tensor, "batch count"], Bool[Tensor, "batch count"]]:
     """``count`` queue entries per sample without replacement: first round(ρ·count) similar ones, then uniform."""
     device = samples.targets.device
     eligible = queue.filled & ~_same_target(samples, queue)
     similar = _similar_entries(samples, queue, eligible, count, key)
     # the largest of independent uniform keys are a uniform draw without replacement
-    keys = torch.rand(2, *eligible.shape, generator=generator, device=device)
-    hard_key, hard_position = keys[0].masked_fill(~similar, -1.0).topk(count, dim=1)
+    hard_keys, keys = uniform(seed, numbers, 2 * queue.capacity).chunk(2, dim=1)
+    hard_key, hard_position = hard_keys.masked_fill(~similar, -1.0).topk(count, dim=1)
     wanted = torch.arange(count, device=device) < torch.round(torch.as_tensor(hard_ratio, device=device) * count)
     hard = torch.zeros_like(eligible).scatter(1, hard_position, wanted & (hard_key >= 0))
-    drawn_key, drawn = keys[1].masked_fill(~eligible, -1.0).masked_fill(hard, 2.0).topk(count, dim=1)
+    drawn_key, drawn = keys.masked_fill(~eligible, -1.0).masked_fill(hard, 2.0).topk(count, dim=1)
     return drawn, drawn_key >= 0

@@ -5,11 +5,25 @@ The strategies themselves live in ``ptr_hf.scores``; the objective knows only th
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ptr_hf.method.distributed import GlobalRows
+from ptr_hf.method.draws import Draws
 from ptr_hf.method.numerics import NeverLowered
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """The rows of all ranks that a step's chunks are compared with.
+
+    Attributes:
+        rows: how they are numbered.
+        valid: which of them have a recorded future.
+    """
+
+    rows: GlobalRows
+    valid: Bool[Tensor, " all_rows"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,7 @@ class Evidence:
         contrast_valid: where ``contrast`` means something.
         motion: mean square of the chunk's normalised actions.
         task, episode, index: instruction, episode and first frame of the chunk, as the dataset numbers them.
+        among: what the chunks are compared with; None for each other.
     """
 
     loss: Float[Tensor, " batch"]
@@ -43,6 +58,12 @@ class Evidence:
     task: Int[Tensor, " batch"]
     episode: Int[Tensor, " batch"]
     index: Int[Tensor, " batch"]
+    among: Rivals | None = None
+
+    @property
+    def rivals(self) -> Rivals:
+        """What the chunks are compared with."""
+        return self.among or Rivals(GlobalRows(1, len(self.loss)), self.target_valid)
 
 
 @dataclass(frozen=True)
@@ -82,11 +103,17 @@ class IdentifiedBy:
 
 
 class Weigher(NeverLowered):
-    """A strategy: Score × Aggregation × WeightMap. Its buffers are equal on every rank."""
+    """A strategy: Score × Aggregation × WeightMap. Its buffers are equal on every rank.
 
-    def weigh(
-        self, evidence: Evidence, beta: Float[Tensor, ""], warm: bool, generator: torch.Generator | None
-    ) -> Weighing:
+    Attributes:
+        step_verdicts: what ``weigh`` has kept of this step for ``after_step``.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step_verdicts: list[tuple[Tensor, Tensor]] = []
+
+    def weigh(self, evidence: Evidence, beta: Float[Tensor, ""], warm: bool, draws: Draws) -> Weighing:
         """Weights of this rank's chunks; ``warm`` is False during the scorer's warm-up, when every weight is 1."""
         raise NotImplementedError
 

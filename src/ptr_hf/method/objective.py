@@ -7,19 +7,26 @@ cut, so L_id and L_rank reach the policy through the context h and the action su
 
 After the optimiser step every rank runs, in this order: the EMA of the target encoder, ``after_step`` (queue push),
 and at logging steps ``update_controller``.
+
+N ranks give the gradient that one process would give on all their rows: what a row is compared with, what is drawn for it
+and what a sum is divided by never depend on which rank holds it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ptr_hf.method.candidate_queue import CandidateQueue
-from ptr_hf.method.candidates import HardNegativeKey, Samples, build_candidates, gather_across_ranks, rank_offset
+from ptr_hf.method.candidates import HardNegativeKey, Samples, build_candidates, gather_samples
 from ptr_hf.method.controller import AdaptiveScaleController
-from ptr_hf.method.distributed import rank, sum_over_ranks
-from ptr_hf.method.evidence import Evidence, Weigher, Weighing
+from ptr_hf.method.distributed import GlobalRows, sum_over_ranks
+from ptr_hf.method.draws import Draws, Purpose
+from ptr_hf.method.evidence import Evidence, Rivals, Weigher, Weighing
 from ptr_hf.method.numerics import NeverLowered
 from ptr_hf.method.scorer import (
     TransitionScorer,
@@ -34,6 +41,7 @@ from ptr_hf.method.weight import (
     conservative_weight,
     effective_sample_size,
     global_self_normalized_loss,
+    global_weight_sum,
     self_normalized_loss,
     weight_bounds,
 )
@@ -51,6 +59,7 @@ class ChunkBatch:
         chunk_valid: False where the whole chunk lies past its episode's end.
         entropy: H_tok, 0 without belief.
         diversity: D_tok, 0 without belief.
+        segment_length: T, chunks of a segment; the rows are those of len(loss) / T segments.
         weighed_by: what a ``Weigher`` reads beyond that; None when the paper's T weighs.
     """
 
@@ -59,8 +68,9 @@ class ChunkBatch:
     action: Float[Tensor, "batch action_dim"]
     samples: Samples
     chunk_valid: Bool[Tensor, " batch"]
-    entropy: Float[Tensor, ""]
-    diversity: Float[Tensor, ""]
+    entropy: Float[Tensor, " batch"]
+    diversity: Float[Tensor, " batch"]
+    segment_length: int = 1
     weighed_by: "ChunkDetails | None" = None
 
 
@@ -89,8 +99,8 @@ class ObjectiveOutput:
     target_valid: Bool[Tensor, " batch"]
     ranking_valid: Bool[Tensor, " batch"]
     chunk_valid: Bool[Tensor, " batch"]
-    entropy: Float[Tensor, ""]
-    diversity: Float[Tensor, ""]
+    entropy: Float[Tensor, " batch"]
+    diversity: Float[Tensor, " batch"]
     correct: Bool[Tensor, " batch"]
     margin: Float[Tensor, " batch"]
     candidates: Int[Tensor, " batch"]
@@ -207,20 +217,25 @@ class PTRObjective(NeverLowered):
 
         In training mode ranks exchange targets, and the step's targets and statistics are kept for ``after_step``;
         in eval mode nothing is exchanged or kept, so ranks may evaluate different numbers of batches. A chunk whose
-        summaries are not finite is scored as one without a target.
+        summaries are not finite counts as one without a target.
         """
         finite = chunks.context.isfinite().all(dim=1) & chunks.action.isfinite().all(dim=1)
-        samples = replace(chunks.samples, valid=chunks.samples.usable & chunks.chunk_valid)
-        generator = self._generator(chunks.loss.device)
+        samples = replace(chunks.samples, valid=chunks.samples.usable & chunks.chunk_valid & finite)
+        rows = self._rows(chunks, across=self.training)
+        draws, device = Draws(self._step_seed), chunks.loss.device
+        everyone = gather_samples(samples, rows)
         if self.shuffle_consequences:
-            other, _ = masked_derangement(samples.valid, generator)
-            samples = replace(samples, targets=samples.targets[other])
-        everyone = gather_across_ranks(samples) if self.training else samples
+            other, _ = masked_derangement(everyone.valid, draws.keys(rows, Purpose.SHUFFLED_CONSEQUENCE, device))
+            everyone = replace(everyone, targets=everyone.targets[other])
+            samples = replace(samples, targets=everyone.targets[rows.own(device)])
+        # whom a chunk is compared with
+        seen = rows if self.cross_rank else self._rows(chunks, across=False)
+        others = everyone if self.cross_rank else samples
         if self.scorer is None:
-            identified = _unidentified(samples.valid & finite, chunks.loss)
+            identified = _unidentified(samples.valid, chunks.loss)
         else:
-            identified = self._identify(self.scorer, chunks, finite, samples, everyone, generator)
-        weighing = self._weigh(chunks, samples, identified, generator)
+            identified = self._identify(self.scorer, chunks, samples, others, seen, draws)
+        weighing = self._weigh(chunks, samples, identified, Rivals(seen, others.valid), draws)
         output = ObjectiveOutput(
             loss=chunks.loss,
             weight=weighing.weight.masked_fill(~chunks.chunk_valid, 0.0),
@@ -246,44 +261,65 @@ class PTRObjective(NeverLowered):
             self._step_statistics.append(self._statistics(output))
         return output
 
+    @contextmanager
+    def looking_ahead(self) -> Iterator[None]:
+        """A context whose forwards leave no trace: the ones after it draw the same and are counted once."""
+        seen: list[list[Any]] = [self._step_samples, self._step_statistics]
+        if self.weigher is not None:
+            seen.append(self.weigher.step_verdicts)
+        lengths, micro_step = [len(kept) for kept in seen], self._micro_step
+        try:
+            yield
+        finally:
+            self._micro_step = micro_step
+            for kept, length in zip(seen, lengths, strict=True):
+                del kept[length:]
+
     @property
     def warm(self) -> bool:
         """Whether the scorer's warm-up is over."""
         return self._step >= self.warmup_steps
 
+    @staticmethod
+    def _rows(chunks: ChunkBatch, across: bool) -> GlobalRows:
+        length = chunks.segment_length
+        segments = len(chunks.loss) // length
+        return GlobalRows.of_all_ranks(length, segments) if across else GlobalRows(length, segments)
+
     def _identify(
         self,
         scorer: TransitionScorer,
         chunks: ChunkBatch,
-        finite: Bool[Tensor, " batch"],
         samples: Samples,
-        everyone: Samples,
-        generator: torch.Generator,
+        others: Samples,
+        seen: GlobalRows,
+        draws: Draws,
     ) -> Identified:
         """The identification posterior of every chunk and its two losses."""
-        context = torch.where(finite[:, None], chunks.context, 0.0)
-        action = torch.where(finite[:, None], chunks.action, 0.0)
+        device = chunks.loss.device
+        context = torch.where(samples.valid[:, None], chunks.context, 0.0)
+        action = torch.where(samples.valid[:, None], chunks.action, 0.0)
         if self.detach_scorer_inputs:
             context, action = context.detach(), action.detach()
-        across = self.cross_rank and self.training
+        place = seen.own(device)
         candidates = build_candidates(
             local=samples,
-            gathered=everyone if across else samples,
-            offset=rank_offset(len(samples.valid)) if across else 0,
+            everyone=others,
+            rows=seen,
             queue=self.queue,
             num_queue_negatives=self.queue_negatives,
             hard_negative_ratio=self.controller.hard_negative_ratio,
             hard_negative_key=self.hard_negative_key,
-            generator=generator,
+            seed=draws.seed_of(Purpose.QUEUE),
         )
-        mask = candidates.mask & finite[:, None]
-        target_valid = mask[:, 0]
+        mask, target_valid = candidates.mask, candidates.mask[:, 0]
         # a copy, because data-parallel training may write the buffer before backward has read it
         temperature, clamp = self.controller.temperature.clone(), self.logit_clamp
 
         logits = candidates.logits(scorer(context, action), temperature, clamp)
-        other_action, ranking_valid = masked_derangement(target_valid, generator)
-        other_query = scorer(context, action[other_action])
+        other_action, comparable = masked_derangement(others.valid, draws.keys(seen, Purpose.OTHER_ACTION, device))
+        ranking_valid = comparable[place]
+        other_query = scorer(context, seen.gather(action)[other_action[place]])
         match = candidates.pool[candidates.index[:, :1]]
         other_logit = identification_logits(other_query, match, temperature, clamp)[:, 0]
         metrics = identification_metrics(logits, mask)
@@ -300,7 +336,12 @@ class PTRObjective(NeverLowered):
         )
 
     def _weigh(
-        self, chunks: ChunkBatch, samples: Samples, identified: Identified, generator: torch.Generator
+        self,
+        chunks: ChunkBatch,
+        samples: Samples,
+        identified: Identified,
+        rivals: Rivals,
+        draws: Draws,
     ) -> Weighing:
         """Eq. 21 on T, or what the ``weigher`` makes of the evidence."""
         valid, beta = identified.target_valid, self.controller.beta
@@ -328,22 +369,26 @@ class PTRObjective(NeverLowered):
             task=samples.task,
             episode=samples.episode,
             index=details.index,
+            among=rivals,
         )
-        return self.weigher.weigh(evidence, beta, self.warm, generator)
+        return self.weigher.weigh(evidence, beta, self.warm, draws)
 
-    def combine(self, output: ObjectiveOutput) -> dict[str, Float[Tensor, ""]]:
-        """Eq. 32. In training every mean is over all ranks' chunks, with one all-reduce for the three denominators.
+    def combine(
+        self, output: ObjectiveOutput, totals: Float[Tensor, " terms"] | None = None
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Eq. 32. In training every mean is over all ranks' chunks, with one all-reduce for all denominators.
 
-        The belief's two terms are means over this rank's segments; data-parallel averaging makes them global.
+        Args:
+            output: of this rank's chunks.
+            totals: what to divide the terms by where it is known already: ``totals`` of several outputs, added up.
         """
-        mean = global_self_normalized_loss if self.training else self_normalized_loss
-        weight = output.weight
-        losses = [output.loss, output.identification, output.ranking]
-        weights = [weight, output.target_valid.to(weight), output.ranking_valid.to(weight)]
-        if output.weighing is not None:
-            losses, weights = [*losses, output.weighing.head_loss], [*weights, output.weighing.head_weight]
-        action, identification, ranking, *heads = mean(torch.stack(losses), torch.stack(weights))
-        tokenizer = self.entropy_coef * output.entropy + self.diversity_coef * output.diversity
+        losses, weights = self._terms(output)
+        action, identification, ranking, entropy, diversity, *heads = (
+            global_self_normalized_loss(losses, weights, totals)
+            if self.training
+            else self_normalized_loss(losses, weights)
+        )
+        tokenizer = self.entropy_coef * entropy + self.diversity_coef * diversity
         loss = (
             action + self.identification_coef * self.discount * identification + self.ranking_coef * ranking + tokenizer
         )
@@ -352,6 +397,20 @@ class PTRObjective(NeverLowered):
             terms["heads"] = head
             loss = loss + head
         return terms | {"loss": loss}
+
+    def totals(self, output: ObjectiveOutput) -> Float[Tensor, " terms"]:
+        """What each term's sum over all ranks' chunks is divided by."""
+        return global_weight_sum(*self._terms(output))
+
+    @staticmethod
+    def _terms(output: ObjectiveOutput) -> tuple[Float[Tensor, "terms batch"], Float[Tensor, "terms batch"]]:
+        weight = output.weight
+        chunks = output.chunk_valid.to(weight)
+        losses = [output.loss, output.identification, output.ranking, output.entropy, output.diversity]
+        weights = [weight, output.target_valid.to(weight), output.ranking_valid.to(weight), chunks, chunks]
+        if output.weighing is not None:
+            losses, weights = [*losses, output.weighing.head_loss], [*weights, output.weighing.head_weight]
+        return torch.stack(losses), torch.stack(weights)
 
     @torch.no_grad()
     def metrics(self, output: ObjectiveOutput) -> dict[str, Float[Tensor, ""]]:
@@ -381,8 +440,8 @@ class PTRObjective(NeverLowered):
             "temperature": self.controller.temperature.clone(),
             "beta": self.controller.beta.clone(),
             "hard_negative_ratio": self.controller.hard_negative_ratio.clone(),
-            "belief_entropy": output.entropy.detach(),
-            "belief_diversity": output.diversity.detach(),
+            "belief_entropy": _mean(output.entropy, chunk_valid),
+            "belief_diversity": _mean(output.diversity, chunk_valid),
         }
 
     @torch.no_grad()
@@ -421,11 +480,13 @@ class PTRObjective(NeverLowered):
         )
         return torch.stack([values.sum().to(self.window.dtype) for values in sums])
 
-    def _generator(self, device: torch.device) -> torch.Generator:
+    @property
+    def _step_seed(self) -> int:
+        """Of this micro-step's draws, the same on every rank."""
         seed = 0
-        for part in (self.seed, self._step, rank(), self._micro_step):
+        for part in (self.seed, self._step, self._micro_step):
             seed = (seed * 1_000_003 + part) % 2**63
-        return torch.Generator(device).manual_seed(seed)
+        return seed
 
 
 def _unidentified(target_valid: Bool[Tensor, " batch"], loss: Float[Tensor, " batch"]) -> Identified:

@@ -112,28 +112,24 @@ def ranking_loss(positive: Float[Tensor, " batch"], negative: Float[Tensor, " ba
 
 
 def masked_derangement(
-    valid: Bool[Tensor, " batch"], generator: torch.Generator | None = None
+    valid: Bool[Tensor, " batch"], keys: Float[Tensor, " batch"]
 ) -> tuple[Int[Tensor, " batch"], Bool[Tensor, " batch"]]:
     """A random permutation of the valid rows in which none stays in place, without host sync.
+
+    Args:
+        valid: rows to permute.
+        keys: random numbers in [0, 1), whose order makes the permutation.
 
     Returns:
         The permutation (other rows stay where they are), and where it can be used: nowhere with fewer than 2 valid.
     """
     rows = torch.arange(valid.shape[0], device=valid.device)
-    keys = torch.rand(valid.shape[0], generator=generator, device=valid.device)
     # valid rows in random order come first; each takes the next one's place, the last the first one's
     order = keys.masked_fill(~valid, 2.0).argsort()
     count = valid.sum()
     successor = order[(rows + 1) % count.clamp(min=1)]
     index = torch.empty_like(order).scatter(0, order, torch.where(rows < count, successor, order))
     return index, valid & (count >= 2)
-
-
-def derangement(
-    n: int, device: torch.device | str | None = None, generator: torch.Generator | None = None
-) -> Int[Tensor, "{n}"]:
-    """A random permutation of n rows without a fixed point; the identity for n = 1, which the caller must mask."""
-    return masked_derangement(torch.ones(n, dtype=torch.bool, device=device), generator)[0]
 
 
 class IdentificationMetrics(NamedTuple):

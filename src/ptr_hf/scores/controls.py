@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ptr_hf.method.draws import Draws
 from ptr_hf.method.evidence import Evidence
 from ptr_hf.scores.aggregation import EpisodeTable
 from ptr_hf.scores.score import Score, Scored
@@ -12,7 +13,7 @@ from ptr_hf.scores.score import Score, Scored
 class Uniform(Score):
     """0 for every chunk: weights that are all alike."""
 
-    def forward(self, evidence: Evidence, generator: torch.Generator | None) -> Scored:
+    def forward(self, evidence: Evidence, draws: Draws) -> Scored:
         """Zeros."""
         return Scored(torch.zeros_like(evidence.loss), evidence.chunk_valid)
 
@@ -20,7 +21,7 @@ class Uniform(Score):
 class NegativeLoss(Score):
     """The policy's own loss, negated: the small-loss baseline of learning with noisy labels."""
 
-    def forward(self, evidence: Evidence, generator: torch.Generator | None) -> Scored:
+    def forward(self, evidence: Evidence, draws: Draws) -> Scored:
         """-ℓ of every chunk with a finite loss."""
         return Scored(-evidence.loss, evidence.chunk_valid & evidence.loss.isfinite())
 
@@ -28,7 +29,7 @@ class NegativeLoss(Score):
 class NegativeLogLoss(Score):
     """-log ℓ: the same order as the negated loss, on a scale where good and bad data spread alike."""
 
-    def forward(self, evidence: Evidence, generator: torch.Generator | None) -> Scored:
+    def forward(self, evidence: Evidence, draws: Draws) -> Scored:
         """-log ℓ of every chunk with a finite loss."""
         return Scored(-torch.log(evidence.loss.clamp(min=1e-6)), evidence.chunk_valid & evidence.loss.isfinite())
 
@@ -36,7 +37,7 @@ class NegativeLogLoss(Score):
 class Motion(Score):
     """How much the chunk's actions move, as the mean square of the normalised actions."""
 
-    def forward(self, evidence: Evidence, generator: torch.Generator | None) -> Scored:
+    def forward(self, evidence: Evidence, draws: Draws) -> Scored:
         """Motion of every chunk."""
         return Scored(evidence.motion, evidence.chunk_valid)
 
@@ -50,7 +51,7 @@ class OfEpisode(Score):
         super().__init__()
         self.register_buffer("values", values)
 
-    def forward(self, evidence: Evidence, generator: torch.Generator | None) -> Scored:
+    def forward(self, evidence: Evidence, draws: Draws) -> Scored:
         """The episode's number, for each of its chunks; nothing of an episode that the training data lacks."""
         known = evidence.episode < len(self.values)
         values = torch.cat([self.values, self.values.new_zeros(1)])

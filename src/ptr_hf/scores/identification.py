@@ -1,6 +1,6 @@
 """The roles swapped: which action, which instruction, belongs to what happened between o_t and o_{t+Δ}? (ours)
 
-    T_a = log softmax_j s([z, y, y-z], e_j) + log K       over the minibatch's action chunks: an estimate of I(a; o′ | o)
+    T_a = log softmax_j s([z, y, y-z], e_j) + log K       over all ranks' action chunks: an estimate of I(a; o′ | o)
     T_l = log softmax_l s([z, y, y-z], l)   + log N       over the dataset's instructions
 
 z and y are the consequence embeddings of o_t and o_{t+Δ}; every input is a constant, so the heads never touch the policy.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ptr_hf.method import full_precision, masked_derangement
+from ptr_hf.method.draws import Draws, Purpose
 from ptr_hf.method.evidence import Evidence
 from ptr_hf.scores.score import Score, Scored
 
@@ -41,7 +42,7 @@ class OutcomeEncoder(nn.Module):
 
 
 class ActionHead(nn.Module):
-    """s([z, y, y-z], e_j) for all pairs of a minibatch."""
+    """s([z, y, y-z], e_j) of every chunk with the actions of all ranks' chunks."""
 
     def __init__(self, target_dim: int, action_dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -54,10 +55,11 @@ class ActionHead(nn.Module):
         )
         self.scale = hidden_dim**-0.5
 
-    def forward(self, evidence: Evidence) -> Float[Tensor, "batch batch"]:
-        """Logits, row i: which of the minibatch's chunks led from o_t to o_{t+Δ} of row i?"""
+    def forward(self, evidence: Evidence) -> Float[Tensor, "batch all_rows"]:
+        """Logits, row i: which chunk led from o_t to o_{t+Δ} of row i?"""
         outcome = self.outcome[1](self.outcome[0](evidence.current, evidence.target))
-        return outcome @ self.action(evidence.action.flatten(1)).T * self.scale
+        actions = evidence.rivals.rows.gather(self.action(evidence.action.flatten(1)))
+        return outcome @ actions.T * self.scale
 
 
 class InstructionHead(nn.Module):
@@ -114,20 +116,22 @@ class ActionIdentification(CrossFitted):
     def __init__(self, target_dim: int, action_dim: int, hidden_dim: int = 128, cross_fit: bool = True) -> None:
         super().__init__([ActionHead(target_dim, action_dim, hidden_dim) for _ in range(2 if cross_fit else 1)])
 
-    def forward(self, evidence: Evidence, generator: torch.Generator | None) -> Scored:
-        """T_a of every chunk with a future, among the minibatch's chunks."""
-        usable = evidence.target_valid
-        other, several = masked_derangement(usable, generator)
+    def forward(self, evidence: Evidence, draws: Draws) -> Scored:
+        """T_a of every chunk with a future, among all ranks' chunks."""
+        usable, own = evidence.rivals.valid, evidence.rivals.rows.own(evidence.loss.device)
+        other, several = masked_derangement(
+            usable, draws.keys(evidence.rivals.rows, Purpose.NULL_ACTION, usable.device)
+        )
         held_out, learning = self.logits(evidence)
         shares = _log_share(held_out.detach(), usable)
-        loss = -_log_share(learning, usable).diagonal()
-        valid = usable & several
+        loss = -_log_share(learning, usable).gather(1, own[:, None])[:, 0]
+        valid = evidence.target_valid & several[own]
         return Scored(
-            value=shares.diagonal(),
+            value=shares.gather(1, own[:, None])[:, 0],
             valid=valid,
-            null=shares.gather(1, other[:, None])[:, 0],
+            null=shares.gather(1, other[own][:, None])[:, 0],
             loss=loss.masked_fill(~valid, 0.0),
-            correct=valid & (shares.argmax(dim=1) == torch.arange(len(usable), device=usable.device)),
+            correct=valid & (shares.argmax(dim=1) == own),
             candidates=usable.sum(),
         )
 
@@ -142,14 +146,14 @@ class InstructionIdentification(CrossFitted):
         super().__init__([InstructionHead(target_dim, num_tasks, hidden_dim) for _ in range(2 if cross_fit else 1)])
         self.num_tasks = num_tasks
 
-    def forward(self, evidence: Evidence, generator: torch.Generator | None) -> Scored:
+    def forward(self, evidence: Evidence, draws: Draws) -> Scored:
         """T_l of every chunk with a future; nothing with a single instruction, or of one that the head does not know."""
         held_out, learning = self.logits(evidence)
         every = torch.ones(self.num_tasks, dtype=torch.bool, device=held_out.device)
         task = evidence.task.clamp(0, self.num_tasks - 1)
-        shift = torch.randint(
-            1, max(2, self.num_tasks), task.shape, generator=generator, device=task.device, dtype=task.dtype
-        )
+        rows = evidence.rivals.rows
+        keys = draws.keys(rows, Purpose.NULL_INSTRUCTION, task.device)[rows.own(task.device)]
+        shift = 1 + (keys * (self.num_tasks - 1)).to(task.dtype)
         shares = _log_share(held_out.detach(), every)
         valid = evidence.target_valid & (evidence.task < self.num_tasks) & (self.num_tasks > 1)
         loss = functional.cross_entropy(learning, task, reduction="none")

@@ -1,7 +1,6 @@
 """The scores read off the paper's own scorer f(h, e): T and, from its ranking loss, the action margin."""
 
-import torch
-
+from ptr_hf.method.draws import Draws
 from ptr_hf.method.evidence import Evidence
 from ptr_hf.scores.score import Score, Scored
 
@@ -13,7 +12,7 @@ class Posterior(Score):
     reads_posterior = True
     has_chance = True
 
-    def forward(self, evidence: Evidence, generator: torch.Generator | None) -> Scored:
+    def forward(self, evidence: Evidence, draws: Draws) -> Scored:
         """T of every chunk with a future."""
         return Scored(evidence.posterior, evidence.target_valid)
 
@@ -25,6 +24,6 @@ class ActionMargin(Score):
     reads_posterior = True
     has_chance = True
 
-    def forward(self, evidence: Evidence, generator: torch.Generator | None) -> Scored:
+    def forward(self, evidence: Evidence, draws: Draws) -> Scored:
         """R of every chunk with a future and another action to compare with."""
         return Scored(evidence.contrast, evidence.contrast_valid)

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ptr_hf.method import NeverLowered
+from ptr_hf.method.draws import Draws
 from ptr_hf.method.evidence import Evidence
 
 
@@ -44,11 +44,11 @@ class Score(NeverLowered):
     reads_posterior = False
     has_chance = False
 
-    def forward(self, evidence: Evidence, generator: torch.Generator | None) -> Scored:
+    def forward(self, evidence: Evidence, draws: Draws) -> Scored:
         """The chunks' verdicts.
 
         Args:
             evidence: this rank's chunks.
-            generator: private random stream of the step.
+            draws: random numbers of the step.
         """
         raise NotImplementedError

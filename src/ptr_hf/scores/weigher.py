@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ptr_hf.method import conservative_weight
 from ptr_hf.method.distributed import sum_over_ranks
+from ptr_hf.method.draws import Draws
 from ptr_hf.method.evidence import Evidence, IdentifiedBy, Weigher, Weighing
 from ptr_hf.scores.aggregation import EpisodeTable, SlotMemory
 from ptr_hf.scores.controls import OfEpisode, known_beforehand
@@ -60,7 +61,6 @@ class ScoreWeigher(Weigher):
         self.missing_future = missing_future
         self.self_weighting = self_weighting
         self.refresh_interval = refresh_interval
-        self._step_verdicts: list[tuple[Tensor, Tensor]] = []
         # β of the last step, for the paper's map at a refresh
         self._beta: Tensor | float = 1.5
 
@@ -77,9 +77,7 @@ class ScoreWeigher(Weigher):
             if isinstance(score, OfEpisode):
                 score.values.copy_(known_beforehand(name, episodes, seed))
 
-    def weigh(
-        self, evidence: Evidence, beta: Float[Tensor, ""], warm: bool, generator: torch.Generator | None
-    ) -> Weighing:
+    def weigh(self, evidence: Evidence, beta: Float[Tensor, ""], warm: bool, draws: Draws) -> Weighing:
         """Weights, verdicts and the heads' losses of this rank's chunks; see ``Weigher``.
 
         In eval mode the episodes may be others than the memory's, so it is not read and every weight is 1.
@@ -88,7 +86,7 @@ class ScoreWeigher(Weigher):
             ValueError: in training, when nobody has laid out the episodes.
         """
         self._beta = beta
-        scored: list[Scored] = [score(evidence, generator) for score in self.scores.values()]
+        scored: list[Scored] = [score(evidence, draws) for score in self.scores.values()]
         verdicts = torch.stack([_known(of.value, of.valid) for of in scored], dim=1)
         nulls = torch.stack([_known(of.null, of.valid) for of in scored], dim=1)
         if self.memory is None:
@@ -114,9 +112,9 @@ class ScoreWeigher(Weigher):
         """Remember the step's verdicts of all ranks, and read the memory at every ``refresh_interval``-th step."""
         if self.memory is None:
             return
-        for slot, verdict in self._step_verdicts:
+        for slot, verdict in self.step_verdicts:
             self.memory.remember(slot, verdict)
-        self._step_verdicts = []
+        self.step_verdicts = []
         if warm and step % self.refresh_interval == 0:
             self.memory.weight.copy_(self.slot_weights(self.memory.mean, self.memory.group))
 
@@ -175,7 +173,7 @@ class ScoreWeigher(Weigher):
                 "dataset.meta)) before training, as PTRTrainer and LeRobot's factory do."
             )
         slot = memory.slot(evidence.episode, evidence.index)
-        self._step_verdicts.append((slot, verdicts.masked_fill(~evidence.chunk_valid[:, None], torch.nan)))
+        self.step_verdicts.append((slot, verdicts.masked_fill(~evidence.chunk_valid[:, None], torch.nan)))
         if not warm:
             return torch.ones_like(evidence.loss)
         # a slot never seen keeps the weight it was laid out with
