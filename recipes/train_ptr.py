@@ -8,6 +8,9 @@ The real thing:
 
     accelerate launch recipes/train_ptr.py --policy_path lerobot/smolvla_base --dataset me/my_demos --output_dir out
 
+A run that was killed goes on with `--resume_from_checkpoint last` and otherwise the same options; where both SFT and PTR are
+trained, the one that had ended is not trained again. Checkpoints are written with `--save_strategy steps --save_steps N`.
+
 The preset is `ptr_calibrated`, chosen by the benchmark in docs/corruption.md; `--preset ptr` is the paper's method.
 `--config file.yaml` reads any of the options from a file. Of several files (`--config base.yaml variant.yaml`) the later ones
 override the earlier ones, and options on the command line override them all. `recipes/experiments/` has ready ones.
@@ -37,6 +40,7 @@ from torch import nn
 from transformers import HfArgumentParser, set_seed
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments, score_dataset
+from ptr_hf.checkpoints import checkpoints
 from ptr_hf.configuration_ptr import chunk_settings
 from ptr_hf.data.datasets import dataset_metadata
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
@@ -126,6 +130,8 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, PTRTrainingArgume
         parser.error("--policy_path and --dataset go together; leave both out for the demo.")
     if recipe.policy_overrides and recipe.policy_path is None:
         parser.error("--policy_overrides change the policy of --policy_path, which is missing.")
+    if recipe.compare_sft and Path(str(args.resume_from_checkpoint)).is_dir():
+        parser.error("--compare_sft trains twice, each in its own folder: --resume_from_checkpoint last finds both.")
     if args.output_dir is None:
         parser.error("--output_dir is needed: the folder for the checkpoint, the logs and the report.")
     return recipe, args
@@ -200,7 +206,8 @@ def train(model: Any, args: PTRTrainingArguments, dataset: Any) -> PTRTrainer:
     set_seed(args.seed)
     with refusals():
         trainer = PTRTrainer(model, args, dataset)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        checkpoint = trainer.choose_checkpoint(args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     return trainer
 
@@ -239,7 +246,11 @@ def main(argv: list[str]) -> None:
         f"{name.upper()}: {'a tiny SmolVLA on the bundled demonstrations' if demo else f'{recipe.policy_path}'}"
     )
     folder = output / name if trainers else output
-    trainers[name] = train(model, replace(args, output_dir=str(folder)) if trainers else args, dataset)
+    if trainers:
+        # killed while SFT was in training
+        resumed = args.resume_from_checkpoint if checkpoints(folder) else None
+        args = replace(args, output_dir=str(folder), resume_from_checkpoint=resumed)
+    trainers[name] = train(model, args, dataset)
     main_trainer = trainers[name]
     if not main_trainer.is_world_process_zero():
         return

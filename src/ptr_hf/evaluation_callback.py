@@ -122,9 +122,10 @@ class EvaluationCallback(TrainerCallback):
             return
         rows = read_evaluations(args.output_dir) if state.global_step else []
         self._rows = [row for row in rows if row["step"] <= state.global_step]
-        (Path(args.output_dir) / EVALUATION_FILE).unlink(missing_ok=True)
         if self._rows:
             self._write(args)
+        else:
+            (Path(args.output_dir) / EVALUATION_FILE).unlink(missing_ok=True)
         with self._forgiven(), _undisturbed(self.trainer.policy, self.seed):
             self._open()
 

@@ -11,6 +11,7 @@ from ptr_hf.method import ObjectiveOutput, weight_bounds
 from ptr_hf.report import weight_bin_edges
 
 _SMALLEST, _LARGEST = "weight_min", "weight_max"
+_SUM, _WEIGHTS, _COUNT = "sum.", "weights", "count"
 
 
 class MetricsWindow:
@@ -19,8 +20,12 @@ class MetricsWindow:
     Every rank must add the same names; the extreme weights are the window's extremes, everything else its mean.
     """
 
+    _sums: dict[str, Tensor]
+    _weights: list[Tensor]
+    _count: int
+
     def __init__(self) -> None:
-        self._clear()
+        self.clear()
 
     def __bool__(self) -> bool:
         return self._count > 0
@@ -64,10 +69,24 @@ class MetricsWindow:
             weights = weights[weights.isfinite()].double().cpu().clamp(float(edges[0]), float(edges[-1]))
             counts = torch.histogram(weights, torch.as_tensor(edges, dtype=torch.float64)).hist
             histogram = {"weight_histogram": counts.long().tolist(), "weight_bin_edges": list(edges)}
-        self._clear()
+        self.clear()
         return values, histogram
 
-    def _clear(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._weights: list[Tensor] = []
+    def state(self) -> dict[str, Tensor]:
+        """What has been added since the last `flush`, for a checkpoint of this rank."""
+        sums = {f"{_SUM}{name}": value for name, value in self._sums.items()}
+        weights = {_WEIGHTS: torch.cat(self._weights)} if self._weights else {}
+        return sums | weights | {_COUNT: torch.tensor(self._count)}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        self.clear()
+        self._sums = {name.removeprefix(_SUM): value for name, value in state.items() if name.startswith(_SUM)}
+        self._weights = [state[_WEIGHTS]] if _WEIGHTS in state else []
+        self._count = int(state[_COUNT])
+
+    def clear(self) -> None:
+        """Forget what was added."""
+        self._sums = {}
+        self._weights = []
         self._count = 0

@@ -4,13 +4,14 @@ The algorithm is `compute_loss`: per-chunk losses and weights come from the poli
 put together here, and after every optimiser step the policy moves its moving average, queue and controller.
 """
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import PolicyProcessorPipeline
@@ -18,7 +19,7 @@ from lerobot.utils.collate import lerobot_collate_fn
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ProgressCallback
 
 from ptr_hf.card_facts import TrainingData
@@ -26,23 +27,25 @@ from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.datasets import check_cameras, check_dataset, dataset_metadata, open_dataset
 from ptr_hf.data.demonstrations import load_truth
 from ptr_hf.data.in_memory import InMemorySegments, collate_segments
+from ptr_hf.data.screening import Screen, leave_out, with_finite_statistics
+from ptr_hf.data.segments import is_rows
 from ptr_hf.evaluation_callback import EnvironmentSource, EvaluationCallback
-from ptr_hf.hub import is_ptr_folder, load_weights
+from ptr_hf.global_batches import TensorsOnly, has_batch_statistics, instructions_of, repeated_rows, with_instructions
+from ptr_hf.guarded_trainer import GuardedTrainer
+from ptr_hf.launch import check_launch, check_same_everywhere, run_facts
 from ptr_hf.metrics import MetricsWindow
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.policy_sources import ModelSource, policy_processors, resolve_policy
 from ptr_hf.processor_ptr import preprocess
-from ptr_hf.publishing_trainer import PublishingTrainer
-from ptr_hf.report import DYNAMICS_COLUMNS, DYNAMICS_FILE, DynamicsLog
+from ptr_hf.report import DYNAMICS_COLUMNS
 from ptr_hf.scores import EpisodeTable
+from ptr_hf.sharding import prepare_sharding, share_weights
 from ptr_hf.training_args import PTRTrainingArguments
-
-TRAINING_ARGS_NAME = "training_args.json"
 
 type DatasetSource = str | Path | LeRobotDataset
 
 
-class PTRTrainer(PublishingTrainer):
+class PTRTrainer(GuardedTrainer):
     """Post-train a LeRobot policy with Posterior-Transition Reweighting.
 
     Args:
@@ -60,7 +63,7 @@ class PTRTrainer(PublishingTrainer):
 
     Raises:
         ValueError: before any training time is spent, for an unsupported policy, a dataset that holds nothing to learn from,
-            a missing camera, or several GPUs without a launcher.
+            a missing camera, or a launch that would train something else (`ptr_hf.launch`).
 
     Example:
         >>> trainer = PTRTrainer("lerobot/smolvla_base", PTRTrainingArguments(output_dir="out"), "me/my_demos")
@@ -84,12 +87,7 @@ class PTRTrainer(PublishingTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
     ) -> None:
         args = args or PTRTrainingArguments(output_dir="ptr_output")
-        if args.n_gpu > 1:
-            raise ValueError(
-                f"{args.n_gpu} GPUs are visible without a launcher, which would run nn.DataParallel and break the method: start "
-                f"with `accelerate launch --multi_gpu --num_processes {args.n_gpu} ...`, or show one GPU with "
-                "CUDA_VISIBLE_DEVICES=0."
-            )
+        check_launch(args)
         if args.device.type == "cpu":
             # there is no accelerator to pin memory for; PyTorch would warn about it
             args.dataloader_pin_memory = False
@@ -116,22 +114,43 @@ class PTRTrainer(PublishingTrainer):
                     if args.in_memory
                     else dataset
                 )
+        self.screen = Screen(
+            layout, policy.config.input_features or {}, args.observation_renames, substitute=policy.objective is None
+        )
         if preprocessor is None or postprocessor is None:
+            if meta is not None:
+                first = next(iter(opened.values()))
+                frames = first.dataset if isinstance(first, InMemorySegments) else first
+                meta = with_finite_statistics(meta, frames, [key for key in meta.features if self.screen.reads(key)])
             preprocessor, postprocessor = policy_processors(policy, meta, args)
         self.preprocessor, self.postprocessor = preprocessor, postprocessor
         self.window = MetricsWindow()
+        has_text = meta is not None and meta.has_language_columns
+        collate = lerobot_collate_fn if has_text else collate_segments
+        self._instructions: dict[str, tuple[str, ...]] = {}
+        if args.accelerator_config.dispatch_batches:
+            if has_text:
+                raise ValueError(
+                    "dispatch_batches=True sends tensors alone, and this dataset has language columns: drop it."
+                )
+            collate = TensorsOnly(collate)
+            self._instructions = {name: instructions_of(dataset.meta) for name, dataset in opened.items()}
+        if args.ddp_broadcast_buffers is None and not has_batch_statistics(policy):
+            # queue, controller and memory are computed alike on every rank, so there is nothing to send
+            args.ddp_broadcast_buffers = False
         # Accelerate would compile the whole step, which reads values out of modules; compile_base has done what can be
         compiler, args.torch_compile_backend = args.torch_compile_backend, None
         super().__init__(
             model=policy,
             args=args,
-            data_collator=lerobot_collate_fn if meta is not None and meta.has_language_columns else collate_segments,
+            data_collator=collate,
             train_dataset=opened.get("train"),
             eval_dataset=opened.get("eval"),
             callbacks=[_AfterStep(), *callbacks],
             optimizers=optimizers,
         )
         args.torch_compile_backend = compiler
+        prepare_sharding(self.accelerator, policy)
         self.model_accepts_loss_kwargs = False
         self.can_return_loss = True
         if not args.disable_tqdm:
@@ -169,15 +188,79 @@ class PTRTrainer(PublishingTrainer):
                 self.window.add({"loss_action": loss})
             return (loss, None) if return_outputs else loss
         output, _ = model(inputs, reduction="none")
-        terms = objective.combine(output)
+        terms = objective.combine(output, self._window_totals if model.training else None)
+        if model.training and self._window_totals is not None:
+            # transformers will divide by the number of micro-batches
+            terms = {name: value * self.current_gradient_accumulation_steps for name, value in terms.items()}
         if model.training:
             losses = {f"loss_{name}": value for name, value in terms.items() if name != "loss"}
             self.window.add(losses | objective.metrics(output), output)
         return (terms["loss"], output) if return_outputs else terms["loss"]
 
+    _window: list[dict[str, Any]] | None = None
+    """Micro-batches of the coming optimiser step, where the loss is normalised over all of them."""
+    _window_totals: Tensor | None = None
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """The micro-batches of a step; rows that the loader repeats to fill the last one are left out."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and self.policy.objective is not None:
+            repeated = repeated_rows(batches[-1], self.accelerator)
+            if repeated is not None:
+                batches[-1] = leave_out(batches[-1], repeated)
+        self._window_totals = None
+        whole = self.args.normalize_over == "window" and len(batches) > 1 and self.policy.objective is not None
+        self._window = batches if whole else None
+        return batches, count
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of a micro-batch; `normalize_over="window"` first looks at the weights of the whole step."""
+        if self._window is not None:
+            self._window_totals, self._window = self._totals_of(self._window), None
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    @torch.no_grad()
+    def _totals_of(self, batches: list[dict[str, Any]]) -> Tensor:
+        """Σ w and the other denominators over all micro-batches and ranks, by one more forward each on the same noise."""
+        policy, objective = self.policy, self.policy.objective
+        assert objective is not None
+        policy.train()
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        totals = []
+        with torch.random.fork_rng(devices), self.compute_loss_context_manager(), objective.looking_ahead():
+            for batch in batches:
+                prepared = self._prepare_inputs(batch)
+                # the real pass takes them as they are
+                batch.clear()
+                batch.update(prepared)
+                output, _ = policy(prepared, reduction="none")
+                totals.append(objective.totals(output))
+        return torch.stack(totals).sum(dim=0)
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Move to the device, scale 8-bit frames to [0, 1] there, cut into rows, and run the policy's preprocessor."""
-        return preprocess(super()._prepare_inputs(inputs), self.preprocessor, self.policy.config.layout)
+        """Move to the device, scale 8-bit frames to [0, 1] there, cut into rows, and run the policy's preprocessor.
+
+        Samples with values that are not finite are left out.
+        """
+        if is_rows(inputs):
+            return inputs
+        if self._instructions:
+            inputs = with_instructions(inputs, self._instructions["train" if self.model.training else "eval"])
+        batch, bad = self.screen.before(super()._prepare_inputs(inputs))
+        rows, bad = self.screen.after(preprocess(batch, self.preprocessor, self.policy.config.layout), bad)
+        episodes = rows["episode_index"][: len(bad)]
+        self.nonfinite.add_frames("values" if self.policy.training else "evaluation", bad, episodes)
+        return rows
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        """Accelerate wraps the forward in autocast itself, except under FSDP2."""
+        if self.accelerator.is_fsdp2:
+            return self.accelerator.autocast()
+        return super().autocast_smart_context_manager(cache_enabled)
 
     def prediction_step(
         self,
@@ -213,12 +296,15 @@ class PTRTrainer(PublishingTrainer):
         """As `transformers.Trainer.train`; `resume_from_checkpoint` takes a checkpoint folder or True."""
         if self.train_dataset is None:
             raise ValueError("There is nothing to train on: give PTRTrainer a train_dataset.")
+        if self.args.world_size > 1:
+            data = {"training segments": len(self.train_dataset), "episodes": self.training_data[0].episodes}
+            check_same_everywhere(run_facts(self.args, self.policy.config, self.policy, data))
+        share_weights(self.accelerator, self.policy)
         steps = self.args.max_steps
         if steps <= 0:
             per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             steps = math.ceil(len(self.train_dataset) / per_step * self.args.num_train_epochs)
         self.policy.set_run_length(steps)
-        self._dynamics_log, self._resumed_step = None, 0
         return super().train(*args, **kwargs)
 
     # ---- logs ------------------------------------------------------------------------------------------------------
@@ -229,52 +315,20 @@ class PTRTrainer(PublishingTrainer):
             objective = self.policy.objective
             bounds = None if objective is None else (objective.alpha, objective.weight_min, objective.weight_max)
             metrics, histogram = self.window.flush(self.accelerator, bounds)
-            logs |= metrics
+            logs |= metrics | self.read_nonfinite()
             if self.is_world_process_zero():
                 row = {name: value for name, value in logs.items() if name in DYNAMICS_COLUMNS}
-                self._dynamics().append({**row, **histogram, "step": self.state.global_step})
+                self._log_dynamics({**row, **histogram, "step": self.state.global_step})
         super().log(logs, start_time)
-
-    _dynamics_log: DynamicsLog | None = None
-    _resumed_step: int = 0
-
-    def _dynamics(self) -> DynamicsLog:
-        if self._dynamics_log is None:
-            path = Path(self.args.output_dir) / DYNAMICS_FILE
-            if not self._resumed_step and path.is_file():
-                path.unlink()
-            self._dynamics_log = DynamicsLog(path, self.policy.config.preset, self._resumed_step)
-        return self._dynamics_log
-
-    # ---- files -----------------------------------------------------------------------------------------------------
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write policy, processors and arguments; the arguments as JSON, without a token and without pickle."""
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.policy.save_pretrained(folder, state_dict=state_dict)
-        self.preprocessor.save_pretrained(folder, config_filename="policy_preprocessor.json")
-        self.postprocessor.save_pretrained(folder, config_filename="policy_postprocessor.json")
-        arguments = {name: value for name, value in self.args.to_dict().items() if not name.endswith("_token")}
-        (folder / TRAINING_ARGS_NAME).write_text(json.dumps(arguments, indent=2, default=str) + "\n")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Restore policy, scorer, belief, moving average, queue and controller, strictly."""
-        folder = Path(resume_from_checkpoint)
-        if not is_ptr_folder(folder):
-            raise ValueError(
-                f"{folder} is no PTR checkpoint; resume from a checkpoint-<step> folder of this run's output_dir."
-            )
-        load_weights(self.policy, folder)
-        self._resumed_step = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).global_step
-
-    def _load_best_model(self) -> None:
-        """Go back to the best checkpoint, whole."""
-        load_weights(self.policy, Path(self.state.best_model_checkpoint))
 
 
 class _AfterStep(TrainerCallback):
     """After every optimiser step, on every rank: moving average, queue, controller."""
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Give every rank noise of its own: transformers seeds all alike, and they would draw the same for other samples."""
+        if args.world_size > 1:
+            set_seed(args.seed + args.world_size * state.global_step, device_specific=True)
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any

@@ -1,7 +1,7 @@
 """`PTRTrainingArguments`: transformers' training arguments and the method's hyperparameters, with the paper's defaults."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
@@ -42,6 +42,20 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
         default="tensorboard", metadata={"help": "Where logs go: tensorboard, trackio, wandb, none, or several."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: policies read dicts."})
+    normalize_over: Literal["micro_batch", "window"] = field(
+        default="micro_batch",
+        metadata={
+            "help": "With gradient accumulation: divide Σ w ℓ by the Σ w of each micro-batch (over all processes), or of the "
+            "whole step, which costs one more forward pass of every micro-batch."
+        },
+    )
+    nonfinite: Literal["skip", "stop"] = field(
+        default="skip",
+        metadata={
+            "help": "Samples with NaN or Inf, and steps with such a gradient, are left out and named in the log and in "
+            "ptr_nonfinite.json; stop ends training at the next log row instead, with a checkpoint."
+        },
+    )
     rename_map: dict[str, str] | str | None = field(
         default=None, metadata={"help": "Dataset key -> policy key, as JSON, for cameras and states named differently."}
     )

@@ -52,9 +52,13 @@ DYNAMICS_COLUMNS: dict[str, Column] = {
     "hard_negative_ratio": Column(_REAL, "fraction", "hard-negative ratio ρ"),
     "belief_entropy": Column(_REAL, "nats", "belief assignment entropy H_tok"),
     "belief_diversity": Column(_REAL, "", "belief overlap D_tok"),
+    "nonfinite_samples": Column(_REAL, "samples", "samples left out because a value or their loss was not finite"),
+    "nonfinite_gradients": Column(_REAL, "steps", "steps left out because their gradient was not finite"),
     "weight_histogram": Column(pa.list_(pa.int64()), "chunks", "weights counted in the bins of weight_bin_edges"),
     "weight_bin_edges": Column(pa.list_(pa.float64()), "", "bin edges, log-spaced between the weight bounds"),
 }
+_ADDED = ("nonfinite_samples", "nonfinite_gradients")
+"""Columns that files of earlier versions lack: read as null."""
 DYNAMICS_SCHEMA = pa.schema([(name, column.kind) for name, column in DYNAMICS_COLUMNS.items()])
 
 
@@ -181,7 +185,8 @@ class DynamicsLog:
     def append(self, *rows: Mapping[str, Any]) -> None:
         """Add rows, columns left out being null, and replace the file in one move.
 
-        Raises ValueError on an unknown column, another run's name, or a step that does not come after the last one.
+        Rows that could not be written (OSError) are kept and written with the next ones. Raises ValueError on an unknown
+        column, another run's name, or a step that does not come after the last one.
         """
         last_step, added = self._last_step, []
         for row in rows:
@@ -189,9 +194,9 @@ class DynamicsLog:
             last_step = int(row["step"])
         new = pa.Table.from_pylist(added, schema=DYNAMICS_SCHEMA)
         table = pa.concat_tables([self._table, new]).combine_chunks()
+        self._table, self._last_step = table, last_step
         with replacing(self.path) as temporary:
             pq.write_table(table, temporary)
-        self._table, self._last_step = table, last_step
 
     def _complete(self, row: Mapping[str, Any], last_step: int) -> dict[str, Any]:
         unknown = sorted(set(row) - set(DYNAMICS_COLUMNS))
@@ -215,6 +220,9 @@ def read_dynamics(path: str | Path) -> Dynamics:
         raise FileNotFoundError(f"No training dynamics at {path}: train first, or give the run's output folder.")
     # A single file, not a dataset: a folder named run=... above it must not become a column.
     table = pq.ParquetFile(path).read()
+    for name in _ADDED:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), DYNAMICS_COLUMNS[name].kind))
     missing = [name for name in DYNAMICS_COLUMNS if name not in table.column_names]
     if missing:
         raise ValueError(f"{path} is not a PTR dynamics file: the columns {missing} are missing.")

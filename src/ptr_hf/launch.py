@@ -1,0 +1,195 @@
+"""Guard rails of a launch: what would quietly train something else is refused before any training time is spent.
+
+Launchers that start one process where several were asked for, `nn.DataParallel`, ranks that hold different numbers of rows,
+and ranks that were started with different settings.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import draccus
+import psutil  # type: ignore[import-untyped]
+from accelerate.commands.config.config_args import ClusterConfig, default_config_file, load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import DistributedType, gather_object
+from lerobot.configs import PreTrainedConfig
+from torch import nn
+from transformers import TrainingArguments
+
+from ptr_hf.model_card import library_versions
+
+MAY_DIFFER = frozenset(
+    {
+        # where a rank runs, reads, caches and logs
+        *("local_rank", "output_dir", "logging_dir", "run_name", "truth", "frames_cache", "max_gigabytes"),
+        *("log_level", "log_level_replica", "disable_tqdm", "report_to", "resume_from_checkpoint"),
+        *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+        *("dataloader_persistent_workers", "device", "pretrained_path", "base_path"),
+    }
+)
+"""Settings that ranks may hold different values of; everything else has to be the same on all of them."""
+SHOWN = 6
+"""Differences that an error names; the number of all of them stands beside them."""
+SIMPLE_LAUNCH = ("ACCELERATE_USE_CPU", "ACCELERATE_DYNAMO_BACKEND", "MASTER_ADDR")
+"""What `accelerate launch` leaves in the environment where it starts one process though it was asked for several."""
+
+
+def check_launch(args: TrainingArguments) -> None:
+    """Refuse a launch that would train something else than was asked for.
+
+    Args:
+        args: the run's, with its process group set up.
+
+    Raises:
+        ValueError: one process where several were asked for, several that do not know of each other, several GPUs without a
+            launcher, ranks that could hold different numbers of rows, or DeepSpeed; the sentence has the right command.
+    """
+    script = Path(sys.argv[0]).name or "train.py"
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible without a launcher, which would run nn.DataParallel and break the method: start "
+            f"with `accelerate launch --multi_gpu --num_processes {args.n_gpu} {script} ...`, or show one GPU with "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise ValueError(
+            "PTRTrainer does not run under DeepSpeed, where its gradients and checkpoints are untested. FSDP2 shards optimiser "
+            f"and gradients as ZeRO-2 does: `accelerate launch --config_file recipes/accelerate/fsdp2.yaml {script} ...`."
+        )
+    state = args.distributed_state
+    if args.world_size > 1 and state is not None and state.distributed_type == DistributedType.NO:
+        raise ValueError(
+            f"{args.world_size} processes were started but Accelerate would not average their gradients: on a machine without "
+            "GPUs add use_cpu=True (`--use_cpu true`), and leave ddp_backend out."
+        )
+    if args.world_size == 1:
+        asked = max(_processes_of_the_launcher(), int(os.environ.get("WORLD_SIZE", "1")))
+        if asked > 1:
+            raise ValueError(
+                f"{asked} processes were asked for but this one would train alone. On CPUs start with `accelerate launch "
+                f"--multi_gpu --num_processes {asked} {script} ... --use_cpu true` (use_cpu=True in PTRTrainingArguments), on "
+                f"GPUs with `accelerate launch --multi_gpu --num_processes {asked} {script} ...`; for one process ask for one "
+                "(`--num_processes 1`, WORLD_SIZE unset)."
+            )
+    if args.world_size > 1 and not args.accelerator_config.even_batches:
+        raise ValueError(
+            "accelerator_config.even_batches=False lets processes hold different numbers of segments, and they would wait for "
+            "each other for ever: leave it at True."
+        )
+
+
+def check_same_everywhere(facts: Mapping[str, Any]) -> None:
+    """Compare what must be the same in all processes, once, and refuse on all of them where it is not.
+
+    Args:
+        facts: small plain values by name, as `run_facts` collects them; one object gather sends them to every process.
+
+    Raises:
+        ValueError: values differ; names them, and who holds which.
+    """
+    everyone: list[Mapping[str, Any]] = gather_object([dict(facts)])
+    differences = []
+    for name in sorted(set().union(*everyone)):
+        holders: dict[str, list[int]] = {}
+        for rank, held in enumerate(everyone):
+            holders.setdefault(repr(held[name]) if name in held else "nothing", []).append(rank)
+        if len(holders) > 1:
+            values = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items())
+            differences.append(f"{name}: {values}")
+    if differences:
+        more = f" (and {len(differences) - SHOWN} more)" if len(differences) > SHOWN else ""
+        raise ValueError(
+            f"The {len(everyone)} processes were not started alike. {'; '.join(differences[:SHOWN])}{more}. Start all of them "
+            "with the same script, arguments, data and library versions."
+        )
+
+
+def run_facts(
+    args: TrainingArguments, config: PreTrainedConfig, policy: nn.Module, data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What has to be the same in all processes of a run, by name.
+
+    Args:
+        args: its training arguments.
+        config: of the policy, its base policy's among it.
+        policy: in training; the names and shapes of its parameters count.
+        data: what identifies the training data, e.g. its number of episodes.
+    """
+    names = sha256()
+    parameters = list(policy.named_parameters())
+    for name, value in parameters:
+        names.update(f"{name} {tuple(value.shape)} {value.dtype} {value.requires_grad}\n".encode())
+    facts = dict(data) | {f"version of {name}": value for name, value in library_versions().items()}
+    facts |= {
+        "number of parameters": sum(value.numel() for _, value in parameters),
+        "names, shapes and types of parameters": names.hexdigest()[:12],
+    }
+    settings = _plain("policy", draccus.encode(config, PreTrainedConfig)) | _plain("", args.to_dict())
+    return facts | {name: value for name, value in settings.items() if not _may_differ(name)}
+
+
+def _may_differ(name: str) -> bool:
+    last = name.rsplit(".", 1)[-1]
+    return last in MAY_DIFFER or last.endswith("_token")
+
+
+def _plain(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        dotted = f"{prefix}.{name}" if prefix else str(name)
+        flat |= _plain(dotted, value) if isinstance(value, Mapping) else {dotted: _placeless(value)}
+    return flat
+
+
+def _placeless(value: Any) -> Any:
+    """Nodes may keep the same things in different folders."""
+    return "a local path" if isinstance(value, str | Path) and Path(value).is_absolute() else value
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(str(rank) for rank in ranks[:SHOWN])
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{', ...' if len(ranks) > SHOWN else ''}"
+
+
+def _processes_of_the_launcher() -> int:
+    """Processes that the `accelerate launch` above this process was asked for; 1 where there is none.
+
+    The environment alone does not tell: a cluster may export MASTER_ADDR for a plain single process too.
+    """
+    if not all(name in os.environ for name in SIMPLE_LAUNCH):
+        return 1
+    for parent in psutil.Process().parents():
+        try:
+            arguments, folder = launch_arguments(parent.cmdline()), Path(parent.cwd())
+        except psutil.Error:
+            continue
+        if arguments is not None:
+            return processes_asked_for(arguments, folder)
+    return 1
+
+
+def launch_arguments(command: Sequence[str]) -> list[str] | None:
+    """What follows `accelerate launch` on a command line, however it was written; None where it is another command."""
+    for index, word in enumerate(command):
+        if Path(word).name == "accelerate-launch" or word == "accelerate.commands.launch":
+            return list(command[index + 1 :])
+        if Path(word).name == "accelerate" or word == "accelerate.commands.accelerate_cli":
+            return list(command[index + 2 :]) if command[index + 1 : index + 2] == ["launch"] else None
+    return None
+
+
+def processes_asked_for(arguments: list[str], folder: Path) -> int:
+    """Processes that the launcher's own options, or its configuration file, ask for."""
+    options = launch_command_parser().parse_known_args(arguments)[0]
+    processes, machines = options.num_processes, options.num_machines
+    path = options.config_file or (None if options.cpu else default_config_file)
+    if path is not None and (folder / path).is_file():
+        config = load_config_from_file(str(folder / path))
+        if isinstance(config, ClusterConfig):
+            processes, machines = processes or config.num_processes, machines or config.num_machines
+    return max(processes or 1, machines or 1)

@@ -1,0 +1,237 @@
+"""The part of `PTRTrainer` that resumes: a run that was killed at any moment continues as if it had not been.
+
+transformers' Trainer resumes from whichever folder has the highest number, forgets the metrics between two log rows, and takes
+a step too many after the last one.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import set_seed
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
+from ptr_hf.checkpointing_trainer import (
+    WINDOW_LOGGED,
+    WINDOW_LOSS,
+    WINDOW_TOTAL,
+    CheckpointingTrainer,
+    window_name,
+)
+from ptr_hf.checkpoints import Manifest, checkpoints, fault, last_complete, remove_leftovers, step_of
+from ptr_hf.hub import is_ptr_folder
+from ptr_hf.report import DYNAMICS_FILE, DynamicsLog
+from ptr_hf.sharding import restore_weights
+
+LAST = ("true", "last")
+"""What asks for the newest checkpoint on a command line, where `resume_from_checkpoint` is a string."""
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableTrainer(CheckpointingTrainer):
+    """A Trainer that can be killed at any moment."""
+
+    _dynamics_log: DynamicsLog | None = None
+    _resumed: Path | None = None
+    _manifest: Manifest | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.add_callback(_AtTheStart(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Fix the sampler's seed, which would otherwise be what the global random stream was last seeded with."""
+        if self.args.data_seed is None:
+            self.args.data_seed = self.args.seed
+        super().create_accelerator_and_postprocess()
+
+    # ---- resuming --------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As `transformers.Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; or True ("true" or "last" on a command line), the newest complete
+                one of `args.output_dir`.
+            trial, ignore_keys_for_eval: as there.
+
+        Raises:
+            ValueError: there is no checkpoint that the run could be resumed from.
+        """
+        output = Path(self.args.output_dir)
+        self._resumed = self.choose_checkpoint(resume_from_checkpoint)
+        self._manifest = Manifest.read(self._resumed) if self._resumed else None
+        self._dynamics_log = None
+        self.window.clear()
+        if self.args.should_save:
+            remove_leftovers(output)
+            later = [folder.name for folder in checkpoints(output) if step_of(folder) > self._resumed_step]
+            if later:
+                logger.warning(
+                    f"{output} holds {', '.join(later)} of an earlier run, from which resume_from_checkpoint=True would "
+                    "continue: delete them unless they are still needed."
+                )
+        if self._manifest is not None and self._manifest.layout != self._layout.layout:
+            self._report_other_layout(self._manifest)
+        checkpoint = str(self._resumed) if self._resumed else None
+        return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    @property
+    def _resumed_step(self) -> int:
+        return self._manifest.step if self._manifest else 0
+
+    def choose_checkpoint(self, asked: str | Path | bool | None) -> Path | None:
+        """The checkpoint that `resume_from_checkpoint` asks for, the same on every rank; see `train`."""
+        word = str(asked).lower()
+        if asked is None or word in ("false", ""):
+            return None
+        if word not in LAST:
+            folder = Path(str(asked))
+            if not is_ptr_folder(folder):
+                raise ValueError(
+                    f"{folder} is no PTR checkpoint; resume from a checkpoint-<step> folder of this run's output_dir."
+                )
+            reason = fault(folder)
+            if reason is not None:
+                raise ValueError(
+                    f"{folder} cannot be resumed from: {reason} Name another checkpoint, or use "
+                    "resume_from_checkpoint=True for the newest complete one."
+                )
+            return folder
+        output = Path(self.args.output_dir)
+        found, skipped = last_complete(output)
+        step = -1 if found is None else Manifest.read(found).step
+        steps = self.accelerator.gather(torch.tensor([step], device=self.args.device)).tolist()
+        if len(set(steps)) > 1:
+            raise ValueError(
+                f"The processes find different newest checkpoints in {output} (steps {steps}, -1 for none): put output_dir on "
+                "a file system that all nodes share, or give resume_from_checkpoint the path of a folder that all have."
+            )
+        if self.is_world_process_zero():
+            for sentence in skipped:
+                logger.warning(sentence)
+        if found is None:
+            what = f"None of its {len(skipped)} checkpoints is complete" if skipped else "It has no checkpoint"
+            raise ValueError(
+                f"There is nothing to resume from in {output}. {what}: start without resume_from_checkpoint, or give it the "
+                "path of a checkpoint-<step> folder."
+            )
+        return found
+
+    def _report_other_layout(self, before: Manifest) -> None:
+        """Say what is kept of a run that had other processes, batches or accumulation."""
+        now = self._layout
+        same_batch = now.global_batch == before.global_batch
+        position = "and the position in the data" if same_batch else "and the number of the step"
+        lost = ["the metrics since the last log row"]
+        if now.world_size != before.world_size:
+            lost.insert(0, "the random streams (each process starts a new one)")
+        if not same_batch:
+            lost.append(
+                f"the position in the data (it goes on where {before.step} steps of the new batch would have led)"
+            )
+        if self.is_world_process_zero():
+            logger.warning(
+                f"{self._resumed} was written by {before.world_size} process(es) with {before.batch_size} segments each and "
+                f"accumulation {before.accumulation} ({before.global_batch} a step); this run has {now.world_size} with "
+                f"{now.batch_size} and accumulation {now.accumulation} ({now.global_batch} a step). Kept: weights, optimiser, "
+                f"schedule, the side pathway with its queue and controller, {position}. Not kept: {'; '.join(lost)}."
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Restore policy, scorer, belief, moving average, queue and controller, strictly."""
+        restore_weights(self.policy, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Go back to the best checkpoint, whole."""
+        restore_weights(self.policy, Path(self.state.best_model_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """By way of the host's memory: transformers would ask torch for a device "cpu:0" where several processes run on CPUs."""
+        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        for owner, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+            assert owner is not None
+            owner.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The random streams of this rank; where there were other ranks, new ones that do not repeat the run's first steps."""
+        if self._manifest is not None and self._manifest.world_size != self.args.world_size:
+            set_seed(self.args.seed + self.args.world_size * self._manifest.step, device_specific=True)
+            return
+        super()._load_rng_state(checkpoint)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """A run that was killed after its last step takes none more, which transformers' loop would."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _continue(self) -> None:
+        """After the Trainer has set its state up for training: what it does not restore by itself."""
+        if self._resumed is None or self._manifest is None:
+            return
+        self._find_best(self._resumed)
+        if self._manifest.layout == self._layout.layout:
+            own = load_file(self._resumed / window_name(self.args.process_index))
+            self.restore_window({name: value.to(self.args.device) for name, value in own.items()})
+        else:
+            # for train_loss, which is the mean over all steps
+            parts = [load_file(self._resumed / window_name(rank)) for rank in range(self._manifest.world_size)]
+            losses = [float(part[WINDOW_LOSS] + part[WINDOW_TOTAL]) for part in parts]
+            self._total_loss_scalar = sum(losses) / len(losses)
+
+    def restore_window(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `window_state`."""
+        self.window.restore(state)
+        self._tr_loss, self._total_loss_scalar = state[WINDOW_LOSS], float(state[WINDOW_TOTAL])
+        self._globalstep_last_logged = int(state[WINDOW_LOGGED])
+
+    def _find_best(self, resumed: Path) -> None:
+        """The best checkpoint after the run's folder was moved; without it the search for the best starts anew."""
+        recorded = self.state.best_model_checkpoint
+        if recorded is None:
+            return
+        name = Path(recorded).name
+        places = (Path(self.args.output_dir) / name, resumed.parent / name, Path(recorded))
+        found = next((place for place in places if fault(place) is None), None)
+        self.state.best_model_checkpoint = str(found) if found else None
+        if found is None:
+            self.state.best_metric = self.state.best_global_step = None
+        if found is None and self.is_world_process_zero():
+            logger.warning(f"The best checkpoint so far, {recorded}, is gone: the best is looked for from here on.")
+
+    def _log_dynamics(self, row: Mapping[str, Any]) -> None:
+        """Add a row to `ptr_dynamics.parquet`; one that a full disk refuses is written with the next one."""
+        try:
+            if self._dynamics_log is None:
+                path = Path(self.args.output_dir) / DYNAMICS_FILE
+                if not self._resumed_step:
+                    path.unlink(missing_ok=True)
+                self._dynamics_log = DynamicsLog(path, self.policy.config.preset, self._resumed_step)
+            self._dynamics_log.append(row)
+        except OSError as error:
+            logger.error(f"{DYNAMICS_FILE} could not be written ({error}); its rows are written with the next one.")
+
+
+class _AtTheStart(TrainerCallback):
+    """Restores what the Trainer resets just before the first step."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer._continue()
