@@ -84,7 +84,7 @@ def measure() -> dict[str, Any]:
             both = (Setup(ranks, 2, 2, micro_batches=2, scorer=scorer) for scorer in (True, False))
             row["gradient_difference"] = max(gradient_difference(setup) for setup in both)
         equality.append(row)
-    costs = [row for segments in tqdm(SEGMENTS, "candidates") for row in measure_candidates(RANKS, segments, 5)]
+    costs = [row for segments in tqdm(SEGMENTS, "candidates") for row in measure_candidates(RANKS, segments, 7)]
     with tempfile.TemporaryDirectory() as folder:
         dataset = measure_dataset(Path(folder), (500, 2000), FRAMES)
     return {
@@ -146,7 +146,7 @@ def _equality_table(rows: Sequence[Mapping[str, Any]]) -> str:
         total = row["ranks"] * row["chunks"] * row["segments"]
         equal = "bit-equal" if all(row["bit_equal"].values()) else "**differ**"
         shown = "not run" if gradient is None else f"{gradient:.0e}"
-        table.append([str(row["ranks"]), str(total), equal, f"{row['largest_logit_difference']:.0e}", shown])
+        table.append([str(row["ranks"]), str(total), equal, f"{row['largest_logit_difference']:.2g}", shown])
     return _markdown(table)
 
 
@@ -171,13 +171,13 @@ def _share_table(sizes: Mapping[str, Mapping[str, int]]) -> str:
 
 def _slot_table(rows: Sequence[Mapping[str, Any]]) -> str:
     table = [
-        ["episodes", "buffers", "`remember`, time", "it allocates per slot", "refresh, time", "it allocates per slot"]
+        ["episodes", "buffers", "`remember`, time", "and bytes for a moment", "refresh, time", "and bytes for a moment"]
     ]
     for row in rows:
         cells = []
         for name in ("remember", "refresh"):
-            allocated = row[f"{name}_bytes_per_slot"]
-            cells += [f"{row[f'{name}_time']:.0f}", "not measured" if allocated is None else f"{allocated:.1f} B"]
+            held = row[f"{name}_peak_bytes"]
+            cells += [f"{row[f'{name}_time']:.0f}", "not measured" if held is None else _size(held)]
         table.append([f"{row['episodes']:,}", _size(row["bytes"]), *cells])
     return _markdown(table)
 

@@ -34,9 +34,11 @@ CHUNKS, TARGET, STATE, QUEUE, DRAWS = 4, 768, 14, 1024, 64
 
 def peak_bytes(work: Callable[[], object]) -> int:
     """The most bytes of tensors that ``work`` holds at a time, temporary ones of every operator included."""
-    with warnings.catch_warnings(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with warnings.catch_warnings():
+        # of a profiler that could run for several cycles
         warnings.simplefilter("ignore")
-        work()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            work()
     assert profiled.profiler is not None
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
@@ -57,6 +59,8 @@ def relative_times(works: Sequence[Callable[[], object]], rounds: int) -> list[f
     """Median over rounds of each work's time to the first one's, all of them run in every round."""
     ratios: list[list[float]] = []
     for _ in range(rounds):
+        # after the last and largest one of a round, memory and caches are not what the others meet
+        works[0]()
         times = []
         for work in works:
             begin = time.perf_counter()
@@ -124,7 +128,7 @@ def measure_slots(sizes: Sequence[int], visited: int) -> list[dict[str, Any]]:
     """What ``remember`` and a refresh of the weights cost with ever more episodes, each of which is a slot.
 
     Args:
-        sizes: numbers of episodes; the last one's bytes beyond its buffers are not measured but scaled.
+        sizes: numbers of episodes; how much the refresh of the last holds for a moment is not measured.
         visited: rows of all ranks that a step brings.
     """
     heads: dict[str, Score] = {
@@ -145,22 +149,17 @@ def measure_slots(sizes: Sequence[int], visited: int) -> list[dict[str, Any]]:
     remember = [lambda m=memory, s=slot, v=value: m.remember(s, v) for memory, _, slot, value in works]
     refresh = [lambda m=memory, w=weigher: w.slot_weights(m.mean, m.group) for memory, weigher, _, _ in works]
     times = relative_times(remember, 3), relative_times(refresh, 1)
-    peaks = [[peak_bytes(work) for work in column[:-1]] for column in (remember, refresh)]
     return [
         {
             "episodes": size,
             "bytes": slot_bytes(size, len(heads), size),
             "remember_time": times[0][place],
             "refresh_time": times[1][place],
-            "remember_bytes_per_slot": _per_slot(peaks[0], sizes, place),
-            "refresh_bytes_per_slot": _per_slot(peaks[1], sizes, place),
+            "remember_peak_bytes": peak_bytes(remember[place]),
+            "refresh_peak_bytes": peak_bytes(refresh[place]) if size < sizes[-1] else None,
         }
         for place, size in enumerate(sizes)
     ]
-
-
-def _per_slot(peaks: Sequence[int], sizes: Sequence[int], place: int) -> float | None:
-    return peaks[place] / sizes[place] if place < len(peaks) else None
 
 
 # ---- the dataset ---------------------------------------------------------------------------------------------------
@@ -186,14 +185,14 @@ def measure_dataset(folder: Path, sizes: tuple[int, int], frames: int) -> dict[s
 def _dataset_bytes(path: Path, episodes: int, frames: int) -> dict[str, float]:
     actions = np.zeros((frames, 2), dtype=np.float32)
     write_frames(path, [Episode({"action": actions}, f"task {number % 7}") for number in range(episodes)], 10)
-    opening = heap_peak(lambda: open_dataset(path, LAYOUT))
+    # the first time its files are also converted
     dataset = open_dataset(path, LAYOUT)
     table = EpisodeTable.from_metadata(dataset.meta, "task")
     held = sum(value.nbytes for value in (table.first, table.length, table.group, table.corrupted))
     return {
         "metadata on disk": sum(file.stat().st_size for file in (path / "meta" / "episodes").rglob("*.parquet")),
         "metadata, memory-mapped": dataset.meta.episodes.data.nbytes,
-        "opening the dataset": opening,
+        "opening the dataset": heap_peak(lambda: open_dataset(path, LAYOUT)),
         "EpisodeTable": held,
         "building it, standardize_by=all": heap_peak(lambda: EpisodeTable.from_metadata(dataset.meta)),
         "building it, standardize_by=task": heap_peak(lambda: EpisodeTable.from_metadata(dataset.meta, "task")),

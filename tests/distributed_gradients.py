@@ -28,9 +28,9 @@ from ptr_hf import PTRTrainer, PTRTrainingArguments
 from ptr_hf.policies.hooks import unwrap
 
 WORLDS = (1, 2, 4)
-BATCH = 24
-EPOCH = 112
-"""Frames of the demonstrations: four full batches and one of 16, which four ranks of six rows each cannot share evenly."""
+EPISODES = (12, 10, 8)
+BATCH = 12
+"""Of the 30 frames two full batches and one of 6, which four ranks of three rows each cannot share evenly."""
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ def train(case: Case, world: int, points: Path, folder: Path) -> None:
     # the side pathway's first weights
     torch.manual_seed(0)
     split = case.settings.get("accelerator_config", {}).get("split_batches", False)
-    steps = math.ceil(math.ceil(EPOCH / BATCH) / case.accumulation)
+    steps = math.ceil(math.ceil(sum(EPISODES) / BATCH) / case.accumulation)
     options: dict[str, Any] = {
         "output_dir": str(folder / "run"),
-        "max_steps": steps + 1,
+        "max_steps": steps + 2,
         "per_device_train_batch_size": BATCH if split else BATCH // world,
         "gradient_accumulation_steps": case.accumulation,
         "segment_length": 2,
@@ -217,7 +217,7 @@ def compare(case: Case, points: Path, folder: Path) -> list[dict[str, Any]]:
 def main(output: Path) -> None:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        points = write_dataset(Path(scratch) / "points")
+        points = write_dataset(Path(scratch) / "points", EPISODES)
         torch.manual_seed(0)
         for family, settings in BASES.items():
             base_policy(family, points, **settings)

@@ -235,7 +235,7 @@ def train(
     disk: int = 0,
     copy_to: str = "",
     seen: str = "",
-    evaluates: bool = False,
+    grades: dict[str, float] | None = None,
 ) -> None:
     """One rank of a run.
 
@@ -249,22 +249,23 @@ def train(
         limits: from which step on no file can have more bytes than that (-1: as many as it likes), on `limited_rank`.
         disk: bytes of a small disk that is mounted on `folder` and is made full at every save from the second on.
         copy_to: where the small disk's files are copied in the end.
-        evaluates: on the same dataset.
+        grades: of the evaluations after these steps, which there are none of otherwise.
         seen: the beginning of files that list, a line each forward pass, which rows of the dataset this rank has seen.
     """
-    from starved_runs import FileLimits, FullDisk, Steps, mount_small_disk
+    from starved_runs import FileLimits, FullDisk, Grades, Steps, mount_small_disk
 
     from ptr_hf import PTRTrainer, PTRTrainingArguments
 
     if disk:
         mount_small_disk(folder, disk)
     args = PTRTrainingArguments(output_dir=folder, **{**SETTINGS, **(settings or {})})
-    callbacks: list[Any] = [Steps(Path(step))]
+    grades_ = {int(at): grade for at, grade in (grades or {}).items()}
+    callbacks: list[Any] = [Steps(Path(step)), Grades(grades_)]
     if limits and args.process_index == limited_rank:
         callbacks.append(FileLimits({int(at): limit for at, limit in limits.items()}))
     if disk:
         callbacks.append(FullDisk(Path(folder)))
-    evaluated = points if evaluates else None
+    evaluated = points if grades else None
     trainer = PTRTrainer(policy, args, train_dataset=points, eval_dataset=evaluated, callbacks=callbacks)
     if seen:
 

@@ -105,7 +105,9 @@ def test_a_launch_that_starts_one_process_for_two(tmp_path: Path) -> None:
     one = start(tmp_path / "cluster", [*LAUNCH, "--cpu", "--num_processes", "1"])
     outputs = [run.communicate()[0] for run in (two, one)]
     assert two.returncode == 1
-    assert f"{REFUSED}. On CPUs start with `accelerate launch --multi_gpu --num_processes 2 launched_rank.py" in outputs[0]
+    assert (
+        f"{REFUSED}. On CPUs start with `accelerate launch --multi_gpu --num_processes 2 launched_rank.py" in outputs[0]
+    )
     assert one.returncode == 0, outputs[1][-3000:]
 
 

@@ -221,6 +221,21 @@ class TestNamesAndCounts:
         anew.train()
         assert not (tmp_path / "run" / NONFINITE_FILE).exists(), "a new run on clean data has nothing to report"
 
+    def test_a_run_resumed_between_two_rows_logs_the_same(self, points: Path, tmp_path: Path) -> None:
+        root = spoiled(points, tmp_path / "bad", {("action", FRAME): np.nan})
+        settings: dict[str, Any] = {"max_steps": 16, "logging_steps": 8, "save_strategy": "steps", "save_steps": 6}
+        whole = trainer_for("act", points, root, tmp_path / "run", **settings)
+        spoil_gradients(whole, {4, 13})
+        whole.train()
+        resumed = trainer_for("act", points, root, tmp_path / "run", **settings)
+        spoil_gradients(resumed, {4, 13})
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
+        names = ("step", "loss", "nonfinite_samples", "nonfinite_gradients")
+        rows = [[{name: row[name] for name in names} for row in rows_of(trainer)] for trainer in (whole, resumed)]
+        assert rows[0] == rows[1]
+        assert [row["nonfinite_gradients"] for row in rows[0]] == [1.0, 1.0]
+        assert rows[0][0]["nonfinite_samples"] > 0
+
     def test_evaluation_leaves_them_out_and_says_so(
         self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from demonstrations import write_dataset
 from killed_runs import SETTINGS, Runs, kill_again_and_again
 from small_policies import base_policy, tensors_equal
+from starved_runs import Grades
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -24,6 +26,14 @@ from ptr_hf.checkpoints import MANIFEST_NAME, PARTIAL, checkpoints, fault, step_
 from ptr_hf.report import DYNAMICS_FILE, read_dynamics
 
 KILLS_OF_TWO = 3
+BEST: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "per_device_eval_batch_size": 112,
+    "metric_for_best_model": "grade",
+    "greater_is_better": True,
+    "load_best_model_at_end": True,
+}
 LAST = f"checkpoint-{SETTINGS['max_steps']}"
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 
@@ -150,24 +160,17 @@ class TestNoSpace:
         assert unfinished(tmp_path / "run") == []
 
     def test_a_best_model_that_was_not_written_is_not_the_best(self, runs: Runs, tmp_path: Path) -> None:
-        settings = {
-            "max_steps": 12,
-            "save_strategy": "best",
-            "eval_strategy": "steps",
-            "eval_steps": 3,
-            "per_device_eval_batch_size": 32,
-            "metric_for_best_model": "loss",
-            "load_best_model_at_end": True,
-            "learning_rate": 1e-3,
-            "warmup_steps": 1,
-        }
-        text = runs.finish(tmp_path / "run", limits={"9": 600, "10": -1}, settings=settings, evaluates=True)
+        settings = BEST | {"max_steps": 12, "save_strategy": "best"}
+        text = runs.finish(
+            tmp_path / "run",
+            limits={"9": 600, "10": -1},
+            settings=settings,
+            grades={"3": 1.0, "6": 2.0, "9": 4.0, "12": 3.0},
+        )
         assert "checkpoint-9 could not be written" in text
         assert [step_of(path) for path in checkpoints(tmp_path / "run")] == [12, 6, 3]
         state = json.loads((tmp_path / "run" / "checkpoint-12" / "trainer_state.json").read_text())
-        losses = {row["step"]: row["eval_loss"] for row in state["log_history"] if "eval_loss" in row}
-        assert losses[9] < losses[12] < losses[6] < losses[3]
-        assert state["best_metric"] == losses[12], "the best of those that exist"
+        assert state["best_metric"] == 3.0, "the best of those that exist"
         assert state["best_model_checkpoint"] == str(tmp_path / "run" / "checkpoint-12")
 
 
@@ -228,15 +231,22 @@ class StopAt(TrainerCallback):
         control.should_training_stop = control.should_training_stop or state.global_step == self._step
 
 
-def trainer(folder: Path, points: Path, family: str = "smolvla", stop: int = 0, **settings: Any) -> PTRTrainer:
+def trainer(
+    folder: Path,
+    points: Path,
+    family: str = "smolvla",
+    stop: int = 0,
+    grades: dict[int, float] | None = None,
+    **settings: Any,
+) -> PTRTrainer:
     args = PTRTrainingArguments(output_dir=str(folder), **{**SETTINGS, **settings})
     torch.manual_seed(0)
     return PTRTrainer(
         base_policy(family, points),
         args,
         train_dataset=points,
-        eval_dataset=points if settings.get("eval_strategy") else None,
-        callbacks=[StopAt(stop)] if stop else [],
+        eval_dataset=points if grades else None,
+        callbacks=[StopAt(stop), Grades(grades or {})],
     )
 
 
@@ -251,7 +261,7 @@ def log_rows(of: PTRTrainer) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in of.state.log_history]
 
 
-ACCUMULATION = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 8, "save_steps": 1}
+ACCUMULATION = {"gradient_accumulation_steps": 5, "per_device_train_batch_size": 2, "save_steps": 1}
 
 
 class TestBitForBit:
@@ -270,13 +280,12 @@ class TestBitForBit:
                 {"preset": "ptr_calibrated", "num_belief_tokens": 0, "score_refresh_steps": 2, "max_steps": 8},
             ),
             ("smolvla", [3], {"preset": "sft", "num_belief_tokens": 0, "max_steps": 8}),
-            ("act", [3], {"max_steps": 5, "save_steps": 3}),
+            ("act", [3], {"max_steps": 4}),
         ],
         ids=["accumulation over epochs", "weights per episode", "sft", "dropout of act"],
     )
-    def test_any_run(
-        self, points: Path, tmp_path: Path, family: str, steps: list[int], settings: dict[str, Any]
-    ) -> None:
+    def test_any_run(self, tmp_path: Path, family: str, steps: list[int], settings: dict[str, Any]) -> None:
+        points = write_dataset(tmp_path / "points", lengths=(14, 10))
         whole = trainer(tmp_path / "whole", points, family, **settings)
         whole.train()
         for step in steps:
@@ -355,26 +364,15 @@ class TestChoice:
 
 
 class TestRotationAndBest:
-    SETTINGS: dict[str, Any] = {  # noqa: RUF012
-        "max_steps": 9,
-        "eval_strategy": "steps",
-        "eval_steps": 3,
-        "save_total_limit": 2,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "loss",
-        # so that the best lies far back, where rotation would delete it
-        "greater_is_better": True,
-        "learning_rate": 3e-3,
-        "warmup_steps": 1,
-        "per_device_eval_batch_size": 32,
-    }
+    SETTINGS = BEST | {"max_steps": 9, "save_total_limit": 2}
+    GRADES = {3: 3.0, 6: 1.0, 9: 2.0}  # noqa: RUF012
 
     def test_after_resuming_in_a_folder_that_was_moved(self, points: Path, tmp_path: Path) -> None:
-        whole = trainer(tmp_path / "whole", points, **self.SETTINGS)
+        whole = trainer(tmp_path / "whole", points, grades=self.GRADES, **self.SETTINGS)
         whole.train()
-        trainer(tmp_path / "before", points, stop=7, **self.SETTINGS).train()
+        trainer(tmp_path / "before", points, stop=7, grades=self.GRADES, **self.SETTINGS).train()
         (tmp_path / "before").rename(tmp_path / "after")
-        resumed = trainer(tmp_path / "after", points, **self.SETTINGS)
+        resumed = trainer(tmp_path / "after", points, grades=self.GRADES, **self.SETTINGS)
         resumed.train(resume_from_checkpoint=True)
         names = [path.name for path in checkpoints(tmp_path / "whole")]
         assert names == ["checkpoint-9", "checkpoint-3"]
@@ -389,12 +387,12 @@ class TestRotationAndBest:
     def test_a_best_that_was_deleted_is_looked_for_anew(
         self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        stopped = trainer(tmp_path, points, stop=7, **self.SETTINGS)
+        stopped = trainer(tmp_path, points, stop=7, grades=self.GRADES, **self.SETTINGS)
         stopped.train()
         best = Path(stopped.state.best_model_checkpoint)
         assert step_of(best) == 3
         shutil.rmtree(best)
-        resumed = trainer(tmp_path, points, **self.SETTINGS)
+        resumed = trainer(tmp_path, points, grades=self.GRADES, **self.SETTINGS)
         resumed.train(resume_from_checkpoint=True)
         assert f"The best checkpoint so far, {best}, is gone" in caplog.text
         assert step_of(Path(resumed.state.best_model_checkpoint)) == 9
@@ -406,7 +404,6 @@ def test_the_recipe_after_a_kill(tmp_path: Path) -> None:
     """The demo, killed while PTR is in training: SFT is not trained again, PTR goes on."""
     recipe = Path(__file__).parents[1] / "recipes" / "train_ptr.py"
     options = f"--output_dir {tmp_path} --max_steps 8 --logging_steps 2 --save_strategy steps --save_steps 2".split()
-    options += ["--score_after", "False"]
     first = subprocess.Popen([sys.executable, str(recipe), *options], stdout=subprocess.DEVNULL)
     while not (tmp_path / "ptr" / "checkpoint-4").is_dir():
         assert first.poll() is None, "it ended before it was killed"

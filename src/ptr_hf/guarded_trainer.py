@@ -53,6 +53,7 @@ class GuardedTrainer(ResumableTrainer):
             FloatingPointError: gradients were not finite for many steps in a row.
         """
         self._bad_frames = self._found = None
+        self.nonfinite.clear()
         return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -64,6 +65,15 @@ class GuardedTrainer(ResumableTrainer):
         norm = super()._get_grad_norm(model, grad_norm)
         self.nonfinite.guard(norm, model.parameters(), scaled=self.accelerator.scaler is not None)
         return norm
+
+    def window_state(self) -> dict[str, Tensor]:
+        """What this rank has noted since the last log row, for its checkpoint."""
+        return super().window_state() | self.nonfinite.state()
+
+    def restore_window(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `window_state`."""
+        super().restore_window(state)
+        self.nonfinite.restore(state)
 
     def read_nonfinite(self) -> dict[str, float]:
         """Read the window off the device; a collective. `log` then warns about it, or stops.

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType, gather_object
 from lerobot.configs import PreTrainedConfig
 from torch import nn
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ptr_hf.model_card import library_versions
 
@@ -46,7 +47,7 @@ def check_launch(args: TrainingArguments) -> None:
 
     Raises:
         ValueError: one process where several were asked for, several that do not know of each other, several GPUs without a
-            launcher, ranks that could hold different numbers of rows, or DeepSpeed; the sentence has the right command.
+            launcher, ranks that could hold different numbers of rows, or ZeRO-3; the sentence has the right command.
     """
     script = Path(sys.argv[0]).name or "train.py"
     if args.n_gpu > 1:
@@ -55,10 +56,10 @@ def check_launch(args: TrainingArguments) -> None:
             f"with `accelerate launch --multi_gpu --num_processes {args.n_gpu} {script} ...`, or show one GPU with "
             "CUDA_VISIBLE_DEVICES=0."
         )
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+    if is_deepspeed_zero3_enabled():
         raise ValueError(
-            "PTRTrainer does not run under DeepSpeed, where its gradients and checkpoints are untested. FSDP2 shards optimiser "
-            f"and gradients as ZeRO-2 does: `accelerate launch --config_file recipes/accelerate/fsdp2.yaml {script} ...`."
+            "PTR does not run under DeepSpeed's ZeRO-3, which takes a policy's weights apart while it is built: use FSDP2, "
+            f"`accelerate launch --config_file recipes/accelerate/fsdp2.yaml {script} ...`."
         )
     state = args.distributed_state
     if args.world_size > 1 and state is not None and state.distributed_type == DistributedType.NO:

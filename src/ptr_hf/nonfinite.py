@@ -74,9 +74,13 @@ class NonFiniteWatch:
     """
 
     def __init__(self) -> None:
+        self._scaled = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was noted."""
         self._frames: list[Int[Tensor, "rows 3"]] = []
         self._steps: list[Tensor] = []
-        self._scaled = False
         self.streak = 0
 
     def add_frames(self, kind: Kind, frames: Int[Tensor, " rows"], episodes: Int[Tensor, " rows"]) -> None:
@@ -113,7 +117,8 @@ class NonFiniteWatch:
         finite = norm.detach().isfinite()
         self._steps.append(finite)
         self._scaled = scaled
-        if scaled:
+        # to read a number in host memory is to wait for nothing
+        if scaled or (finite.device.type == "cpu" and finite):
             return
         for parameter in parameters:
             gradient = parameter.grad

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from ptr_hf.method.numerics import NeverLowered, upcast
@@ -114,10 +115,15 @@ class ConsequenceEncoder(NeverLowered):
         values = [given[name].to(own[name]) for name in names]
         if averages:
             # lerp leaves an average that has arrived exactly where it is
-            torch._foreach_lerp_(averages, values, 1.0 - self.decay)
+            torch._foreach_lerp_(_own_shards(averages), _own_shards(values), 1.0 - self.decay)
 
     def embed(
         self, features: Sequence[Float[Tensor, "batch _ dim"]], camera_mask: Bool[Tensor, "batch cameras"] | None = None
     ) -> Float[Tensor, "batch dim"]:
         """``consequence_embedding`` with this encoder's eps."""
         return consequence_embedding(features, camera_mask, self.eps)
+
+
+def _own_shards(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's share of tensors that FSDP has sharded, which it shards alike for equal shapes; others as they are."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]

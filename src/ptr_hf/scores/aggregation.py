@@ -140,14 +140,25 @@ class SlotMemory(NeverLowered):
 
     @torch.no_grad()
     def remember(self, slot: Int[Tensor, " batch"], values: Float[Tensor, "batch channels"]) -> None:
-        """Take in one step's verdicts of every rank; NaN says nothing. Each rank brings as many rows."""
+        """Take in one step's verdicts of every rank; NaN says nothing. Each rank brings as many rows.
+
+        Only the slots that were visited are touched, however many there are.
+        """
         slot, values = rows_of_all_ranks(slot), rows_of_all_ranks(values.to(self.total))
-        known = values.isfinite()
-        visits = torch.zeros_like(self.count).index_add_(0, slot, known.to(self.count))
-        news = torch.zeros_like(self.total).index_add_(0, slot, torch.where(known, values, 0.0))
+        if not len(slot):
+            return
+        slot, order = slot.sort(stable=True)
+        known = values[order].isfinite()
+        # number of the row's slot among those visited; what is left over repeats the last one
+        group = torch.cat([slot.new_zeros(1), (slot[1:] != slot[:-1]).long().cumsum(0)])
+        visits = torch.zeros_like(values).index_add_(0, group, known.to(values))
+        news = torch.zeros_like(values).index_add_(0, group, torch.where(known, values[order], 0.0))
+        visited = torch.zeros_like(slot).scatter(0, group, slot)
+        group = torch.minimum(torch.arange(len(slot), device=slot.device), group[-1])
+        visited, visits, news = visited[group], visits[group], news[group]
         fade = (1.0 - 1.0 / self.horizon) ** visits
-        self.total.copy_(self.total * fade + news)
-        self.count.copy_(self.count * fade + visits)
+        self.total[visited] = self.total[visited] * fade + news
+        self.count[visited] = self.count[visited] * fade + visits
 
     @property
     def mean(self) -> Float[Tensor, "slots channels"]:
