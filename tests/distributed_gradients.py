@@ -41,6 +41,7 @@ class Case:
     accumulation: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
     worlds: tuple[int, ...] = WORLDS
+    slow: bool = False
 
     @property
     def name(self) -> str:
@@ -49,14 +50,14 @@ class Case:
 
 
 CASES = (
-    Case("act"),
+    Case("act", slow=True),
     Case("act", 2),
     Case("smolvla"),
-    Case("smolvla", 2),
+    Case("smolvla", 2, slow=True),
     Case("act", 2, {"normalize_over": "window", "shuffle_consequences": True}, (1, 2)),
     Case("act", 1, {"preset": "ptr_calibrated"}, (1, 2)),
     Case("act", 1, {"accelerator_config": {"dispatch_batches": True}}, (1, 2)),
-    Case("smolvla", 1, {"accelerator_config": {"split_batches": True}}, (1, 2)),
+    Case("smolvla", 1, {"accelerator_config": {"split_batches": True}}, (1, 2), slow=True),
 )
 BASES = {"act": {"dropout": 0.0, "use_vae": False, "feedforward_activation": "gelu"}, "smolvla": {}}
 
@@ -214,14 +215,15 @@ def compare(case: Case, points: Path, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def main(output: Path) -> None:
+def main(output: Path, slow: tuple[bool, ...] = (False, True)) -> None:
+    """Run the cases that are slow, or not, or all, and write their rows."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         points = write_dataset(Path(scratch) / "points", EPISODES)
         torch.manual_seed(0)
         for family, settings in BASES.items():
             base_policy(family, points, **settings)
-        for number, case in enumerate(CASES):
+        for number, case in enumerate(case for case in CASES if case.slow in slow):
             rows += compare(case, points, Path(scratch) / str(number))
             for row in rows[-len(case.worlds) :]:
                 print(row, flush=True)
@@ -231,4 +233,4 @@ def main(output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *[(word == "slow",) for word in sys.argv[2:]])

@@ -135,7 +135,7 @@ def kill_again_and_again(runs: Runs, folder: Path, ranks: int, kills: int, seed:
     """
     random_ = random.Random(seed)
     happened = []
-    moments = sorted(random_.sample(range(1, SETTINGS["max_steps"] - 3), kills))
+    moments = sorted(random_.sample(range(1, SETTINGS["max_steps"] - 10), kills))
     for number, step in enumerate(moments):
         kind = ("saving", "stepping", "saving", "starting" if number % 8 == 3 else "stepping")[number % 4]
         run = runs.start(folder, ranks, "last" if checkpoints(folder) else None)

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -13,23 +15,26 @@ from distributed_gradients import CASES, Case
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Every case with every number of processes, in one process that forks their ranks."""
-    output = tmp_path_factory.mktemp("distribution") / "distribution.json"
+@cache
+def rows_of(slow: bool) -> list[dict[str, Any]]:
+    """The rows of all cases that are slow, or of all that are not, from one process that forks their ranks."""
     script = Path(__file__).with_name("distributed_gradients.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [sys.executable, script.name, str(output)], cwd=script.parent, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(output.read_text())["runs"]
+    with TemporaryDirectory() as folder:
+        output = Path(folder) / "distribution.json"
+        command = [sys.executable, script.name, str(output), "slow" if slow else "fast"]
+        done = subprocess.run(command, cwd=script.parent, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(output.read_text())["runs"]
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_gradients_do_not_depend_on_the_number_of_processes(runs: list[dict[str, Any]], case: Case) -> None:
-    rows = [row for row in runs if row["case"] == case.name]
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow if case.slow else (), id=case.name) for case in CASES],
+)
+@pytest.mark.timeout(900)
+def test_gradients_do_not_depend_on_the_number_of_processes(case: Case) -> None:
+    rows = [row for row in rows_of(case.slow) if row["case"] == case.name]
     assert [row["processes"] for row in rows] == list(case.worlds)
     for row in rows:
         assert len(row["relative_gradient_differences"]) >= 4
