@@ -151,7 +151,7 @@ class TestPlainPostTraining:
 
 
 class TestNothingToLearnFrom:
-    @pytest.mark.parametrize("preset", ["ptr", "ptr_calibrated"])
+    @pytest.mark.parametrize("preset", ["sft", "ptr", "ptr_calibrated"])
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("cause", ["nan", "past-the-end"])
     def test_a_batch_without_a_valid_row(

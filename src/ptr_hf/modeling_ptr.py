@@ -218,7 +218,7 @@ class PTRPolicy(PreTrainedPolicy):
 
     def forward(
         self, batch: dict[str, Any], reduction: Literal["mean", "none"] = "mean"
-    ) -> tuple[Tensor | ObjectiveOutput, dict[str, Any]]:
+    ) -> tuple[Tensor | ObjectiveOutput, dict[str, Any] | None]:
         """LeRobot's contract, for a batch of segments read at `config.layout`.
 
         Args:

@@ -184,6 +184,8 @@ class PTRTrainer(GuardedTrainer):
         objective = self.policy.objective
         if objective is None:
             loss, _ = model(inputs)
+            # a batch of which nothing may be learned: some policies do not look at the mask
+            loss = loss * (~inputs["action_is_pad"]).any()
             if model.training:
                 self.window.add({"loss_action": loss})
             return (loss, None) if return_outputs else loss
