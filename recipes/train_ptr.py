@@ -279,7 +279,7 @@ def main(argv: list[str]) -> None:
         output,
         dynamics=dynamics,
         scores=scores,
-        truth=truth,
+        truth=truth if scores is not None else None,
         hyperparameters=main_trainer.policy.config.hyperparameters(),
         results=results,
         chance=chance,

@@ -38,6 +38,15 @@ SETTINGS: dict[str, Any] = {
     "use_cpu": True,
     "in_memory": True,
 }
+BEST: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+    "per_device_eval_batch_size": 112,
+    "metric_for_best_model": "grade",
+    "greater_is_better": True,
+    "load_best_model_at_end": True,
+}
+"""Settings for a run with the evaluations of `Grades`."""
 
 
 class Run:

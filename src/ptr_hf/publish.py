@@ -24,6 +24,8 @@ NEVER_PUBLISHED = (
     "optimizer*",
     "scheduler*",
     "rng_state*",
+    "ptr_checkpoint.json",
+    "ptr_window_*",
     ".*",
     "runs/*",
 )

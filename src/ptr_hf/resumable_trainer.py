@@ -38,7 +38,6 @@ class ResumableTrainer(CheckpointingTrainer):
     """A Trainer that can be killed at any moment."""
 
     _dynamics_log: DynamicsLog | None = None
-    _unwritten: list[Mapping[str, Any]]
     _resumed: Path | None = None
     _manifest: Manifest | None = None
 
@@ -73,7 +72,7 @@ class ResumableTrainer(CheckpointingTrainer):
         output = Path(self.args.output_dir)
         self._resumed = self.choose_checkpoint(resume_from_checkpoint)
         self._manifest = Manifest.read(self._resumed) if self._resumed else None
-        self._dynamics_log, self._unwritten = None, []
+        self._dynamics_log = None
         self.window.clear()
         if self.args.should_save:
             remove_leftovers(output)
@@ -217,15 +216,13 @@ class ResumableTrainer(CheckpointingTrainer):
 
     def _log_dynamics(self, row: Mapping[str, Any]) -> None:
         """Add a row to `ptr_dynamics.parquet`; one that a full disk refuses is written with the next one."""
-        self._unwritten.append(row)
         try:
             if self._dynamics_log is None:
                 path = Path(self.args.output_dir) / DYNAMICS_FILE
                 if not self._resumed_step:
                     path.unlink(missing_ok=True)
                 self._dynamics_log = DynamicsLog(path, self.policy.config.preset, self._resumed_step)
-            self._dynamics_log.append(*self._unwritten)
-            self._unwritten = []
+            self._dynamics_log.append(row)
         except OSError as error:
             logger.error(f"{DYNAMICS_FILE} could not be written ({error}); its rows are written with the next one.")
 

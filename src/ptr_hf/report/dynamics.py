@@ -185,7 +185,8 @@ class DynamicsLog:
     def append(self, *rows: Mapping[str, Any]) -> None:
         """Add rows, columns left out being null, and replace the file in one move.
 
-        Raises ValueError on an unknown column, another run's name, or a step that does not come after the last one.
+        Rows that could not be written (OSError) are kept and written with the next ones. Raises ValueError on an unknown
+        column, another run's name, or a step that does not come after the last one.
         """
         last_step, added = self._last_step, []
         for row in rows:
@@ -193,9 +194,9 @@ class DynamicsLog:
             last_step = int(row["step"])
         new = pa.Table.from_pylist(added, schema=DYNAMICS_SCHEMA)
         table = pa.concat_tables([self._table, new]).combine_chunks()
+        self._table, self._last_step = table, last_step
         with replacing(self.path) as temporary:
             pq.write_table(table, temporary)
-        self._table, self._last_step = table, last_step
 
     def _complete(self, row: Mapping[str, Any], last_step: int) -> dict[str, Any]:
         unknown = sorted(set(row) - set(DYNAMICS_COLUMNS))
