@@ -26,7 +26,7 @@ from small_policies import (
 from torch import Tensor, nn
 
 from ptr_hf import PTRConfig, PTRPolicy
-from ptr_hf.data.segments import split_segment
+from ptr_hf.data.segments import FUTURE_PAD, split_segment
 from ptr_hf.method import consequence_embedding, masked_mean
 
 ANCHORS = [0, 12, 33, 60]
@@ -421,14 +421,17 @@ class TestForward:
         policy.eval()
         broken = {**batch, "observation.state": batch["observation.state"].clone()}
         broken["observation.state"][1::4] = torch.nan
+        # as if it had no future, which makes it nobody's candidate either
+        absent = {**batch, FUTURE_PAD: batch[FUTURE_PAD].clone()}
+        absent[FUTURE_PAD][1::4] = True
         outputs = []
-        for inputs in (batch, broken):
+        for inputs in (absent, broken, batch):
             torch.manual_seed(0)
             outputs.append(policy.compute(inputs))
         others = torch.arange(12) % 4 != 1
         torch.testing.assert_close(outputs[1].weight[others], outputs[0].weight[others], rtol=1e-4, atol=1e-5)
         assert torch.equal(outputs[1].weight[~others], torch.ones(3))
-        assert not torch.equal(outputs[0].weight[~others], torch.ones(3))
+        assert not torch.equal(outputs[2].weight[~others], torch.ones(3))
         assert policy.objective.combine(outputs[1])["loss"].isfinite()
 
 
