@@ -55,7 +55,7 @@ class PublishingTrainer(Trainer):
     training_data: Sequence[TrainingData] = ()
     random_weights: bool = False
     _destination: Destination | None = None
-    _push: "Future[CommitInfo] | None" = None
+    _pushes: "tuple[Future[CommitInfo], ...]" = ()
 
     @property
     def policy(self) -> PTRPolicy:
@@ -209,7 +209,7 @@ class PublishingTrainer(Trainer):
         args, strategy = self.args, self.args.hub_strategy
         if not self.is_world_process_zero() or strategy == HubStrategy.END or self._destination is None:
             return
-        if self._push is not None and not self._push.done() and not args.hub_always_push:
+        if not all(push.done() for push in self._pushes) and not args.hub_always_push:
             return
         self._finish_current_push()
         self.callback_handler.on_push_begin(args, self.state, self.control)
@@ -220,25 +220,25 @@ class PublishingTrainer(Trainer):
             self._destination = self._destination.create(output)
             folder = stage([*published_files(checkpoint), *extra], output)
             self.write_card(folder)
-            self._push = self._destination.push_later(folder, message)
+            self._pushes = (self._destination.push_later(folder, message),)
             if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 name = "last-checkpoint" if strategy == HubStrategy.CHECKPOINT else checkpoint.name
                 whole = stage((path for path in sorted(checkpoint.iterdir()) if path.is_file()), output)
-                self._push = self._destination.push_later(whole, f"{message}, trainer state", path_in_repo=name)
+                state = self._destination.push_later(whole, f"{message}, trainer state", path_in_repo=name)
+                self._pushes = (*self._pushes, state)
         except (PushError, OSError) as error:
             logger.warning("%s Training goes on.", error)
 
     def _finish_current_push(self) -> None:
-        """Wait for a push in the background, and report one that failed without stopping anything."""
-        push, self._push = self._push, None
-        if push is None:
-            return
-        try:
-            error = push.exception(PATIENCE)
-        except TimeoutError:
-            logger.warning(
-                "A push to %s still runs after %d s and is no longer waited for.", self.hub_model_id, PATIENCE
-            )
-            return
-        if error is not None:
-            logger.warning("%s Training goes on.", error)
+        """Wait for the pushes in the background, and report what failed without stopping anything."""
+        pushes, self._pushes = self._pushes, ()
+        for push in pushes:
+            try:
+                error = push.exception(PATIENCE)
+            except TimeoutError:
+                logger.warning(
+                    "A push to %s still runs after %d s and is no longer waited for.", self.hub_model_id, PATIENCE
+                )
+                continue
+            if error is not None:
+                logger.warning("%s Training goes on.", error)
