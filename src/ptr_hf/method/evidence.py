@@ -3,6 +3,7 @@
 The strategies themselves live in ``ptr_hf.scores``; the objective knows only this contract.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Float, Int
@@ -102,7 +103,7 @@ class IdentifiedBy:
     candidates: Int[Tensor, " batch"]
 
 
-class Weigher(NeverLowered):
+class Weigher(NeverLowered, ABC):
     """A strategy: Score × Aggregation × WeightMap. Its buffers are equal on every rank.
 
     Attributes:
@@ -113,10 +114,10 @@ class Weigher(NeverLowered):
         super().__init__()
         self.step_verdicts: list[tuple[Tensor, Tensor]] = []
 
+    @abstractmethod
     def weigh(self, evidence: Evidence, beta: Float[Tensor, ""], warm: bool, draws: Draws) -> Weighing:
         """Weights of this rank's chunks; ``warm`` is False during the scorer's warm-up, when every weight is 1."""
-        raise NotImplementedError
 
+    @abstractmethod
     def after_step(self, step: int, warm: bool) -> None:
         """After the optimiser step: take in what all ranks have seen."""
-        raise NotImplementedError

@@ -1,5 +1,6 @@
 """The contract of a score: a number per chunk that says how well its labels agree with what followed."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Float, Int
@@ -31,7 +32,7 @@ class Scored:
     candidates: Int[Tensor, ""] | None = None
 
 
-class Score(NeverLowered):
+class Score(NeverLowered, ABC):
     """One score. Subclasses say what they need, so that nothing is computed for nobody.
 
     Attributes:
@@ -44,6 +45,7 @@ class Score(NeverLowered):
     reads_posterior = False
     has_chance = False
 
+    @abstractmethod
     def forward(self, evidence: Evidence, draws: Draws) -> Scored:
         """The chunks' verdicts.
 
@@ -51,4 +53,3 @@ class Score(NeverLowered):
             evidence: this rank's chunks.
             draws: random numbers of the step.
         """
-        raise NotImplementedError
