@@ -18,7 +18,7 @@ from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
 
 from ptr_hf.hub import load_weights
-from ptr_hf.method.objective import ObjectiveOutput, Weighing
+from ptr_hf.method.chunks import ObjectiveOutput, Weighing
 from ptr_hf.modeling_ptr import PTRPolicy
 
 logger = logging.getLogger(__name__)

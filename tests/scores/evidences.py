@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ptr_hf.method import AdaptiveScaleController, CandidateQueue, ChunkBatch, PTRObjective, Samples, TransitionScorer
+from ptr_hf.method.chunks import ChunkDetails
 from ptr_hf.method.evidence import Evidence, Weigher
-from ptr_hf.method.objective import ChunkDetails
 from ptr_hf.scores import EpisodeTable
 
 

@@ -14,7 +14,7 @@ and what a sum is divided by never depend on which rank holds it.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ptr_hf.method.candidate_queue import CandidateQueue
 from ptr_hf.method.candidates import HardNegativeKey, Samples, build_candidates, gather_samples
+from ptr_hf.method.chunks import ChunkBatch, Identified, ObjectiveOutput
 from ptr_hf.method.controller import AdaptiveScaleController
 from ptr_hf.method.distributed import GlobalRows, sum_over_ranks
 from ptr_hf.method.draws import Draws, Purpose
@@ -45,81 +46,6 @@ from ptr_hf.method.weight import (
     self_normalized_loss,
     weight_bounds,
 )
-
-
-@dataclass
-class ChunkBatch:
-    """What one step's chunks bring, one row each (time-major over the segments).
-
-    Attributes:
-        loss: the policy's own loss per chunk.
-        context: h, the masked mean of the backbone's context states.
-        action: e, the masked mean of the clean chunk's action tokens.
-        samples: targets and where they come from.
-        chunk_valid: False where the whole chunk lies past its episode's end.
-        entropy: H_tok, 0 without belief.
-        diversity: D_tok, 0 without belief.
-        segment_length: T, chunks of a segment; the rows are those of len(loss) / T segments.
-        weighed_by: what a ``Weigher`` reads beyond that; None when the paper's T weighs.
-    """
-
-    loss: Float[Tensor, " batch"]
-    context: Float[Tensor, "batch context_dim"]
-    action: Float[Tensor, "batch action_dim"]
-    samples: Samples
-    chunk_valid: Bool[Tensor, " batch"]
-    entropy: Float[Tensor, " batch"]
-    diversity: Float[Tensor, " batch"]
-    segment_length: int = 1
-    weighed_by: "ChunkDetails | None" = None
-
-
-@dataclass
-class ChunkDetails:
-    """What only a ``Weigher`` reads of a chunk; see ``Evidence``."""
-
-    action: Float[Tensor, "batch stretches action_dim"]
-    current: Float[Tensor, "batch dim"]
-    motion: Float[Tensor, " batch"]
-    index: Int[Tensor, " batch"]
-
-
-@dataclass
-class ObjectiveOutput:
-    """Per chunk: losses, score and weight (0 where not ``chunk_valid``), and what each may be averaged over.
-
-    ``weighing`` is what a ``Weigher`` said, its heads' losses among it; None when the paper's T weighs.
-    """
-
-    loss: Float[Tensor, " batch"]
-    weight: Float[Tensor, " batch"]
-    score: Float[Tensor, " batch"]
-    identification: Float[Tensor, " batch"]
-    ranking: Float[Tensor, " batch"]
-    target_valid: Bool[Tensor, " batch"]
-    ranking_valid: Bool[Tensor, " batch"]
-    chunk_valid: Bool[Tensor, " batch"]
-    entropy: Float[Tensor, " batch"]
-    diversity: Float[Tensor, " batch"]
-    correct: Bool[Tensor, " batch"]
-    margin: Float[Tensor, " batch"]
-    candidates: Int[Tensor, " batch"]
-    weighing: Weighing | None = None
-
-
-@dataclass
-class Identified:
-    """What the identification posterior says of each chunk (Eq. 12-14, 31)."""
-
-    target_valid: Bool[Tensor, " batch"]
-    score: Float[Tensor, " batch"]
-    identification: Float[Tensor, " batch"]
-    ranking: Float[Tensor, " batch"]
-    ranking_valid: Bool[Tensor, " batch"]
-    contrast: Float[Tensor, " batch"]
-    correct: Bool[Tensor, " batch"]
-    margin: Float[Tensor, " batch"]
-    candidates: Int[Tensor, " batch"]
 
 
 class PTRObjective(NeverLowered):
@@ -232,7 +158,7 @@ class PTRObjective(NeverLowered):
         seen = rows if self.cross_rank else self._rows(chunks, across=False)
         others = everyone if self.cross_rank else samples
         if self.scorer is None:
-            identified = _unidentified(samples.valid, chunks.loss)
+            identified = Identified.nothing(samples.valid, chunks.loss)
         else:
             identified = self._identify(self.scorer, chunks, samples, others, seen, draws)
         weighing = self._weigh(chunks, samples, identified, Rivals(seen, others.valid), draws)
@@ -487,22 +413,6 @@ class PTRObjective(NeverLowered):
         for part in (self.seed, self._step, self._micro_step):
             seed = (seed * 1_000_003 + part) % 2**63
         return seed
-
-
-def _unidentified(target_valid: Bool[Tensor, " batch"], loss: Float[Tensor, " batch"]) -> Identified:
-    """Nothing is identified: no score, no loss, no candidate."""
-    zero, never = torch.zeros_like(loss.detach()), torch.zeros_like(target_valid)
-    return Identified(
-        target_valid=target_valid,
-        score=zero,
-        identification=zero,
-        ranking=zero,
-        ranking_valid=never,
-        contrast=zero,
-        correct=never,
-        margin=zero,
-        candidates=torch.zeros_like(target_valid, dtype=torch.int64),
-    )
 
 
 def _mean(values: Float[Tensor, " batch"] | Bool[Tensor, " batch"], mask: Bool[Tensor, " batch"]) -> Float[Tensor, ""]:

@@ -1,0 +1,101 @@
+"""What goes into the objective and what comes out of it, one row a chunk."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ptr_hf.method.candidates import Samples
+from ptr_hf.method.evidence import Weighing
+
+
+@dataclass
+class ChunkBatch:
+    """What one step's chunks bring, one row each (time-major over the segments).
+
+    Attributes:
+        loss: the policy's own loss per chunk.
+        context: h, the masked mean of the backbone's context states.
+        action: e, the masked mean of the clean chunk's action tokens.
+        samples: targets and where they come from.
+        chunk_valid: False where the whole chunk lies past its episode's end.
+        entropy: H_tok, 0 without belief.
+        diversity: D_tok, 0 without belief.
+        segment_length: T, chunks of a segment; the rows are those of len(loss) / T segments.
+        weighed_by: what a ``Weigher`` reads beyond that; None when the paper's T weighs.
+    """
+
+    loss: Float[Tensor, " batch"]
+    context: Float[Tensor, "batch context_dim"]
+    action: Float[Tensor, "batch action_dim"]
+    samples: Samples
+    chunk_valid: Bool[Tensor, " batch"]
+    entropy: Float[Tensor, " batch"]
+    diversity: Float[Tensor, " batch"]
+    segment_length: int = 1
+    weighed_by: "ChunkDetails | None" = None
+
+
+@dataclass
+class ChunkDetails:
+    """What only a ``Weigher`` reads of a chunk; see ``Evidence``."""
+
+    action: Float[Tensor, "batch stretches action_dim"]
+    current: Float[Tensor, "batch dim"]
+    motion: Float[Tensor, " batch"]
+    index: Int[Tensor, " batch"]
+
+
+@dataclass
+class ObjectiveOutput:
+    """Per chunk: losses, score and weight (0 where not ``chunk_valid``), and what each may be averaged over.
+
+    ``weighing`` is what a ``Weigher`` said, its heads' losses among it; None when the paper's T weighs.
+    """
+
+    loss: Float[Tensor, " batch"]
+    weight: Float[Tensor, " batch"]
+    score: Float[Tensor, " batch"]
+    identification: Float[Tensor, " batch"]
+    ranking: Float[Tensor, " batch"]
+    target_valid: Bool[Tensor, " batch"]
+    ranking_valid: Bool[Tensor, " batch"]
+    chunk_valid: Bool[Tensor, " batch"]
+    entropy: Float[Tensor, " batch"]
+    diversity: Float[Tensor, " batch"]
+    correct: Bool[Tensor, " batch"]
+    margin: Float[Tensor, " batch"]
+    candidates: Int[Tensor, " batch"]
+    weighing: Weighing | None = None
+
+
+@dataclass
+class Identified:
+    """What the identification posterior says of each chunk (Eq. 12-14, 31)."""
+
+    target_valid: Bool[Tensor, " batch"]
+    score: Float[Tensor, " batch"]
+    identification: Float[Tensor, " batch"]
+    ranking: Float[Tensor, " batch"]
+    ranking_valid: Bool[Tensor, " batch"]
+    contrast: Float[Tensor, " batch"]
+    correct: Bool[Tensor, " batch"]
+    margin: Float[Tensor, " batch"]
+    candidates: Int[Tensor, " batch"]
+
+    @classmethod
+    def nothing(cls, target_valid: Bool[Tensor, " batch"], loss: Float[Tensor, " batch"]) -> "Identified":
+        """Nothing is identified: no score, no loss, no candidate."""
+        zero, never = torch.zeros_like(loss.detach()), torch.zeros_like(target_valid)
+        return cls(
+            target_valid=target_valid,
+            score=zero,
+            identification=zero,
+            ranking=zero,
+            ranking_valid=never,
+            contrast=zero,
+            correct=never,
+            margin=zero,
+            candidates=torch.zeros_like(target_valid, dtype=torch.int64),
+        )
