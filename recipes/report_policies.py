@@ -21,6 +21,7 @@ COLUMNS = (
     "belief",
     "tower reuse",
     "action_is_pad",
+    "action_dim_is_pad",
     "PEFT",
     "bf16 autocast",
     "bf16 weights",

@@ -46,6 +46,7 @@ from ptr_hf.method import (
 from ptr_hf.pathway import ACTION_STRETCHES, BeliefModule, build_objective
 from ptr_hf.policies import PolicyAdapter, PolicyTrace, Views, make_adapter, refusal, supported_policies
 from ptr_hf.policies.hooks import unwrap
+from ptr_hf.policies.protocol import ACTION_DIM_PAD, without_unused
 from ptr_hf.scores import EpisodeTable, ScoreWeigher
 
 BASE_PREFIX = "base."
@@ -227,7 +228,12 @@ class PTRPolicy(PreTrainedPolicy):
                 `ObjectiveOutput` and no metrics, for a caller that puts the objective together itself.
         """
         if self.objective is None:
-            return self.base(self._plain(batch))
+            plain = self._plain(batch)
+            if ACTION_DIM_PAD not in plain:
+                return self.base(plain)
+            # LeRobot's own loss would count the dimensions that a robot does not have
+            loss, valid = self.adapter.trace(plain).loss, ~plain[ACTION + PAD_SUFFIX].all(dim=1)
+            return (loss * valid).sum() / valid.sum().clamp(min=1), {}
         output = self.compute(batch)
         if reduction == "none":
             return output, {}
@@ -391,7 +397,7 @@ class PTRPolicy(PreTrainedPolicy):
             # a consequence that no camera saw is none
             valid=valid if shown is None else valid & shown.any(dim=1),
             task=segment.task,
-            source=torch.zeros_like(segment.task),
+            source=segment.source,
             episode=segment.episode,
             frame=segment.target_index,
             state=state.float(),
@@ -443,7 +449,9 @@ class PTRPolicy(PreTrainedPolicy):
         """The next action chunk (B, L, action_dim); with belief tokens it reads and then updates the carried belief."""
         self.eval()
         if self.belief is None:
-            return self.base.predict_action_chunk(batch, **kwargs)
+            with self.adapter.action_scope(batch):
+                actions = self.base.predict_action_chunk(batch, **kwargs)
+            return without_unused(actions, batch.get(ACTION_DIM_PAD))
         memory = self.belief.memory
         rows = next(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.ndim > 0)
         if self._belief_tokens is None:
@@ -465,7 +473,9 @@ class PTRPolicy(PreTrainedPolicy):
         """One action (B, action_dim); a chunk is predicted whenever the last one is used up."""
         if self.belief is None:
             self.eval()
-            return self.base.select_action(batch, **kwargs)
+            with self.adapter.action_scope(batch):
+                action = self.base.select_action(batch, **kwargs)
+            return without_unused(action, batch.get(ACTION_DIM_PAD))
         self.adapter.observe(batch)
         if not self._action_queue:
             steps = int(vars(self.config.base_config)["n_action_steps"])
@@ -614,11 +624,16 @@ def _stretches(
 
 
 def _motion(chunks: dict[str, Any]) -> Float[Tensor, " rows"]:
-    """Mean square of a chunk's normalised actions over its valid steps."""
-    pad = chunks[ACTION + PAD_SUFFIX]
+    """Mean square of a chunk's normalised actions over its valid steps and used dimensions."""
+    pad, unused = chunks[ACTION + PAD_SUFFIX], chunks.get(ACTION_DIM_PAD)
     # a preprocessor may have lengthened the chunk to the model's own horizon
-    action = chunks[ACTION][:, : pad.shape[1]]
-    return masked_mean(action.square().mean(dim=-1, keepdim=True), ~pad)[:, 0]
+    squares = chunks[ACTION][:, : pad.shape[1]].square()
+    if unused is None:
+        return masked_mean(squares.mean(dim=-1, keepdim=True), ~pad)[:, 0]
+    # or widened it beyond the robot's dimensions
+    squares = without_unused(squares[..., : unused.shape[-1]], unused)
+    used = (~unused).sum(dim=1).clamp_min(1)
+    return masked_mean(squares.sum(dim=-1, keepdim=True), ~pad)[:, 0] / used
 
 
 def _camera_mask(

@@ -12,13 +12,18 @@ from peft import PeftConfig
 from torch import nn
 
 from ptr_hf.configuration_ptr import PTRConfig, chunk_settings
+from ptr_hf.data.in_memory import InMemorySegments
+from ptr_hf.data.mixture import Mixture, MixtureMetadata, mixture_statistics
+from ptr_hf.data.screening import Screen, with_finite_statistics
 from ptr_hf.hub import is_ptr_source, resolve_processors
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.modeling_ptr import PTRPolicy, build_base
 from ptr_hf.peft_policies import wrap_with_peft
 from ptr_hf.policies.hooks import unwrap
+from ptr_hf.processor_embodiment import check_robots, embodiment_steps
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
 from ptr_hf.training_args import PTRTrainingArguments
+from ptr_hf.training_sources import Metadata, TrainingSet
 
 type ModelSource = str | Path | PreTrainedConfig | nn.Module
 
@@ -118,19 +123,39 @@ def _fresh_policy(config: PreTrainedConfig, device: str, hyperparameters: dict[s
 
 
 def policy_processors(
-    policy: PTRPolicy, meta: Any, args: PTRTrainingArguments
+    policy: PTRPolicy, meta: Metadata | None, data: TrainingSet | None, args: PTRTrainingArguments, screen: Screen
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """The policy's own processors: a PTR checkpoint's as saved, otherwise with the dataset's statistics."""
-    rename = {"rename_map": args.observation_renames}
-    if policy.config.pretrained_path is not None:
-        return make_pre_post_processors(
-            policy.config.base_config,
-            pretrained_path=str(resolve_processors(policy.config.pretrained_path, policy.config.pretrained_revision)),
+    """The policy's own processors: a PTR checkpoint's as saved, otherwise with the statistics of the data.
+
+    Args:
+        policy: it runs before.
+        meta, data: of the training data; None keeps a pretrained policy's statistics.
+        args: of the run.
+        screen: says which features are read; where their statistics are not finite they are computed anew.
+
+    Raises:
+        ValueError: a checkpoint that knows other robots than the mixture's.
+    """
+    config = policy.config
+    if config.pretrained_path is not None:
+        pipelines = make_pre_post_processors(
+            config.base_config,
+            pretrained_path=str(resolve_processors(config.pretrained_path, config.pretrained_revision)),
             preprocessor_overrides={
-                "device_processor": {"device": policy.config.device},
-                "rename_observations_processor": rename,
+                "device_processor": {"device": config.device},
+                "rename_observations_processor": {"rename_map": args.observation_renames},
             },
         )
+        if meta is not None:
+            check_robots(pipelines[0], meta)
+        return pipelines
+    if isinstance(meta, MixtureMetadata):
+        opened = data.datasets if isinstance(data, Mixture) else None
+        statistics = mixture_statistics(meta, config.normalization_mapping, opened)
+        return make_ptr_pre_post_processors(config, embodiments=embodiment_steps(meta, statistics))
+    if meta is not None:
+        frames = data.dataset if isinstance(data, InMemorySegments) else data
+        meta = with_finite_statistics(meta, frames, [key for key in meta.features if screen.reads(key)])
     return make_ptr_pre_post_processors(
-        policy.config, None if meta is None else meta.stats, meta, rename_map=args.observation_renames
+        config, None if meta is None else meta.stats, meta, rename_map=args.observation_renames
     )

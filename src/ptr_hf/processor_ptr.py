@@ -9,8 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from lerobot.configs import NormalizationMode
 from lerobot.policies.factory import make_pre_post_processors
-from lerobot.processor import EnvTransition, PolicyProcessorPipeline, RenameObservationsProcessorStep
+from lerobot.processor import EnvTransition, PolicyProcessorPipeline, ProcessorStep, RenameObservationsProcessorStep
 from torch import Tensor
 
 from ptr_hf.configuration_ptr import PTRConfig
@@ -23,6 +24,7 @@ def make_ptr_pre_post_processors(
     dataset_stats: dict[str, dict[str, Any]] | None = None,
     dataset_meta: Any = None,
     rename_map: dict[str, str] | None = None,
+    embodiments: tuple[ProcessorStep, ProcessorStep] | None = None,
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     """Processors of the base policy, with the statistics of the dataset at hand; the first takes segments too.
 
@@ -33,8 +35,15 @@ def make_ptr_pre_post_processors(
         dataset_stats: LeRobot's statistics; None keeps the ones saved with `config.base_path`.
         dataset_meta: handed on to base policies whose processors read it.
         rename_map: dataset key -> policy key, for observations named differently.
+        embodiments: of a mixture (`ptr_hf.processor_embodiment`); they normalise in the place of the base policy's steps.
     """
-    preprocessor, postprocessor = _base_processors(config, dataset_stats, dataset_meta, rename_map)
+    modes = config.normalization_mapping
+    if embodiments is not None:
+        modes = dict.fromkeys(modes, NormalizationMode.IDENTITY)
+    preprocessor, postprocessor = _base_processors(config, modes, dataset_stats, dataset_meta, rename_map)
+    if embodiments is not None:
+        preprocessor.steps = [embodiments[0], *preprocessor.steps]
+        postprocessor.steps = [*postprocessor.steps, embodiments[1]]
     preprocessor.to_transition = partial(_of_rows, preprocessor.to_transition, layout=config.layout)
     return preprocessor, postprocessor
 
@@ -57,6 +66,7 @@ def _of_rows(
 
 def _base_processors(
     config: PTRConfig,
+    modes: dict[str, NormalizationMode],
     dataset_stats: dict[str, dict[str, Any]] | None,
     dataset_meta: Any,
     rename_map: dict[str, str] | None,
@@ -71,8 +81,8 @@ def _base_processors(
                 step.rename_map = rename_map or {}
         return preprocessor, postprocessor
     features = {**(base.input_features or {}), **(base.output_features or {})}
-    normalizer = {"features": features, "norm_map": config.normalization_mapping}
-    unnormalizer = {"features": base.output_features, "norm_map": config.normalization_mapping}
+    normalizer = {"features": features, "norm_map": modes}
+    unnormalizer = {"features": base.output_features, "norm_map": modes}
     if dataset_stats is not None:
         normalizer["stats"] = unnormalizer["stats"] = dataset_stats
     return make_pre_post_processors(

@@ -1,6 +1,6 @@
 """Look at a dataset through a trained scorer: T, weight and policy loss of every chunk; and the action loss of a policy."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,23 @@ from tqdm.auto import tqdm
 
 from ptr_hf.data.datasets import check_cameras, check_dataset, episode_spans, open_dataset
 from ptr_hf.data.in_memory import InMemorySegments, collate_segments
+from ptr_hf.data.mixture import Mixture, MixtureMetadata
+from ptr_hf.data.mixture_config import MixtureConfig
 from ptr_hf.data.segments import SegmentLayout, split_segment
 from ptr_hf.hub import resolve_processors
 from ptr_hf.modeling_ptr import PTRPolicy
+from ptr_hf.processor_embodiment import check_robots
 from ptr_hf.processor_ptr import preprocess
 from ptr_hf.report import ChunkScores
 from ptr_hf.scores import EpisodeTable, ScoreWeigher, SlotMemory
 
+type ScoredSource = str | Path | LeRobotDataset | InMemorySegments | Mixture | MixtureConfig | Mapping | Sequence
+"""A dataset as `score_dataset` takes it."""
+
 
 def score_dataset(
     policy: PTRPolicy | str | Path,
-    dataset: LeRobotDataset | InMemorySegments | str | Path,
+    dataset: ScoredSource,
     *,
     preprocessor: PolicyProcessorPipeline | None = None,
     episodes: Sequence[int] | None = None,
@@ -41,7 +47,8 @@ def score_dataset(
 
     Args:
         policy: a trained `PTRPolicy`, or the folder or Hub id of one.
-        dataset: a LeRobotDataset, its folder or its Hub id, or one that a trainer has read into memory.
+        dataset: a LeRobotDataset, its folder or its Hub id, or one that a trainer has read into memory; or the mixture that the
+            policy was trained on, or one of the same sources.
         preprocessor: the policy's own; by default the one saved with the checkpoint, which then must be named.
         episodes: a subset of episodes.
         batch_size: segments per batch; the number of candidates grows with it.
@@ -58,12 +65,11 @@ def score_dataset(
     if policy.objective is None:
         raise ValueError("This policy has no scorer (preset='sft'), so it cannot score data; train with preset='ptr'.")
     layout = policy.config.layout
-    if isinstance(dataset, InMemorySegments):
-        opened, segments = dataset.dataset, dataset
-    else:
-        opened = segments = open_dataset(dataset, layout, episodes=episodes)
+    opened, segments = _opened(dataset, layout, episodes)
+    if isinstance(opened, LeRobotDataset):
         check_cameras(policy.config.base_config, opened.meta.features, _rename_map(preprocessor))
         check_dataset(opened, layout)
+    check_robots(preprocessor, opened.meta)
     anchors = _anchors(opened, layout)
     first_frame = dict(zip(range(opened.meta.total_episodes), opened.meta.episodes["dataset_from_index"], strict=True))
     columns: dict[str, list[np.ndarray]] = {}
@@ -101,12 +107,28 @@ def score_dataset(
     table = {name: values[order] for name, values in table.items()}
     names = np.asarray(opened.meta.tasks.index, dtype=object)
     starts = np.asarray([first_frame[episode] for episode in table["episode_index"].tolist()])
-    return ChunkScores(
-        **table | {"task": names[table["task"]]},
-        frame_index=table["index"] - starts,
-        source=np.full(len(order), opened.repo_id, dtype=object),
-        verdicts=by_score,
-    )
+    source = np.full(len(order), opened.meta.repo_id, dtype=object)
+    frame = table["index"] - starts
+    if isinstance(opened, Mixture):
+        source, table["episode_index"], frame, table["index"] = opened.meta.located(table["episode_index"], frame)
+    return ChunkScores(**table | {"task": names[table["task"]]}, frame_index=frame, source=source, verdicts=by_score)
+
+
+def _opened(
+    dataset: ScoredSource, layout: SegmentLayout, episodes: Sequence[int] | None = None
+) -> tuple[LeRobotDataset | Mixture, Dataset]:
+    """The data set, and what reads its segments."""
+    if isinstance(dataset, InMemorySegments):
+        return dataset.dataset, dataset
+    if isinstance(dataset, Mixture):
+        return dataset, dataset
+    config = MixtureConfig.of(dataset)
+    if config is not None:
+        mixture = Mixture(MixtureMetadata.read(config), layout)
+        return mixture, mixture
+    assert isinstance(dataset, str | Path | LeRobotDataset)
+    opened = open_dataset(dataset, layout, episodes=episodes)
+    return opened, opened
 
 
 def _weights_by_slot(
@@ -123,7 +145,7 @@ def _weights_by_slot(
 
 def action_loss(
     policy: PTRPolicy,
-    dataset: LeRobotDataset | str | Path,
+    dataset: ScoredSource,
     preprocessor: PolicyProcessorPipeline,
     *,
     layout: SegmentLayout | None = None,
@@ -144,18 +166,50 @@ def action_loss(
         repeats: passes with fresh noise.
         seed: of the noise.
     """
+    losses = _losses_by_source(policy, dataset, preprocessor, layout, batch_size, repeats, seed)
+    return sum(total for total, _ in losses) / sum(count for _, count in losses)
+
+
+def action_loss_by_source(
+    policy: PTRPolicy,
+    mixture: Mixture,
+    preprocessor: PolicyProcessorPipeline,
+    *,
+    layout: SegmentLayout | None = None,
+    batch_size: int = 16,
+    repeats: int = 4,
+    seed: int = 0,
+) -> dict[str, float]:
+    """`action_loss` of every source of a mixture by itself; the arguments are those of `action_loss`."""
+    losses = _losses_by_source(policy, mixture, preprocessor, layout, batch_size, repeats, seed)
+    return {name: total / count for name, (total, count) in zip(mixture.meta.names, losses, strict=True) if count}
+
+
+def _losses_by_source(
+    policy: PTRPolicy,
+    dataset: ScoredSource,
+    preprocessor: PolicyProcessorPipeline,
+    layout: SegmentLayout | None,
+    batch_size: int,
+    repeats: int,
+    seed: int,
+) -> list[tuple[float, int]]:
+    """Sum of the chunks' losses and their number, of every source."""
     layout = layout or policy.config.layout
-    opened = open_dataset(dataset, layout)
+    opened, segments = _opened(dataset, layout)
+    check_robots(preprocessor, opened.meta)
     anchors = _anchors(opened, layout)
-    total, count = 0.0, 0
+    sources = len(opened.meta.sources) if isinstance(opened, Mixture) else 1
+    totals, counts = torch.zeros(sources, dtype=torch.float64), torch.zeros(sources, dtype=torch.int64)
     with _evaluating(policy, seed):
         for _ in range(repeats):
-            for batch in _segments(opened, anchors, batch_size, seed, False, ""):
+            for batch in _segments(segments, anchors, batch_size, seed, False, ""):
                 segment = policy.split(preprocess(_to_device(batch, policy), preprocessor, layout), layout)
-                loss = policy.chunk_losses(segment)[segment.chunk_valid]
-                total += float(loss.double().sum())
-                count += len(loss)
-    return total / count
+                loss = policy.chunk_losses(segment)[segment.chunk_valid].double().cpu()
+                source = segment.source[segment.chunk_valid].cpu()
+                totals.index_add_(0, source, loss)
+                counts.index_add_(0, source, torch.ones_like(source))
+    return list(zip(totals.tolist(), counts.tolist(), strict=True))
 
 
 @contextmanager
@@ -171,7 +225,7 @@ def _evaluating(policy: PTRPolicy, seed: int) -> Iterator[None]:
         policy.train(training)
 
 
-def _anchors(dataset: LeRobotDataset, layout: SegmentLayout) -> list[int]:
+def _anchors(dataset: LeRobotDataset | Mixture, layout: SegmentLayout) -> list[int]:
     """First frames of the segments that cover every episode from its first frame on, without overlap."""
     step = layout.segment_length * layout.chunk_stride
     return [first + start for _, first, length in episode_spans(dataset) for start in range(0, length, step)]

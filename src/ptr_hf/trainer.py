@@ -7,27 +7,23 @@ put together here, and after every optimiser step the policy moves its moving av
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import set_seed
 from lerobot.configs import PreTrainedConfig
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.collate import lerobot_collate_fn
 from peft import PeftConfig
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ProgressCallback
 
-from ptr_hf.card_facts import TrainingData
-from ptr_hf.configuration_ptr import PTRConfig
-from ptr_hf.data.datasets import check_cameras, check_dataset, dataset_metadata, open_dataset
-from ptr_hf.data.demonstrations import load_truth
-from ptr_hf.data.in_memory import InMemorySegments, collate_segments
-from ptr_hf.data.screening import Screen, leave_out, with_finite_statistics
+from ptr_hf.data.in_memory import collate_segments
+from ptr_hf.data.mixture import Mixture, MixtureSampler
+from ptr_hf.data.screening import Screen, leave_out
 from ptr_hf.data.segments import is_rows
 from ptr_hf.evaluation_callback import EnvironmentSource, EvaluationCallback
 from ptr_hf.global_batches import TensorsOnly, has_batch_statistics, instructions_of, repeated_rows, with_instructions
@@ -36,13 +32,20 @@ from ptr_hf.launch import check_launch, check_same_everywhere, run_facts
 from ptr_hf.metrics import MetricsWindow
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.policy_sources import ModelSource, policy_processors, resolve_policy
+from ptr_hf.processor_embodiment import for_robot
 from ptr_hf.processor_ptr import preprocess
 from ptr_hf.report import DYNAMICS_COLUMNS
-from ptr_hf.scores import EpisodeTable
 from ptr_hf.sharding import prepare_sharding, share_weights
 from ptr_hf.training_args import PTRTrainingArguments
-
-type DatasetSource = str | Path | LeRobotDataset
+from ptr_hf.training_sources import (
+    DataSource,
+    Metadata,
+    TrainingSet,
+    described,
+    episode_table,
+    open_data,
+    read_metadata,
+)
 
 
 class PTRTrainer(GuardedTrainer):
@@ -52,8 +55,9 @@ class PTRTrainer(GuardedTrainer):
         model: a Hub id or folder (of a LeRobot policy or of a PTR checkpoint), a LeRobot policy, the `PeftModel` around one,
             a `PTRPolicy`, or a LeRobot policy configuration, which starts from random weights.
         args: training arguments and hyperparameters. A `PTRPolicy` (or a PTR checkpoint) keeps its own hyperparameters.
-        train_dataset: a Hub id, a folder, or a LeRobotDataset; it is read at the segment layout whatever it was opened with.
-        eval_dataset: likewise, or None.
+        train_dataset: a Hub id, a folder, or a LeRobotDataset, which is read at the segment layout whatever it was opened with;
+            or a mixture of several: a list of them, a `MixtureConfig`, its dict or its YAML file (docs/mixtures.md).
+        eval_dataset: likewise, or None; for a mixture, one of the same robots in the same order.
         peft_config: trains a PEFT adapter in place of the policy's weights; `args.use_peft` with the policy's own target
             modules does so too.
         eval_env: a LeRobot environment (its type, a dict with `type`, or its configuration) in which the policy is evaluated in
@@ -76,8 +80,8 @@ class PTRTrainer(GuardedTrainer):
         self,
         model: ModelSource,
         args: PTRTrainingArguments | None = None,
-        train_dataset: DatasetSource | None = None,
-        eval_dataset: DatasetSource | None = None,
+        train_dataset: DataSource | None = None,
+        eval_dataset: DataSource | None = None,
         *,
         peft_config: PeftConfig | None = None,
         eval_env: EnvironmentSource | None = None,
@@ -91,8 +95,12 @@ class PTRTrainer(GuardedTrainer):
         if args.device.type == "cpu":
             # there is no accelerator to pin memory for; PyTorch would warn about it
             args.dataloader_pin_memory = False
-        sources = [source for source in (train_dataset, eval_dataset) if source is not None]
-        meta = dataset_metadata(sources[0], args.dataset_revision) if sources else None
+        given = {"train": train_dataset, "eval": eval_dataset}
+        metas: dict[str, Metadata] = {}
+        for name, source in given.items():
+            if source is not None:
+                metas[name] = read_metadata(source, args, like=metas.get("train"))
+        meta = next(iter(metas.values()), None)
         policy = resolve_policy(model, args, meta, peft_config)
         self.random_weights = isinstance(model, PreTrainedConfig)
         if args.gradient_checkpointing:
@@ -100,29 +108,18 @@ class PTRTrainer(GuardedTrainer):
         if args.torch_compile:
             policy.compile_base(**_compile_options(args))
         layout = policy.config.layout
-        opened: dict[str, LeRobotDataset | InMemorySegments] = {}
-        for name, source in (("train", train_dataset), ("eval", eval_dataset)):
-            if source is not None:
-                dataset = open_dataset(source, layout, revision=args.dataset_revision)
-                check_cameras(policy.config.base_config, dataset.meta.features, args.observation_renames)
-                check_dataset(dataset, layout)
-                if name == "train":
-                    self.training_data = (_described(source, dataset, args.dataset_revision),)
-                    policy.set_episodes(_episode_table(policy.config, dataset, args), args.seed)
-                opened[name] = (
-                    InMemorySegments(dataset, layout, max_gigabytes=args.max_gigabytes, frames_cache=args.frames_cache)
-                    if args.in_memory
-                    else dataset
-                )
+        opened: dict[str, TrainingSet] = {}
+        for name, known in metas.items():
+            opened[name] = open_data(given[name], known, policy.config, args, training=name == "train")
+        if "train" in metas:
+            self.training_data = described(train_dataset, metas["train"], args)
+            policy.set_episodes(episode_table(policy.config, metas["train"], args), args.seed)
         self.screen = Screen(
             layout, policy.config.input_features or {}, args.observation_renames, substitute=policy.objective is None
         )
         if preprocessor is None or postprocessor is None:
-            if meta is not None:
-                first = next(iter(opened.values()))
-                frames = first.dataset if isinstance(first, InMemorySegments) else first
-                meta = with_finite_statistics(meta, frames, [key for key in meta.features if self.screen.reads(key)])
-            preprocessor, postprocessor = policy_processors(policy, meta, args)
+            first = next(iter(opened.values()), None)
+            preprocessor, postprocessor = policy_processors(policy, meta, first, args, self.screen)
         self.preprocessor, self.postprocessor = preprocessor, postprocessor
         self.window = MetricsWindow()
         has_text = meta is not None and meta.has_language_columns
@@ -199,6 +196,7 @@ class PTRTrainer(GuardedTrainer):
             self.window.add(losses | objective.metrics(output), output)
         return (terms["loss"], output) if return_outputs else terms["loss"]
 
+    _mixture_sampler: MixtureSampler | None = None
     _window: list[dict[str, Any]] | None = None
     """Micro-batches of the coming optimiser step, where the loss is normalised over all of them."""
     _window_totals: Tensor | None = None
@@ -275,6 +273,32 @@ class PTRTrainer(GuardedTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """A mixture's sources are drawn at their shares."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, Mixture):
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._mixture_sampler = MixtureSampler(dataset.sizes, dataset.meta.shares, seed)
+        return self._mixture_sampler
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        """Tell the sampler its epoch, which Accelerate cannot reach under all of its wrappers."""
+        if self._mixture_sampler is not None:
+            self._mixture_sampler.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def processors_for(self, robot: str) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
+        """Pre- and postprocessor for one of the robots of a mixture.
+
+        Args:
+            robot: a source's name, or its embodiment's.
+
+        Raises:
+            ValueError: there is no such robot.
+        """
+        return for_robot(self.preprocessor, robot), for_robot(self.postprocessor, robot)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or `args.optim`) over the base policy's own parameter groups and the side pathway's.
@@ -358,20 +382,3 @@ def _compile_options(args: PTRTrainingArguments) -> dict[str, Any]:
     """`torch.compile` options of the arguments; without them PyTorch's own defaults."""
     options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _episode_table(config: PTRConfig, dataset: LeRobotDataset, args: PTRTrainingArguments) -> EpisodeTable:
-    """The training episodes; for the oracle alone, with the truth about them."""
-    corrupted: list[int] = []
-    if config.score == "oracle":
-        truth = load_truth(Path(args.truth) if args.truth else Path(dataset.root))
-        corrupted = truth.corrupted.nonzero()[0].tolist()
-    return EpisodeTable.from_metadata(dataset.meta, config.standardize_by, corrupted)
-
-
-def _described(source: DatasetSource, dataset: LeRobotDataset, revision: str | None) -> TrainingData:
-    """A dataset as the card names it."""
-    name = source.repo_id if isinstance(source, LeRobotDataset) else source
-    meta = dataset.meta
-    episodes = len(dataset.episodes) if dataset.episodes else meta.total_episodes
-    return TrainingData(source=name, revision=revision, episodes=episodes, frames=len(dataset))

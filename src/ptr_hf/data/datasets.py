@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from huggingface_hub.errors import HFValidationError
@@ -62,6 +63,8 @@ def open_dataset(
     *,
     episodes: Sequence[int] | None = None,
     revision: str | None = None,
+    frame_stride: int = 1,
+    root: Path | None = None,
 ) -> LeRobotDataset:
     """A dataset that reads segments, with frames as uint8.
 
@@ -70,6 +73,8 @@ def open_dataset(
         layout: the offsets to read.
         episodes: a subset; None takes all, or those of the open dataset.
         revision: of the Hub repo.
+        frame_stride: recorded frames to one step of the layout.
+        root: folder for what is fetched from the Hub; None takes LeRobot's cache.
 
     Raises:
         ValueError: the folder is no dataset or lacks some of its files, or an episode does not exist.
@@ -89,9 +94,9 @@ def open_dataset(
     try:
         return LeRobotDataset(
             meta.repo_id,
-            root=meta.root,
+            root=root or meta.root,
             episodes=None if episodes is None else list(episodes),
-            delta_timestamps=layout.delta_timestamps(list(meta.features), meta.fps),
+            delta_timestamps=layout.delta_timestamps(list(meta.features), meta.fps / frame_stride),
             revision=revision,
             image_transforms=transforms,
             video_backend=backend,
@@ -104,43 +109,73 @@ def open_dataset(
         ) from error
 
 
-def episode_spans(dataset: LeRobotDataset) -> list[tuple[int, int, int]]:
+@runtime_checkable
+class HasEpisodes(Protocol):
+    """A dataset that knows its episodes itself, as a mixture does."""
+
+    def episode_spans(self) -> list[tuple[int, int, int]]:
+        """As the function of that name."""
+        ...
+
+
+def episode_spans(dataset: LeRobotDataset | HasEpisodes) -> list[tuple[int, int, int]]:
     """(episode, first position, length) of every selected episode, positions as the dataset is indexed."""
+    if not isinstance(dataset, LeRobotDataset):
+        return dataset.episode_spans()
     column = dataset.hf_dataset.data.column("episode_index").to_numpy()
     episodes, first, length = np.unique(column, return_index=True, return_counts=True)
     return sorted(zip(episodes.tolist(), first.tolist(), length.tolist(), strict=True), key=lambda span: span[1])
 
 
 def check_dataset(dataset: LeRobotDataset, layout: SegmentLayout) -> None:
-    """Refuse a dataset that has nothing to learn from under this layout.
+    """Refuse a dataset that has nothing to learn from under this layout; see `check_episodes`."""
+    check_episodes(dataset.meta, dataset.episodes, layout)
+
+
+def check_episodes(
+    meta: LeRobotDatasetMetadata, episodes: Sequence[int] | None, layout: SegmentLayout, frame_stride: int = 1
+) -> None:
+    """Refuse episodes that have nothing to learn from under this layout, going by the metadata alone.
+
+    Args:
+        meta: of the dataset.
+        episodes: that are read; None for all.
+        layout: to read them at.
+        frame_stride: recorded frames to one step of the layout.
 
     Raises:
         ValueError: no frames, a chunk longer than every episode, or no chunk with a recorded consequence.
     """
-    if len(dataset) == 0:
-        raise ValueError(f"The dataset {dataset.repo_id} is empty: it has no frames to train on.")
-    if ACTION not in dataset.meta.features:
-        raise ValueError(f"The dataset {dataset.repo_id} has no {ACTION!r} feature, which a policy learns.")
-    longest = max(length for _, _, length in episode_spans(dataset))
+    if ACTION not in meta.features:
+        raise ValueError(f"The dataset {meta.repo_id} has no {ACTION!r} feature, which a policy learns.")
+    lengths = np.asarray(meta.episodes["length"])
+    longest = int(-(-(lengths if episodes is None else lengths[list(episodes)]).max(initial=0) // frame_stride))
+    if longest == 0:
+        raise ValueError(f"The dataset {meta.repo_id} is empty: it has no frames to train on.")
     chunk = max(layout.action_steps) + 1
     if chunk > longest:
         raise ValueError(
-            f"A chunk of {chunk} actions is longer than every episode of {dataset.repo_id} (the longest has {longest} "
+            f"A chunk of {chunk} actions is longer than every episode of {meta.repo_id} (the longest has {longest} "
             f"frames): set chunk_size to at most {longest}."
         )
     if layout.consequence_offset is not None and layout.consequence_offset >= longest:
         raise ValueError(
-            f"No chunk of {dataset.repo_id} has a recorded consequence: consequence_offset={layout.consequence_offset} frames "
+            f"No chunk of {meta.repo_id} has a recorded consequence: consequence_offset={layout.consequence_offset} frames "
             f"reaches past the end of every episode (the longest has {longest} frames). Set consequence_offset below {longest}."
         )
 
 
 def check_cameras(
-    config: PreTrainedConfig, feature_keys: Iterable[str], rename_map: Mapping[str, str] | None = None
+    config: PreTrainedConfig,
+    feature_keys: Iterable[str],
+    rename_map: Mapping[str, str] | None = None,
+    *,
+    lacks_some: bool = False,
 ) -> None:
     """Refuse a dataset whose cameras, once renamed, are not the policy's.
 
-    A policy may declare more cameras than the robot has only where it fills the missing ones itself (SmolVLA).
+    A policy may declare more cameras than the robot has only where it fills the missing ones itself (SmolVLA), or where the
+    dataset is one of a mixture, which does (`lacks_some`); one has to be there.
 
     Raises:
         ValueError: naming the missing cameras and the ones there are.
@@ -152,7 +187,7 @@ def check_cameras(
         if feature.type is FeatureType.VISUAL and not key.startswith(EMPTY_CAMERA)
     ]
     missing = [key for key in expected if key not in renamed]
-    fills_missing = config.type == "smolvla" and len(missing) < len(expected)
+    fills_missing = (lacks_some or config.type == "smolvla") and len(missing) < len(expected)
     if missing and not fills_missing:
         have = sorted(key for key in renamed if key.startswith("observation.image")) or ["none"]
         raise ValueError(

@@ -45,6 +45,7 @@ class InMemorySegments(Dataset[dict[str, Any]]):
         frames_cache: a folder that keeps the decoded frames as memory-mapped arrays, one file a camera, for later runs and
             other processes; files of another data set, or of one that has changed, are left alone. None decodes anew.
         max_gigabytes: the most that columns and frames may take, 10^9 bytes each.
+        frame_stride: recorded frames to one step of the layout.
 
     Attributes:
         dataset, meta, layout: as given.
@@ -61,8 +62,10 @@ class InMemorySegments(Dataset[dict[str, Any]]):
         *,
         frames_cache: str | Path | None = None,
         max_gigabytes: float = 4.0,
+        frame_stride: int = 1,
     ) -> None:
         self.dataset, self.meta, self.layout = dataset, dataset.meta, layout
+        self._frame_stride = frame_stride
         _check_supported(dataset, max_gigabytes)
         self._columns: dict[str, Tensor] = {}
         self._texts: dict[str, list[str]] = {}
@@ -122,7 +125,7 @@ class InMemorySegments(Dataset[dict[str, Any]]):
         self, rows: Int[Tensor, " batch"], offsets: list[int] | None
     ) -> tuple[Int[Tensor, "batch steps"], Bool[Tensor, "batch steps"]]:
         """Positions at the offsets, held at the episode's ends, and whether they were."""
-        wanted = rows.unsqueeze(1) + torch.tensor(offsets or [0])
+        wanted = rows.unsqueeze(1) + torch.tensor(offsets or [0]) * self._frame_stride
         first, last = self._first[rows].unsqueeze(1), self._last[rows].unsqueeze(1)
         return wanted.clamp(first, last), (wanted < first) | (wanted > last)
 

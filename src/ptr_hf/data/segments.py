@@ -20,6 +20,10 @@ LANGUAGE_PREFIX = "observation.language"
 PAD_SUFFIX = "_is_pad"
 CAMERA_MASK_SUFFIX = "_padding_mask"
 """LeRobot's suffix for the mask of a camera: True in the rows that have it."""
+OBS_SOURCE = "observation.source"
+"""Number of the dataset of a mixture that a sample is from; the embodiment's processor takes it out again."""
+SOURCE_INDEX = "source_index"
+"""The same in rows, as the policy gets them; absent where there is one dataset."""
 FUTURE_PAD = "future_is_pad"
 """Says, in rows, which chunk's consequence was not recorded; LeRobot's pipelines keep keys with this ending."""
 
@@ -117,6 +121,7 @@ class Segment:
         chunk_valid: (N,) False where the whole chunk lies past the episode's end.
         index, target_index: (N,) dataset index of the chunk's first frame and of its consequence.
         episode, task: (N,) as recorded.
+        source: (N,) number of the dataset in its mixture; 0 where there is one.
         batch_size, length: B and T.
     """
 
@@ -129,6 +134,7 @@ class Segment:
     target_index: Int[Tensor, " rows"]
     episode: Int[Tensor, " rows"]
     task: Int[Tensor, " rows"]
+    source: Int[Tensor, " rows"]
     batch_size: int
     length: int
 
@@ -257,6 +263,7 @@ def split_segment(batch: dict[str, Any], layout: SegmentLayout) -> Segment:
         target_index=chunks["index"] + (layout.consequence_offset or 0),
         episode=chunks["episode_index"],
         task=chunks["task_index"],
+        source=chunks[SOURCE_INDEX] if SOURCE_INDEX in chunks else torch.zeros_like(chunks["task_index"]),
         batch_size=batch_size,
         length=length,
     )
@@ -301,7 +308,12 @@ def _future_pad(batch: dict[str, Any], layout: SegmentLayout, blocks: int) -> Bo
 
 def _is_recorded(key: str) -> bool:
     """Whether a key holds an observation of the dataset, at the layout's offsets."""
-    return key.startswith(OBSERVATION_PREFIX) and not key.startswith(LANGUAGE_PREFIX) and not key.endswith(PAD_SUFFIX)
+    return (
+        key.startswith(OBSERVATION_PREFIX)
+        and not key.startswith(LANGUAGE_PREFIX)
+        and not key.endswith(PAD_SUFFIX)
+        and key != OBS_SOURCE
+    )
 
 
 def _positions(

@@ -32,6 +32,8 @@ from ptr_hf.policies.protocol import (
     per_sample_mean,
     refuse_stacked_frames,
     require_keys,
+    unused_dims,
+    without_unused,
 )
 
 RESNET_STAGES = 4
@@ -43,7 +45,8 @@ class ACTAdapter(AdapterBase):
     H_t is the encoder's output over latent, state and camera tokens; A_t the clean chunk through the VAE encoder's
     action projection, or without VAE through the action head's transpose (the head with tied weights); C_t the input
     of the action head. Belief tokens are appended to the encoder's input without positional embedding, and the
-    decoder attends to them like to any other context token.
+    decoder attends to them like to any other context token. Action dimensions that a robot lacks are kept from the VAE encoder,
+    the only part that reads actions.
 
     The consequence tower is the ResNet up to one of its four stages, or `encoder_env_state_input_proj` of a policy
     that sees no images.
@@ -54,6 +57,7 @@ class ACTAdapter(AdapterBase):
     """
 
     family = "act"
+    masks_action_dims = True
 
     @property
     def context_dim(self) -> int:
@@ -85,9 +89,10 @@ class ACTAdapter(AdapterBase):
         """One forward of the masked L1 loss plus, with VAE in training, each row's weighted KL divergence."""
         model, config = self.base.model, self.base.config
         self._check(batch, training=True, with_images=views is None)
-        action = batch[ACTION]
+        unused = unused_dims(batch, batch[ACTION])
+        action = without_unused(batch[ACTION], unused)
         mask = action_mask(batch, action.shape[1], action.shape[0], action.device)
-        inputs = {**batch, ACTION_PAD: ~mask}
+        inputs = {**batch, ACTION: action, ACTION_PAD: ~mask}
         with ExitStack() as scope:
             self._enter_images(scope, inputs, views)
             calls = scope.enter_context(_captured_calls(model.encoder))
@@ -98,9 +103,11 @@ class ACTAdapter(AdapterBase):
             tokens, position = calls[0]
             context = encoded.value if mean is None else self._prior_context(tokens, position)
         context = context[: tokens.shape[0]].transpose(0, 1).float()
-        loss = per_sample_mean((action - predicted).abs(), mask)
+        loss = per_sample_mean((action - predicted).abs(), mask, unused)
         if mean is not None:
             divergence = -0.5 * (1 + log_variance - mean.pow(2) - log_variance.exp()).sum(-1)
+            if unused is not None:
+                divergence = divergence * ~unused.all(dim=1)
             loss = loss + config.kl_weight * divergence.float()
         return PolicyTrace(
             loss=loss,
@@ -123,6 +130,7 @@ class ACTAdapter(AdapterBase):
             captured_input(self.base.model.action_head) as hidden,
         ):
             actions = self.base.predict_action_chunk(batch, **kwargs)
+        actions = without_unused(actions, unused_dims(batch, actions))
         return RolloutTrace(
             actions=actions,
             action_tokens=self._action_tokens(actions),

@@ -6,7 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32
 from lerobot.policies.utils import populate_queues
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGES
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ from ptr_hf.policies.protocol import (
     per_sample_mean,
     refuse_stacked_frames,
     require_keys,
+    unused_dims,
+    without_unused,
 )
 
 
@@ -56,6 +58,7 @@ class ConditionedAdapter(AdapterBase, ABC):
     """The denoiser's keyword for the conditioning vector."""
     state_target = OBS_ENV_STATE
     """The consequence target of a policy without cameras."""
+    masks_action_dims = True
 
     @property
     @abstractmethod
@@ -95,10 +98,12 @@ class ConditionedAdapter(AdapterBase, ABC):
         """One forward of the squared error of noise, sample or velocity; see `PolicyAdapter.trace`."""
         frames = self._frames(batch, self._steps, with_images=views is None)
         require_keys(batch, [ACTION], self.family)
-        action = batch[ACTION]
+        unused = unused_dims(batch, batch[ACTION])
+        action = without_unused(batch[ACTION], unused)
         mask = action_mask(batch, action.shape[1], action.shape[0], action.device)
-        inputs = {**batch, **frames, ACTION_PAD: ~mask}
+        inputs = {**batch, **frames, ACTION: action, ACTION_PAD: ~mask}
         with ExitStack() as scope:
+            scope.enter_context(self.action_scope(batch))
             if views is not None:
                 self._check_rows(views, action.shape[0])
                 # the policy stacks its cameras' features as it stacks their images
@@ -110,7 +115,7 @@ class ConditionedAdapter(AdapterBase, ABC):
             self.base.forward(inputs)
         context = conditioning.value.unflatten(1, (self._steps, -1)).float()
         return PolicyTrace(
-            loss=per_sample_mean(errors.value, mask),
+            loss=per_sample_mean(errors.value, mask, unused),
             context=context,
             context_mask=torch.ones(context.shape[:2], dtype=torch.bool, device=context.device),
             action_tokens=self._action_tokens(action),
@@ -126,14 +131,16 @@ class ConditionedAdapter(AdapterBase, ABC):
         with (
             preserved_modes(self.policy, training=False),
             self._history(batch) as inputs,
+            self.action_scope(batch),
             self.belief_scope(belief),
             captured_input(self._head, keep="last") as hidden,
             self._sampled() as chunk,
         ):
             actions = self.base.predict_action_chunk(inputs, **kwargs)
+        unused = unused_dims(batch, actions)
         return RolloutTrace(
-            actions=actions,
-            action_tokens=self._action_tokens(chunk.value),
+            actions=without_unused(actions, unused),
+            action_tokens=self._action_tokens(without_unused(chunk.value, unused)),
             action_hidden=self._steps_first(hidden.value).float(),
             action_mask=torch.ones(chunk.value.shape[:2], dtype=torch.bool, device=actions.device),
         )
@@ -288,6 +295,16 @@ class ConditionedAdapter(AdapterBase, ABC):
 
         with self.exclusive(), edited_call(self._denoiser, edit):
             yield own
+
+    @contextmanager
+    def _masked_chunks(self, unused: Bool[Tensor, "batch dims"]) -> Iterator[None]:
+        """Clear the noised chunk that the denoiser is given."""
+
+        def edit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return (without_unused(args[0], unused), *args[1:]), kwargs
+
+        with edited_call(self._denoiser, edit):
+            yield
 
     @contextmanager
     def _sampled(self) -> Iterator[Capture]:

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ptr_hf.policies.hooks import AdapterBase, captured_output, edited_call, frozen_copy, patched, preserved_modes
 from ptr_hf.policies.protocol import (
+    ACTION_DIM_PAD,
     Batch,
     BeliefMask,
     PolicyTrace,
@@ -24,6 +25,7 @@ from ptr_hf.policies.protocol import (
     check_layer,
     refuse_stacked_frames,
     require_keys,
+    without_unused,
 )
 
 EMPTY_CAMERA = "observation.images.empty_camera_"
@@ -51,6 +53,7 @@ class Evo1Adapter(AdapterBase):
 
     family = "evo1"
     preprocesses_rows = True
+    masks_action_dims = True
 
     def __init__(self, policy: nn.Module) -> None:
         super().__init__(policy)
@@ -80,6 +83,7 @@ class Evo1Adapter(AdapterBase):
         """One forward of `Evo1Policy.model`, without the waits of the policy's own logging."""
         policy = self.base
         self._check(batch, training=True, with_images=views is None)
+        batch = _with_used_dims(batch)
         action = batch[ACTION]
         with ExitStack() as scope:
             if views is None:
@@ -123,6 +127,7 @@ class Evo1Adapter(AdapterBase):
         self._check(batch, training=False, with_images=True)
         with (
             preserved_modes(self.policy),
+            self.action_scope(batch),
             self.belief_scope(belief),
             captured_output(self.base.model.action_head.norm_out, keep="last") as hidden,
         ):
@@ -153,6 +158,18 @@ class Evo1Adapter(AdapterBase):
         for layer in self._vlm.language_model.layers:
             yield from (layer.self_attn, layer.mlp)
         yield from self.base.model.action_head.transformer_blocks
+
+    @contextmanager
+    def _masked_chunks(self, unused: Bool[Tensor, "batch dims"]) -> Iterator[None]:
+        """Add the unused dimensions to the ones that the head leaves out when it samples."""
+        policy = self.base
+        original = policy._prepare_inference_action_mask
+
+        def prepare_inference_action_mask(rows: int) -> Bool[Tensor, "batch width"]:
+            return without_unused(original(rows), unused)
+
+        with patched(policy, "_prepare_inference_action_mask", prepare_inference_action_mask):
+            yield
 
     @contextmanager
     def belief_scope(
@@ -319,6 +336,16 @@ class Evo1Adapter(AdapterBase):
         if len(missing) > self.base.config.empty_cameras or len(missing) == len(cameras):
             require_keys(batch, [key for key in cameras if not key.startswith(EMPTY_CAMERA)], self.family)
         refuse_stacked_frames(batch, cameras, single_frame_ndim=4)
+
+
+def _with_used_dims(batch: Batch) -> Batch:
+    """Unused dimensions in the policy's own mask of action entries, with zeros where they were recorded."""
+    unused = batch.get(ACTION_DIM_PAD)
+    if unused is None:
+        return batch
+    action = batch[ACTION]
+    entries = batch.get(ACTION_DIMS, torch.ones_like(action, dtype=torch.bool))
+    return {**batch, ACTION: without_unused(action, unused), ACTION_DIMS: without_unused(entries, unused)}
 
 
 @contextmanager

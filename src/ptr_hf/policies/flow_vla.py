@@ -32,6 +32,8 @@ from ptr_hf.policies.protocol import (
     per_sample_mean,
     refuse_stacked_frames,
     require_keys,
+    unused_dims,
+    without_unused,
 )
 
 EMPTY_CAMERA = "observation.images.empty_camera_"
@@ -58,6 +60,7 @@ class FlowVLAAdapter(AdapterBase, ABC):
     family: str
     observations: tuple[str, ...] = (OBS_STATE, OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
     """What the policy reads besides images."""
+    masks_action_dims = True
 
     def __init__(self, policy: nn.Module) -> None:
         super().__init__(policy)
@@ -119,8 +122,10 @@ class FlowVLAAdapter(AdapterBase, ABC):
     ) -> PolicyTrace:
         """One forward of the flow-matching loss; see `PolicyAdapter.trace`."""
         self._check(batch, training=True, with_images=views is None)
-        action = self._action(batch[ACTION])
+        unused = unused_dims(batch, batch[ACTION])
+        action = without_unused(self._action(batch[ACTION]), unused)
         with ExitStack() as scope:
+            scope.enter_context(self.action_scope(batch))
             images = self._enter_images(scope, batch, views, rows=action.shape[0])
             prefix_pad = scope.enter_context(self._prefix(belief, belief_mask))
             context = scope.enter_context(self._captured_context())
@@ -128,7 +133,7 @@ class FlowVLAAdapter(AdapterBase, ABC):
             losses = self._losses(images, batch, action)
         mask = action_mask(batch, action.shape[1], action.shape[0], action.device)
         return PolicyTrace(
-            loss=per_sample_mean(losses[:, :, : action.shape[-1]], mask),
+            loss=per_sample_mean(losses[:, :, : action.shape[-1]], mask, unused),
             context=context.value[:, -prefix_pad[0].shape[1] :].float(),
             context_mask=prefix_pad[0],
             action_tokens=self._action_tokens(action),
@@ -146,13 +151,15 @@ class FlowVLAAdapter(AdapterBase, ABC):
         batch = {key: value.clone() if key == OBS_STATE else value for key, value in batch.items()}
         with (
             preserved_modes(self.policy),
+            self.action_scope(batch),
             self.belief_scope(belief),
             captured_input(self.base.model.action_out_proj, keep="last") as hidden,
         ):
             actions = self.base.predict_action_chunk(batch, **kwargs)
+        unused = unused_dims(batch, actions)
         return RolloutTrace(
-            actions=actions,
-            action_tokens=self._action_tokens(self._action(actions)),
+            actions=without_unused(actions, unused),
+            action_tokens=self._action_tokens(without_unused(self._action(actions), unused)),
             action_hidden=hidden.value.float(),
             action_mask=torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device),
         )
@@ -271,6 +278,19 @@ class FlowVLAAdapter(AdapterBase, ABC):
 
         with self.exclusive(), patched(model, "embed_prefix", embed_prefix):
             yield pads
+
+    @contextmanager
+    def _masked_chunks(self, unused: Bool[Tensor, "batch dims"]) -> Iterator[None]:
+        """Clear the noised chunk in `embed_suffix`, which training and sampling share and which is never recomputed."""
+        model = self.base.model
+        original = model.embed_suffix
+
+        def embed_suffix(*args: Any) -> Any:
+            *observation, chunk, time = args
+            return original(*observation, without_unused(chunk, unused), time)
+
+        with patched(model, "embed_suffix", embed_suffix):
+            yield
 
     def _enter_images(self, scope: ExitStack, batch: Batch, views: Views | None, rows: int) -> Images:
         """The batch's images, or the views' embeddings with what makes the model take them in the images' place."""

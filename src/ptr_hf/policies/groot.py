@@ -241,6 +241,7 @@ class GrootAdapter(Qwen3VLAdapter):
             yield chunks
 
     def _check(self, batch: Batch, training: bool, with_images: bool) -> None:
+        self.check_action_dims(batch)
         keys = [STATE, PROMPT, PROMPT_MASK, "embodiment_id"]
         require_keys(batch, [*keys, ACTION] if training else keys, self.family)
         refuse_stacked_frames(batch, [STATE], single_frame_ndim=3)

@@ -2,12 +2,15 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+from jaxtyping import Bool
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from ptr_hf.policies.protocol import ACTION_DIM_PAD
 
 
 class Capture:
@@ -131,6 +134,7 @@ class AdapterBase:
     """The policy behind an adapter, and the guard that keeps two beliefs from being injected at once."""
 
     preprocesses_rows = False
+    masks_action_dims = False
 
     def __init__(self, policy: nn.Module) -> None:
         self.policy = policy
@@ -158,6 +162,28 @@ class AdapterBase:
     def compilable(self) -> Iterable[nn.Module]:
         """No module of a policy can be compiled unless its adapter says so; see `PolicyAdapter.compilable`."""
         return ()
+
+    @contextmanager
+    def action_scope(self, batch: dict[str, Any]) -> Iterator[None]:
+        """Unused action dimensions are kept from the model; see `PolicyAdapter.action_scope`."""
+        self.check_action_dims(batch)
+        unused = batch.get(ACTION_DIM_PAD)
+        with nullcontext() if unused is None else self._masked_chunks(unused):
+            yield
+
+    def check_action_dims(self, batch: dict[str, Any]) -> None:
+        """Refuse a batch with unused action dimensions where they would be learned like any other."""
+        if ACTION_DIM_PAD in batch and not self.masks_action_dims:
+            from ptr_hf.policies.registry import policies_with_action_masks
+
+            raise ValueError(
+                f"The batch has {ACTION_DIM_PAD!r}, but the {self.base.name} policy cannot leave single action dimensions out: "
+                f"use one of {', '.join(policies_with_action_masks())}, or train on robots with one and the same action."
+            )
+
+    def _masked_chunks(self, unused: Bool[Tensor, "batch dims"]) -> AbstractContextManager[None]:
+        """While open, every chunk that the model reads has zeros in the unused dimensions; a head may read none."""
+        return nullcontext()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

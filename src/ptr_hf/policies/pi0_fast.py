@@ -54,6 +54,7 @@ class PI0FastAdapter(OpenPIAdapter):
 
     family = "pi0_fast"
     preprocesses_rows = True
+    masks_action_dims = False
     observations = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
 
     @property
@@ -173,6 +174,7 @@ class PI0FastAdapter(OpenPIAdapter):
             yield pads
 
     def _check(self, batch: Batch, training: bool, with_images: bool) -> None:
+        self.check_action_dims(batch)
         targets = (ACTION_TOKENS, ACTION_TOKEN_MASK) if training else ()
         require_keys(batch, [*self.observations, *targets], self.family)
         refuse_stacked_frames(batch, [OBS_STATE], single_frame_ndim=2)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int, Shaped
 from torch import Tensor, nn
 
 Batch = dict[str, Any]
@@ -16,6 +16,8 @@ BeliefMask = Bool[Tensor, " batch"] | Bool[Tensor, "batch tokens"]
 """Which rows (or single tokens) of a belief the policy may read."""
 
 ACTION_PAD = "action_is_pad"
+ACTION_DIM_PAD = "action_dim_is_pad"
+"""(batch, dims), True where a row's robot lacks an action dimension; absent where every dimension counts."""
 
 
 @dataclass
@@ -23,7 +25,7 @@ class PolicyTrace:
     """What one training forward of the base policy gives the method (METHOD.md, section 2).
 
     Attributes:
-        loss: per-sample action loss, the mean over the valid entries of `action_is_pad`; float32.
+        loss: per-sample action loss, the mean over the valid entries of `action_is_pad` and `action_dim_is_pad`; float32.
         context: H_t, backbone hidden states over the context tokens, without belief positions; float32.
         context_mask: True where a context token is real.
         action_tokens: A_t, the clean recorded chunk through the action head's own projector; float32.
@@ -46,8 +48,8 @@ class RolloutTrace:
     """What one predicted chunk gives the belief at inference.
 
     Attributes:
-        actions: the predicted chunk in the policy's normalised action space, as `predict_action_chunk` returns it; a policy
-            with an observation history leaves out the steps before now.
+        actions: the predicted chunk in the policy's normalised action space, as `predict_action_chunk` returns it, with zeros
+            in the dimensions of `action_dim_is_pad`; a policy with an observation history leaves out the steps before now.
         action_tokens: A_t of the whole predicted chunk.
         action_hidden: C_t of the last denoising step (of the only pass, for a regression head).
         action_mask: all True, since a predicted chunk has no padding; for a policy that writes tokens, up to each row's end.
@@ -94,11 +96,14 @@ class PolicyAdapter(Protocol):
         family: LeRobot's name of the policy type.
         preprocesses_rows: whether the policy's preprocessor needs rows of single chunks (it writes a row's state into its
             prompt, say), so that whole segments must not pass through it.
+        masks_action_dims: whether batches may mark action dimensions as unused (`action_dim_is_pad`). Then those entries enter
+            neither the model nor the loss, whatever was recorded or drawn in them.
     """
 
     policy: nn.Module
     family: str
     preprocesses_rows: bool
+    masks_action_dims: bool
 
     @property
     def context_dim(self) -> int:
@@ -130,7 +135,8 @@ class PolicyAdapter(Protocol):
         """Exactly one forward of the base policy; with `views` the vision tower does not run again.
 
         Raises:
-            ValueError: the batch lacks a key the policy reads, stacks frames, or has other rows than `views`.
+            ValueError: the batch lacks a key the policy reads, stacks frames, has other rows than `views`, or marks unused action
+                dimensions where the family cannot leave them out.
         """
         ...
 
@@ -164,6 +170,17 @@ class PolicyAdapter(Protocol):
         self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None = None
     ) -> AbstractContextManager[None]:
         """While open, the policy reads the belief tokens in training and in sampling; `None` changes nothing."""
+        ...
+
+    def action_scope(self, batch: Batch) -> AbstractContextManager[None]:
+        """While open, action dimensions that `batch` marks as unused enter the model as zeros, in training and in sampling.
+
+        `trace` and `rollout` open it themselves; it is for calls of the policy's own methods. Without `action_dim_is_pad` in
+        the batch it changes nothing.
+
+        Raises:
+            ValueError: the batch marks unused dimensions and the family cannot leave them out.
+        """
         ...
 
     def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
@@ -225,13 +242,53 @@ def action_mask(batch: Batch, steps: int, rows: int, device: torch.device) -> Bo
     return ~pad
 
 
+def unused_dims(batch: Batch, action: Float[Tensor, "batch steps dims"]) -> Bool[Tensor, "batch dims"] | None:
+    """True where a row's robot lacks an action dimension; None when the batch says nothing.
+
+    Raises:
+        ValueError: the batch's mask is of another shape than its actions.
+    """
+    unused = batch.get(ACTION_DIM_PAD)
+    if unused is not None and unused.shape != (action.shape[0], action.shape[2]):
+        raise ValueError(
+            f"{ACTION_DIM_PAD!r} has the shape {tuple(unused.shape)} where the actions have {action.shape[0]} rows of "
+            f"{action.shape[2]} dimensions: give one entry for each."
+        )
+    return unused
+
+
+def without_unused(
+    values: Shaped[Tensor, "batch *steps width"], unused: Bool[Tensor, "batch dims"] | None
+) -> Shaped[Tensor, "batch *steps width"]:
+    """Actions with zeros in the unused dimensions; what a model pads beyond the mask's width is left as it is.
+
+    Raises:
+        ValueError: the mask is wider than the actions.
+    """
+    if unused is None:
+        return values
+    beyond = values.shape[-1] - unused.shape[-1]
+    if beyond < 0:
+        raise ValueError(
+            f"{ACTION_DIM_PAD!r} marks {unused.shape[-1]} action dimensions where the policy has {values.shape[-1]}."
+        )
+    unused = nn.functional.pad(unused, (0, beyond))
+    return values.masked_fill(unused.unflatten(0, (-1, *[1] * (values.ndim - 2))), 0)
+
+
 def per_sample_mean(
-    losses: Float[Tensor, "batch steps dims"], mask: Bool[Tensor, "batch steps"]
+    losses: Float[Tensor, "batch steps dims"],
+    mask: Bool[Tensor, "batch steps"],
+    unused: Bool[Tensor, "batch dims"] | None = None,
 ) -> Float32[Tensor, " batch"]:
-    """Mean of an elementwise loss over each row's valid steps; 0 for a row that has none."""
+    """Mean of an elementwise loss over each row's valid steps and used dimensions; 0 for a row that has none."""
     losses = losses.float() * mask.unsqueeze(-1)
-    entries = (mask.sum(dim=1) * losses.shape[-1]).clamp_min(1)
-    return losses.sum(dim=(1, 2)) / entries
+    if unused is None:
+        entries = mask.sum(dim=1) * losses.shape[-1]
+    else:
+        losses = losses * ~unused.unsqueeze(1)
+        entries = mask.sum(dim=1) * (~unused).sum(dim=1)
+    return losses.sum(dim=(1, 2)) / entries.clamp_min(1)
 
 
 def belief_token_mask(

@@ -64,6 +64,11 @@ def supported_policies() -> tuple[str, ...]:
     return tuple(sorted(ADAPTERS))
 
 
+def policies_with_action_masks() -> tuple[str, ...]:
+    """LeRobot names of the policy types that leave out action dimensions marked by `action_dim_is_pad`."""
+    return tuple(sorted(family for family, adapter in ADAPTERS.items() if adapter.masks_action_dims))
+
+
 def refusal(policy_type: str) -> str:
     """One message that says that a policy type is not supported, why, and which ones are."""
     reason = REASONS.get(policy_type)

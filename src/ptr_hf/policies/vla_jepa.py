@@ -208,6 +208,7 @@ class VLAJEPAAdapter(Qwen3VLAdapter):
             yield masks
 
     def _check(self, batch: Batch, training: bool, with_images: bool) -> None:
+        self.check_action_dims(batch)
         keys = [OBS_STATE] if self.base.config.robot_state_feature else []
         require_keys(batch, [*keys, ACTION] if training else keys, self.family)
         refuse_stacked_frames(batch, keys, single_frame_ndim=2)

@@ -302,6 +302,7 @@ class XVLAAdapter(AdapterBase):
         return model.transformer.action_encoder(inputs, policy._get_domain_id(batch, rows, device)).float()
 
     def _check(self, batch: Batch, training: bool, with_images: bool) -> None:
+        self.check_action_dims(batch)
         state = [OBS_STATE] if self.base.config.use_proprio else []
         require_keys(batch, [*state, OBS_LANGUAGE_TOKENS, *([ACTION] if training else [])], self.family)
         refuse_stacked_frames(batch, state, single_frame_ndim=2)

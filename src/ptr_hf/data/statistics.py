@@ -1,0 +1,116 @@
+"""Statistics of every source of a mixture, as the offset and scale that normalise it: x' = (x - offset) / scale.
+
+One form serves all of LeRobot's normalisation modes, and a row of a batch needs no more than the number of its source.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from lerobot.configs import NormalizationMode
+from numpy.typing import NDArray
+from torch import Tensor
+
+Stats = Mapping[str, Any]
+"""LeRobot's statistics of one feature: mean, std, min, max, count and quantiles."""
+
+_QUANTILES = {NormalizationMode.QUANTILES: ("q01", "q99"), NormalizationMode.QUANTILE10: ("q10", "q90")}
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One source's statistics of a feature in the shape that all sources share.
+
+    Attributes:
+        values: statistic -> (size, ...) array, NaN in the slots that the source does not use.
+        count: frames.
+    """
+
+    values: dict[str, NDArray[np.float64]]
+    count: int
+
+    @classmethod
+    def in_slots(cls, stats: Stats, positions: Sequence[int], size: int) -> "Placed":
+        """The statistics of a vector, each entry moved to its slot."""
+        values: dict[str, NDArray[np.float64]] = {}
+        for name, value in stats.items():
+            if name != "count":
+                values[name] = np.full(size, np.nan)
+                values[name][list(positions)] = np.asarray(value, dtype=np.float64).reshape(-1)
+        return cls(values, _count(stats))
+
+    @classmethod
+    def of_frames(cls, stats: Stats) -> "Placed":
+        """The statistics of a camera, per channel."""
+        values = {name: np.asarray(value, dtype=np.float64) for name, value in stats.items() if name != "count"}
+        return cls(values, _count(stats))
+
+
+def _count(stats: Stats) -> int:
+    return int(np.asarray(stats.get("count", 1)).reshape(-1)[0])
+
+
+def pooled(parts: Sequence[Placed]) -> Placed:
+    """Statistics of all frames of several sources, entry by entry over the sources that have it.
+
+    Mean, deviation and extremes are exact; a quantile is the mean of the sources', as in LeRobot. One source's come back
+    unchanged.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    names = set.intersection(*(set(part.values) for part in parts))
+    stacked = {name: np.stack([part.values[name] for part in parts]) for name in names}
+    some = next(iter(stacked.values()))
+    known = np.isfinite(some)
+    weight = known * np.array([part.count for part in parts], dtype=np.float64).reshape(-1, *[1] * (some.ndim - 1))
+    nowhere = ~known.any(axis=0)
+    weight = weight / np.where(nowhere, 1.0, weight.sum(axis=0))
+
+    def mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.where(nowhere, np.nan, (weight * np.where(known, values, 0.0)).sum(axis=0))
+
+    result = {name: mean(values) for name, values in stacked.items() if name not in ("std", "min", "max")}
+    if "std" in stacked:
+        square = mean(stacked["std"] ** 2 + stacked["mean"] ** 2)
+        result["std"] = np.sqrt(np.maximum(square - result["mean"] ** 2, 0.0))
+    for name, pick, empty in (("min", np.min, np.inf), ("max", np.max, -np.inf)):
+        if name in stacked:
+            result[name] = np.where(nowhere, np.nan, pick(np.where(known, stacked[name], empty), axis=0))
+    return Placed(result, sum(part.count for part in parts))
+
+
+def affine(
+    placed: Placed, mode: NormalizationMode, what: str
+) -> tuple[Float[Tensor, "size *rest"], Float[Tensor, "size *rest"]]:
+    """Offset and scale of LeRobot's normalisation mode; (0, 1) in unused slots, and scale 1 where nothing varies.
+
+    Args:
+        placed: the statistics.
+        mode: `MEAN_STD` (mean 0, deviation 1), `MIN_MAX` and the quantile modes (to [-1, 1]) or `IDENTITY`.
+        what: is normalised, for the error message.
+
+    Raises:
+        ValueError: the statistics lack what the mode reads.
+    """
+    values = placed.values
+    low, high = _QUANTILES.get(mode, ("min", "max"))
+    needed = {NormalizationMode.IDENTITY: (), NormalizationMode.MEAN_STD: ("mean", "std")}.get(mode, (low, high))
+    missing = [name for name in needed if name not in values]
+    if missing:
+        raise ValueError(
+            f"The policy normalises {what} by {mode.value}, and its statistics have no {', '.join(missing)}: renew the "
+            "dataset's meta/stats.json with LeRobot's augment_dataset_quantile_stats.py."
+        )
+    shape = next(iter(values.values())).shape
+    if mode is NormalizationMode.IDENTITY:
+        offset, scale = np.zeros(shape), np.ones(shape)
+    elif mode is NormalizationMode.MEAN_STD:
+        offset, scale = values["mean"], values["std"]
+    else:
+        offset, scale = (values[low] + values[high]) / 2, (values[high] - values[low]) / 2
+    unused, constant = ~np.isfinite(offset), ~(scale > 0)
+    offset, scale = np.where(unused, 0.0, offset), np.where(unused | constant, 1.0, scale)
+    return torch.from_numpy(offset).float(), torch.from_numpy(scale).float()

@@ -1,0 +1,102 @@
+"""A mixture read a few episodes at a time: training starts at once, and data need not fit the disk.
+
+LeRobot's own stream tells the first frame after an episode's end from a recorded one only by rounding, and finds videos by
+the frame's number in the whole data set; a consequence must be neither wrong nor made up. So blocks of episodes are opened
+as LeRobotDatasets, of which only these episodes' files are fetched, and a sample is exactly what `Mixture` gives.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from torch.utils.data import IterableDataset, default_collate, get_worker_info
+
+from ptr_hf.data.datasets import check_episodes, episode_spans, is_dataset_folder, open_dataset
+from ptr_hf.data.mixture import MixtureMetadata, Source, unified
+from ptr_hf.data.segments import SegmentLayout
+
+
+class StreamingMixture(IterableDataset[dict[str, Any]]):
+    """Samples of several datasets without end, each source at its share.
+
+    Every source goes through its episodes in blocks of `stream_episodes`, the blocks and the samples of a block in random
+    order. The order depends on seed, epoch and worker alone, so a run resumes by reading past what it has seen. Files that
+    were fetched from the Hub for a block are removed when the next one does not need them.
+
+    Args:
+        meta: of the mixture.
+        layout: the offsets to read.
+        seed: of the order.
+
+    Raises:
+        ValueError: a dataset holds nothing to learn from under this layout.
+    """
+
+    def __init__(self, meta: MixtureMetadata, layout: SegmentLayout, seed: int = 0) -> None:
+        self.meta, self.layout, self.seed = meta, layout, seed
+        self.epoch = 0
+        for source in meta.sources:
+            check_episodes(source.meta, source.episodes, layout, source.frame_stride)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order; Accelerate calls this."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        place = (self.seed, self.epoch, 0 if worker is None else worker.id)
+        draws = np.random.default_rng(np.random.SeedSequence(place))
+        with ExitStack() as fetched:
+            streams = []
+            for source in self.meta.sources:
+                root = None
+                if isinstance(source.config.dataset, str) and not is_dataset_folder(source.config.dataset):
+                    root = Path(fetched.enter_context(tempfile.TemporaryDirectory(prefix="ptr_stream_")))
+                streams.append(self._samples(source, np.random.default_rng([*place, source.number]), root))
+            while True:
+                yield next(streams[int(draws.choice(len(streams), p=self.meta.shares))])
+
+    def _samples(self, source: Source, draws: np.random.Generator, root: Path | None) -> Iterator[dict[str, Any]]:
+        """A source's samples, pass after pass.
+
+        Args:
+            source: one of the mixture.
+            draws: its random stream.
+            root: where files from the Hub go; None reads a dataset where it lies.
+        """
+        episodes = sorted(source.episodes)
+        size = self.meta.config.stream_episodes
+        blocks = [episodes[first : first + size] for first in range(0, len(episodes), size)]
+        while True:
+            for number in draws.permutation(len(blocks)):
+                dataset = open_dataset(
+                    source.config.dataset,
+                    self.layout,
+                    episodes=blocks[number],
+                    revision=source.config.revision,
+                    frame_stride=source.frame_stride,
+                    root=root,
+                )
+                if root is not None:
+                    _keep_only(dataset, root)
+                positions = [
+                    position
+                    for _, first, length in episode_spans(dataset)
+                    for position in range(first, first + length, source.frame_stride)
+                ]
+                for position in draws.permutation(positions).tolist():
+                    batch = unified(default_collate([dataset[position]]), source, self.meta, self.layout)
+                    yield {key: value[0] for key, value in batch.items()}
+
+
+def _keep_only(dataset: LeRobotDataset, root: Path) -> None:
+    """Remove data and videos of other episodes than those that are open."""
+    needed = {(root / path).resolve() for path in dataset.reader.get_episodes_file_paths()}
+    for folder in ("data", "videos"):
+        for file in (root / folder).rglob("*.*"):
+            if file.is_file() and file.resolve() not in needed:
+                file.unlink()
