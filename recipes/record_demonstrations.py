@@ -127,7 +127,7 @@ def main() -> None:
     warnings.filterwarnings(
         "ignore", message="Constant"
     )  # the experts ask for more than the limits; we record what is executed
-    existing = [name for name in SPLITS.values() if (arguments.output_dir / name).exists()]
+    existing = [name for name in (SPLITS["train"], SPLITS["heldout"]) if (arguments.output_dir / name).exists()]
     if existing and not arguments.overwrite:
         raise SystemExit(f"{', '.join(existing)} exist in {arguments.output_dir}; pass --overwrite to replace them.")
     kinds = ("noise", "truncation", "wrong_instruction", "wrong_convention")

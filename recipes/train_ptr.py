@@ -8,6 +8,10 @@ The real thing:
 
     accelerate launch recipes/train_ptr.py --policy_path lerobot/smolvla_base --dataset me/my_demos --output_dir out
 
+Several datasets, also of different robots (docs/mixtures.md; without --policy_path a tiny SmolVLA, to try a mixture out):
+
+    accelerate launch recipes/train_ptr.py --policy_path lerobot/smolvla_base --mixture mixture.yaml --output_dir out
+
 A run that was killed goes on with `--resume_from_checkpoint last` and otherwise the same options; where both SFT and PTR are
 trained, the one that had ended is not trained again. Checkpoints are written with `--save_strategy steps --save_steps N`.
 
@@ -30,7 +34,6 @@ import draccus
 import torch
 import yaml
 from lerobot.configs import FeatureType, PreTrainedConfig
-from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import get_policy_class
 from lerobot.utils.feature_utils import dataset_to_policy_features
@@ -42,8 +45,10 @@ from transformers import HfArgumentParser, set_seed
 from ptr_hf import PTRTrainer, PTRTrainingArguments, score_dataset
 from ptr_hf.checkpoints import checkpoints
 from ptr_hf.configuration_ptr import chunk_settings
-from ptr_hf.data.datasets import dataset_metadata
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
+from ptr_hf.data.mixture import Mixture, MixtureMetadata
+from ptr_hf.data.mixture_config import MixtureConfig
+from ptr_hf.data.segments import CAMERA_MASK_SUFFIX, SegmentLayout
 from ptr_hf.hub import is_ptr_source
 from ptr_hf.hyperparameters import PRESETS
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
@@ -60,9 +65,11 @@ from ptr_hf.report import (
     write_scores,
 )
 from ptr_hf.scoring import action_loss
+from ptr_hf.training_sources import DataSource, read_metadata
 
 DEFAULT_PRESET = "ptr_calibrated"
 """What weighs the loss unless another preset is named: the best in docs/corruption.md that leaves clean data alone."""
+PLAIN = SegmentLayout(None, (0,), 1, 1, None)
 DEMO = Path(__file__).parent / "experiments" / "demo.yaml"
 
 
@@ -90,9 +97,22 @@ class RecipeArguments:
     dataset: str | None = field(
         default=None, metadata={"help": "Hub id or folder of the LeRobotDataset. None: the bundled demonstrations."}
     )
+    mixture: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML file of several datasets, also of different robots, in the place of --dataset (docs/mixtures.md)."
+        },
+    )
+    only: str | None = field(
+        default=None,
+        metadata={"help": "Train on this source of the mixture alone: a specialist in the same action space."},
+    )
     eval_dataset: str | None = field(
         default=None,
-        metadata={"help": "Held-out demonstrations for the action loss. None: the bundled ones in the demo."},
+        metadata={
+            "help": "Held-out demonstrations for the action loss; for a mixture, a YAML file of the same robots. None: the "
+            "bundled ones in the demo."
+        },
     )
     compare_sft: bool = field(
         default=False,
@@ -116,18 +136,24 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, PTRTrainingArgume
     """Command line over YAML files, the last file first, over defaults; without policy, dataset and YAML, the demo."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", nargs="+", action="extend")
-    for name in ("--policy_path", "--dataset"):
+    for name in ("--policy_path", "--dataset", "--mixture"):
         finder.add_argument(name)
     given, _ = finder.parse_known_args(argv)
     parser = HfArgumentParser((RecipeArguments, PTRTrainingArguments), description=__doc__)
     parser.set_defaults(preset=DEFAULT_PRESET)
-    demo = not (given.config or given.policy_path or given.dataset)
+    demo = not (given.config or given.policy_path or given.dataset or given.mixture)
     for file in map(Path, given.config or ([DEMO] if demo else [])):
         parser.set_defaults(**read_options(file, parser))
     with refusals():
         recipe, args = parser.parse_args_into_dataclasses(argv)
-    if (recipe.policy_path is None) != (recipe.dataset is None):
-        parser.error("--policy_path and --dataset go together; leave both out for the demo.")
+    if recipe.dataset is not None and recipe.mixture is not None:
+        parser.error("--dataset is one dataset and --mixture several: give one of the two.")
+    if recipe.policy_path is not None and recipe.dataset is None and recipe.mixture is None:
+        parser.error("--policy_path needs a --dataset or a --mixture; leave all out for the demo.")
+    if recipe.policy_path is None and recipe.dataset is not None:
+        parser.error("--dataset needs a --policy_path; leave both out for the demo.")
+    if recipe.only is not None and recipe.mixture is None:
+        parser.error("--only names a source of the --mixture, which is missing.")
     if recipe.policy_overrides and recipe.policy_path is None:
         parser.error("--policy_overrides change the policy of --policy_path, which is missing.")
     if recipe.compare_sft and Path(str(args.resume_from_checkpoint)).is_dir():
@@ -150,7 +176,16 @@ def read_options(file: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     return options
 
 
-def adapted_policy(path: str, overrides: list[str], dataset: str, args: PTRTrainingArguments) -> nn.Module:
+def read_mixture(recipe: RecipeArguments) -> MixtureConfig | None:
+    """The mixture that the arguments name, or the one source of it that they ask for."""
+    if recipe.mixture is None:
+        return None
+    with refusals():
+        mixture = MixtureConfig.from_yaml(recipe.mixture)
+        return mixture if recipe.only is None else mixture.only(recipe.only)
+
+
+def adapted_policy(path: str, overrides: list[str], data: DataSource, args: PTRTrainingArguments) -> nn.Module:
     """A pretrained LeRobot policy loaded with some of its settings changed, at this robot's action and state sizes."""
     if is_ptr_source(path, args.model_revision):
         raise ValueError(
@@ -175,7 +210,7 @@ def adapted_policy(path: str, overrides: list[str], dataset: str, args: PTRTrain
         )
     except draccus.ParsingError as error:
         raise ValueError(f"policy_overrides={overrides} do not fit the policy {path}: {error}.") from error
-    robot = dataset_to_policy_features(dataset_metadata(dataset, args.dataset_revision).features)
+    robot = dataset_to_policy_features(read_metadata(data, args).features)
     config.output_features = {key: feature for key, feature in robot.items() if feature.type is FeatureType.ACTION}
     config.input_features = {
         key: robot.get(key, feature) if feature.type is FeatureType.STATE else feature
@@ -186,14 +221,25 @@ def adapted_policy(path: str, overrides: list[str], dataset: str, args: PTRTrain
     return get_policy_class(config.type).from_pretrained(path, config=config, revision=args.model_revision)
 
 
-def demo_policy(folder: Path, dataset: Path, args: PTRTrainingArguments) -> nn.Module:
+def tiny_policy(folder: Path, data: DataSource, args: PTRTrainingArguments) -> nn.Module:
     """A tiny SmolVLA with random weights, its vision features centred on a few frames of the data."""
-    meta = LeRobotDatasetMetadata(dataset.name, root=dataset)
+    meta = read_metadata(data, args)
     vlm = write_tiny_vlm(folder / "tiny_vlm", texts=list(meta.tasks.index))
-    frames = LeRobotDataset(dataset.name, root=dataset, video_backend="pyav")
-    shown = torch.linspace(0, len(frames) - 1, 32).long().tolist()
-    images = {key: torch.stack([frames[i][key] for i in shown]) for key in meta.camera_keys}
-    return tiny_smolvla(meta.features, vlm.resolve(), chunk_size=args.chunk_size or 8, seed=args.seed, frames=images)
+    widths = {}
+    if isinstance(meta, MixtureMetadata):
+        frames: Any = Mixture(meta, PLAIN)
+        widths = {"max_action_dim": len(meta.space), "max_state_dim": len(meta.state_space)}
+    else:
+        frames = LeRobotDataset(meta.repo_id, root=meta.root, video_backend="pyav")
+    shown = [frames[i] for i in torch.linspace(0, len(frames) - 1, 32).long().tolist()]
+    images = {}
+    for key in meta.camera_keys:
+        # a robot of a mixture may lack the camera
+        seen = [frame[key] for frame in shown if frame.get(key + CAMERA_MASK_SUFFIX, True)]
+        images[key] = torch.stack([image / 255 if image.dtype == torch.uint8 else image for image in seen])
+    return tiny_smolvla(
+        meta.features, vlm.resolve(), chunk_size=args.chunk_size or 8, seed=args.seed, frames=images, **widths
+    )
 
 
 def sft_arguments(args: PTRTrainingArguments, folder: Path) -> PTRTrainingArguments:
@@ -228,14 +274,17 @@ def main(argv: list[str]) -> None:
     recipe, args = parse_arguments(argv)
     console = Console()
     output = Path(args.output_dir)
-    demo = recipe.dataset is None
-    dataset = bundled_demonstrations("train") if demo else recipe.dataset
+    mixture = read_mixture(recipe)
+    demo = recipe.dataset is None and mixture is None
+    dataset: Any = mixture or (bundled_demonstrations("train") if demo else recipe.dataset)
     heldout = bundled_demonstrations("heldout") if demo else recipe.eval_dataset
     truth = {record.episode_index: record.kind for record in load_truth(dataset).records} if demo else None
-    model: Any = demo_policy(output, dataset, args) if demo else recipe.policy_path
-    if recipe.policy_overrides and recipe.policy_path and recipe.dataset:
-        with refusals():
-            model = adapted_policy(recipe.policy_path, recipe.policy_overrides, recipe.dataset, args)
+    model: Any = recipe.policy_path
+    with refusals():
+        if recipe.policy_path is None:
+            model = tiny_policy(output, dataset, args)
+        elif recipe.policy_overrides:
+            model = adapted_policy(recipe.policy_path, recipe.policy_overrides, dataset, args)
 
     trainers: dict[str, PTRTrainer] = {}
     name = args.preset
@@ -243,7 +292,8 @@ def main(argv: list[str]) -> None:
         console.rule("SFT: the base policy alone")
         trainers["sft"] = train(copy.deepcopy(model), sft_arguments(args, output / "sft"), dataset)
     console.rule(
-        f"{name.upper()}: {'a tiny SmolVLA on the bundled demonstrations' if demo else f'{recipe.policy_path}'}"
+        f"{name.upper()}: {recipe.policy_path or 'a tiny SmolVLA'} on "
+        f"{'the bundled demonstrations' if demo else recipe.mixture or recipe.dataset}"
     )
     folder = output / name if trainers else output
     if trainers:

@@ -36,12 +36,13 @@ class BasePolicy:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """A dataset (Hub id or folder) and how much of it was trained on."""
+    """A dataset (Hub id or folder) and how much of it was trained on; in a mixture the `name` that it has there."""
 
     source: str | Path
     revision: str | None = None
     episodes: int | None = None
     frames: int | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

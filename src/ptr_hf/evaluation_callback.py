@@ -29,6 +29,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ptr_hf.data.benchmark_env import PTRMetaworldConfig
 from ptr_hf.modeling_ptr import PTRPolicy
+from ptr_hf.processor_embodiment import for_robot, robots_of
 from ptr_hf.report.files import replacing
 
 EVALUATION_FILE = "ptr_evaluation.json"
@@ -76,9 +77,11 @@ class EvaluationCallback(TrainerCallback):
         batch_size: environments that advance together.
         seed: of the first start and of the policy's own draws; the default is that of `lerobot-eval`.
         must_succeed: a simulator that fails ends the training. Otherwise it is reported once, and training goes on.
+        robot: of a policy that is trained on a mixture: the source, or its embodiment, that the environment has.
 
     Raises:
-        ValueError: the environment or a number does not make sense, or the model is sharded over processes.
+        ValueError: the environment or a number does not make sense, the robot is none of the policy's, or the model is sharded
+            over processes.
 
     Example:
         >>> trainer.add_callback(EvaluationCallback(trainer, {"type": "ptr_metaworld", "task": "reach-left"}, steps=500))
@@ -94,6 +97,7 @@ class EvaluationCallback(TrainerCallback):
         batch_size: int = 10,
         seed: int = 1000,
         must_succeed: bool = False,
+        robot: str | None = None,
     ) -> None:
         if steps < 0 or episodes < 1 or batch_size < 1:
             raise ValueError(
@@ -110,6 +114,14 @@ class EvaluationCallback(TrainerCallback):
         self.steps, self.episodes, self.seed = steps, episodes, seed
         self.num_envs = min(batch_size, episodes)
         self.must_succeed = must_succeed
+        self.pipelines = (trainer.preprocessor, trainer.postprocessor)
+        known = robots_of(trainer.preprocessor)
+        if robot is not None or len(known) > 1:
+            if robot is None:
+                raise ValueError(
+                    f"The policy has several robots: say which one the environment has, of {', '.join(known)}."
+                )
+            self.pipelines = (for_robot(trainer.preprocessor, robot), for_robot(trainer.postprocessor, robot))
         self._environments: Environments = {}
         self._rows: list[dict[str, Any]] = []
         self._reported = False
@@ -161,11 +173,11 @@ class EvaluationCallback(TrainerCallback):
             control.should_log = due
 
     def _run(self, progress: bool) -> list[TaskResult]:
-        trainer, policy = self.trainer, self.trainer.policy
+        policy = self.trainer.policy
         with _undisturbed(policy, self.seed):
             return run_episodes(
                 policy,
-                (trainer.preprocessor, trainer.postprocessor),
+                self.pipelines,
                 self._open(),
                 make_env_pre_post_processors(self.config, policy.config.base_config),
                 episodes=self.episodes,

@@ -10,6 +10,7 @@ from ptr_hf.scores import (
     READS_POSTERIOR,
     SCORES,
     WEIGHT_MAPS,
+    map_range,
 )
 
 HARD_NEGATIVE_KEYS = ("task", "state", "task_or_state")
@@ -244,6 +245,13 @@ class PTRHyperparameters:
             "paper",
             "one",
         )
+
+    @property
+    def weight_range(self) -> tuple[float, float]:
+        """The range that no chunk's weight can leave: what Eq. 30 bounds the shares of sources with."""
+        if not self.scorer:
+            return 1.0, 1.0
+        return map_range(self.weight_map, self.alpha, self.weight_min, self.weight_max)
 
     @property
     def reads_posterior(self) -> bool:

@@ -21,12 +21,23 @@ from matplotlib.figure import Figure
 from ptr_hf.card_facts import BasePolicy, CardFacts, Evaluation, ScoredDatasetFacts, TrainingData, TrainingRun
 from ptr_hf.card_text import fill_card, named_source, percent, plain
 from ptr_hf.hyperparameters import PTRHyperparameters
-from ptr_hf.method import weight_bounds
-from ptr_hf.report import Dynamics, dynamics_figure, findings, read_dynamics, save_figure, weight_histogram_figure
+from ptr_hf.method import share_bound, weight_bounds
+from ptr_hf.report import (
+    Dynamics,
+    GroupShare,
+    dynamics_figure,
+    findings,
+    group_shares,
+    read_dynamics,
+    save_figure,
+    sources_figure,
+    weight_histogram_figure,
+)
 from ptr_hf.report.dynamics import DYNAMICS_COLUMNS
 from ptr_hf.report.evaluation import main_run, number
 from ptr_hf.report.page import DYNAMICS_CAPTION, HISTOGRAM_CAPTION
 from ptr_hf.report.panels import clip_panel, loss_panel
+from ptr_hf.report.sources import SOURCES_CAPTION
 from ptr_hf.report.style import board
 
 __all__ = [
@@ -45,7 +56,7 @@ __all__ = [
 ]
 
 POLICY_TEMPLATE, DATASET_TEMPLATE = "policy_card.md.j2", "scored_dataset_card.md.j2"
-DYNAMICS_PICTURE, WEIGHTS_PICTURE = "ptr_dynamics.png", "ptr_weights.png"
+DYNAMICS_PICTURE, WEIGHTS_PICTURE, SOURCES_PICTURE = "ptr_dynamics.png", "ptr_weights.png", "ptr_sources.png"
 
 PRESET_NOTES: dict[str, tuple[str, str]] = {
     "ptr": ("the paper's method", "a chunk weighs more the better its recorded consequence is picked out of others"),
@@ -166,6 +177,8 @@ def model_card(facts: CardFacts) -> ModelCard:
             trends=_trends(dynamics, config) if dynamics else [],
             statements=_statements(dynamics, config) if dynamics else [],
             controller=_controller(dynamics, config) if dynamics else "",
+            sources=_sources(dynamics, facts) if dynamics else [],
+            share_bounds=share_bound(*config.weight_range),
             pictures=_pictures(facts),
         )
     )
@@ -311,6 +324,12 @@ def _controller(dynamics: Dynamics, config: PTRHyperparameters) -> str:
     return ", ".join(parts)
 
 
+def _sources(dynamics: Dynamics, facts: CardFacts) -> list[tuple[GroupShare, int | None]]:
+    """Every source of a mixture at the end of training, with its episodes."""
+    episodes = {part.name: part.episodes for part in facts.data}
+    return [(group, episodes.get(group.name)) for group in group_shares(dynamics, main_run(dynamics))]
+
+
 def _pictures(facts: CardFacts) -> list[Picture]:
     dynamics, config = _dynamics(facts), facts.config
     if dynamics is None:
@@ -331,6 +350,9 @@ def _pictures(facts: CardFacts) -> list[Picture]:
     if weighed and dynamics.weight_counts(run) is not None:
         alt = "Histogram of the weights of the first and of the last tenth of training"
         pictures.append(Picture(WEIGHTS_PICTURE, alt, HISTOGRAM_CAPTION, partial(weight_histogram_figure, dynamics)))
+    if facts.weighed and (figure := sources_figure(dynamics)) is not None:
+        alt = "Share of the chunks and of the weight of every source over the training steps"
+        pictures.append(Picture(SOURCES_PICTURE, alt, SOURCES_CAPTION, lambda: figure))
     return pictures
 
 

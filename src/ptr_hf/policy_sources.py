@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lerobot.configs import FeatureType, PreTrainedConfig
-from lerobot.policies.factory import make_policy, make_pre_post_processors
+from lerobot.policies.factory import make_policy
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.feature_utils import dataset_to_policy_features
@@ -15,13 +15,13 @@ from ptr_hf.configuration_ptr import PTRConfig, chunk_settings
 from ptr_hf.data.in_memory import InMemorySegments
 from ptr_hf.data.mixture import Mixture, MixtureMetadata, mixture_statistics
 from ptr_hf.data.screening import Screen, with_finite_statistics
-from ptr_hf.hub import is_ptr_source, resolve_processors
+from ptr_hf.hub import is_ptr_source
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.modeling_ptr import PTRPolicy, build_base
 from ptr_hf.peft_policies import wrap_with_peft
 from ptr_hf.policies.hooks import unwrap
 from ptr_hf.processor_embodiment import check_robots, embodiment_steps
-from ptr_hf.processor_ptr import make_ptr_pre_post_processors
+from ptr_hf.processor_ptr import make_ptr_pre_post_processors, saved_processors
 from ptr_hf.training_args import PTRTrainingArguments
 from ptr_hf.training_sources import Metadata, TrainingSet
 
@@ -138,13 +138,8 @@ def policy_processors(
     """
     config = policy.config
     if config.pretrained_path is not None:
-        pipelines = make_pre_post_processors(
-            config.base_config,
-            pretrained_path=str(resolve_processors(config.pretrained_path, config.pretrained_revision)),
-            preprocessor_overrides={
-                "device_processor": {"device": config.device},
-                "rename_observations_processor": {"rename_map": args.observation_renames},
-            },
+        pipelines = saved_processors(
+            config, config.pretrained_path, config.pretrained_revision, args.observation_renames
         )
         if meta is not None:
             check_robots(pipelines[0], meta)

@@ -6,6 +6,7 @@ normalised exactly like observations.
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +47,27 @@ def make_ptr_pre_post_processors(
         postprocessor.steps = [*postprocessor.steps, embodiments[1]]
     preprocessor.to_transition = partial(_of_rows, preprocessor.to_transition, layout=config.layout)
     return preprocessor, postprocessor
+
+
+def saved_processors(
+    config: PTRConfig, source: str | Path, revision: str | None = None, rename_map: dict[str, str] | None = None
+) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
+    """The processors of a checkpoint, as saved, on the policy's device.
+
+    Args:
+        config: of the checkpoint's policy.
+        source: folder or Hub id.
+        revision: on the Hub.
+        rename_map: dataset key -> policy key; None keeps the one that was saved.
+    """
+    overrides: dict[str, Any] = {"device_processor": {"device": config.device}}
+    if rename_map is not None:
+        overrides["rename_observations_processor"] = {"rename_map": rename_map}
+    return make_pre_post_processors(
+        config.base_config,
+        pretrained_path=str(resolve_processors(source, revision)),
+        preprocessor_overrides=overrides,
+    )
 
 
 def preprocess(batch: dict[str, Any], preprocessor: PolicyProcessorPipeline, layout: SegmentLayout) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -19,10 +18,9 @@ from ptr_hf.data.in_memory import InMemorySegments, collate_segments
 from ptr_hf.data.mixture import Mixture, MixtureMetadata
 from ptr_hf.data.mixture_config import MixtureConfig
 from ptr_hf.data.segments import SegmentLayout, split_segment
-from ptr_hf.hub import resolve_processors
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.processor_embodiment import check_robots
-from ptr_hf.processor_ptr import preprocess
+from ptr_hf.processor_ptr import preprocess, saved_processors
 from ptr_hf.report import ChunkScores
 from ptr_hf.scores import EpisodeTable, ScoreWeigher, SlotMemory
 
@@ -166,8 +164,10 @@ def action_loss(
         repeats: passes with fresh noise.
         seed: of the noise.
     """
-    losses = _losses_by_source(policy, dataset, preprocessor, layout, batch_size, repeats, seed)
-    return sum(total for total, _ in losses) / sum(count for _, count in losses)
+    layout = layout or policy.config.layout
+    opened, segments = _opened(dataset, layout)
+    check_robots(preprocessor, opened.meta)
+    return _mean_loss(policy, segments, _anchors(opened, layout), preprocessor, layout, batch_size, repeats, seed)
 
 
 def action_loss_by_source(
@@ -180,36 +180,37 @@ def action_loss_by_source(
     repeats: int = 4,
     seed: int = 0,
 ) -> dict[str, float]:
-    """`action_loss` of every source of a mixture by itself; the arguments are those of `action_loss`."""
-    losses = _losses_by_source(policy, mixture, preprocessor, layout, batch_size, repeats, seed)
-    return {name: total / count for name, (total, count) in zip(mixture.meta.names, losses, strict=True) if count}
+    """`action_loss` of every source of a mixture by itself, whatever the others are; the arguments are its own."""
+    layout = layout or policy.config.layout
+    check_robots(preprocessor, mixture.meta)
+    losses, step = {}, layout.segment_length * layout.chunk_stride
+    for source in mixture.meta.sources:
+        own = range(source.first_episode, source.first_episode + source.meta.total_episodes)
+        spans = [(first, length) for episode, first, length in mixture.episode_spans() if episode in own]
+        anchors = [first + start for first, length in spans for start in range(0, length, step)]
+        losses[source.name] = _mean_loss(policy, mixture, anchors, preprocessor, layout, batch_size, repeats, seed)
+    return losses
 
 
-def _losses_by_source(
+def _mean_loss(
     policy: PTRPolicy,
-    dataset: ScoredSource,
+    segments: Dataset,
+    anchors: list[int],
     preprocessor: PolicyProcessorPipeline,
-    layout: SegmentLayout | None,
+    layout: SegmentLayout,
     batch_size: int,
     repeats: int,
     seed: int,
-) -> list[tuple[float, int]]:
-    """Sum of the chunks' losses and their number, of every source."""
-    layout = layout or policy.config.layout
-    opened, segments = _opened(dataset, layout)
-    check_robots(preprocessor, opened.meta)
-    anchors = _anchors(opened, layout)
-    sources = len(opened.meta.sources) if isinstance(opened, Mixture) else 1
-    totals, counts = torch.zeros(sources, dtype=torch.float64), torch.zeros(sources, dtype=torch.int64)
+) -> float:
+    total, count = 0.0, 0
     with _evaluating(policy, seed):
         for _ in range(repeats):
             for batch in _segments(segments, anchors, batch_size, seed, False, ""):
                 segment = policy.split(preprocess(_to_device(batch, policy), preprocessor, layout), layout)
-                loss = policy.chunk_losses(segment)[segment.chunk_valid].double().cpu()
-                source = segment.source[segment.chunk_valid].cpu()
-                totals.index_add_(0, source, loss)
-                counts.index_add_(0, source, torch.ones_like(source))
-    return list(zip(totals.tolist(), counts.tolist(), strict=True))
+                loss = policy.chunk_losses(segment)[segment.chunk_valid]
+                total += float(loss.double().sum())
+                count += len(loss)
+    return total / count
 
 
 @contextmanager
@@ -255,10 +256,7 @@ def _load(
         return policy, preprocessor
     loaded = PTRPolicy.from_pretrained(policy)
     if preprocessor is None:
-        overrides = {"device_processor": {"device": loaded.config.device}}
-        preprocessor, _ = make_pre_post_processors(
-            loaded.config.base_config, pretrained_path=str(resolve_processors(policy)), preprocessor_overrides=overrides
-        )
+        preprocessor, _ = saved_processors(loaded.config, policy)
     return loaded, preprocessor
 
 

@@ -22,7 +22,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ProgressCallback
 
 from ptr_hf.data.in_memory import collate_segments
-from ptr_hf.data.mixture import Mixture, MixtureSampler
+from ptr_hf.data.mixture import Mixture, MixtureMetadata, MixtureSampler
 from ptr_hf.data.screening import Screen, leave_out
 from ptr_hf.data.segments import is_rows
 from ptr_hf.evaluation_callback import EnvironmentSource, EvaluationCallback
@@ -121,7 +121,11 @@ class PTRTrainer(GuardedTrainer):
             first = next(iter(opened.values()), None)
             preprocessor, postprocessor = policy_processors(policy, meta, first, args, self.screen)
         self.preprocessor, self.postprocessor = preprocessor, postprocessor
-        self.window = MetricsWindow()
+        self.window = MetricsWindow(
+            policy.config,
+            sources=meta.names if isinstance(meta, MixtureMetadata) else (),
+            tasks=() if meta is None else instructions_of(meta),
+        )
         has_text = meta is not None and meta.has_language_columns
         collate = lerobot_collate_fn if has_text else collate_segments
         self._instructions: dict[str, tuple[str, ...]] = {}
@@ -165,6 +169,7 @@ class PTRTrainer(GuardedTrainer):
                     batch_size=args.eval_env_batch_size,
                     seed=args.eval_env_seed,
                     must_succeed=args.eval_env_must_succeed,
+                    robot=args.eval_env_robot,
                 )
             )
 

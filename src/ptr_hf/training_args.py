@@ -94,6 +94,9 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
     eval_env_episodes: int = field(default=10, metadata={"help": "Episodes per task in eval_env."})
     eval_env_batch_size: int = field(default=10, metadata={"help": "Environments that run at once."})
     eval_env_seed: int = field(default=1000, metadata={"help": "Seed of the first episode's start; then counting on."})
+    eval_env_robot: str | None = field(
+        default=None, metadata={"help": "Which robot of a mixture eval_env has: a source's name or its embodiment."}
+    )
     eval_env_must_succeed: bool = field(
         default=False,
         metadata={"help": "Stop training where the simulator fails, instead of reporting it and going on."},

@@ -97,6 +97,7 @@ def described(given: DataSource, meta: Metadata, args: PTRTrainingArguments) -> 
         return tuple(
             TrainingData(
                 source=_named(source.config.dataset),
+                name=source.name,
                 revision=source.config.revision,
                 episodes=len(source.episodes),
                 frames=source.frames,

@@ -59,3 +59,34 @@ def sft_rows(rows: int = 300, total: int = 6000, seed: int = 1) -> list[dict]:
         {"step": step, "loss": loss, "loss_action": loss, "weight_mean": 1.0}
         for step, loss in zip(steps, losses, strict=True)
     ]
+
+
+def sourced_rows(rows: int = 150, total: int = 6000, warmup: float = 0.05, seed: int = 3) -> list[dict]:
+    """A PTR run on a mixture of three sources, the last of which the scorer comes to trust less, and of two tasks."""
+    draw = np.random.default_rng(seed)
+    names, mixture, quality = ("so101_bench", "franka_lab", "aloha_play"), (0.6, 0.3, 0.1), (0.3, 0.9, -1.6)
+    logged = ptr_rows(rows, total, warmup, seed)
+    for number, row in enumerate(logged):
+        of = draw.choice(3, size=320, p=mixture)
+        score = draw.normal(np.array(quality)[of] * min(1.0, 2 * number / rows) + 1.0, 1.0)
+        weight = np.ones(320) if number < warmup * rows else np.clip(np.exp(score / 1.3), 0.25, 4.0)
+        task = np.where(draw.random(320) < 0.7, "stack the cups", "fold the towel")
+        row["share_bound"] = 16.0
+        row["sources"] = [_group(name, of == place, weight, score) for place, name in enumerate(names)]
+        row["tasks"] = [_group(name, task == name, weight, score) for name in ("stack the cups", "fold the towel")]
+    return logged
+
+
+def _group(name: str, own: np.ndarray, weight: np.ndarray, score: np.ndarray) -> dict:
+    return {
+        "name": name,
+        "chunks": int(own.sum()),
+        "targets": int(own.sum()),
+        "share": float(own.mean()),
+        "weight_share": float(weight[own].sum() / weight.sum()),
+        "weight": float(weight[own].mean()),
+        "score": float(score[own].mean()),
+        "loss": 0.2,
+        "at_floor": float((weight[own] <= 0.25).mean()),
+        "at_ceiling": float((weight[own] >= 4.0).mean()),
+    }

@@ -38,6 +38,7 @@ from ptr_hf.method.scorer import (
     ptr_score,
     ranking_loss,
 )
+from ptr_hf.method.shares import GROUP_STATISTICS, group_statistics, share_bound
 from ptr_hf.method.target import ConsequenceEncoder, consequence_embedding
 from ptr_hf.method.weight import (
     conservative_weight,
@@ -49,6 +50,7 @@ from ptr_hf.method.weight import (
 )
 
 __all__ = [
+    "GROUP_STATISTICS",
     "AdaptiveScaleController",
     "BeliefMemory",
     "BeliefTokenizer",
@@ -81,6 +83,7 @@ __all__ = [
     "full_precision",
     "gather_samples",
     "global_self_normalized_loss",
+    "group_statistics",
     "identification_logits",
     "identification_loss",
     "identification_metrics",
@@ -91,6 +94,7 @@ __all__ = [
     "ranking_loss",
     "reconstruct",
     "self_normalized_loss",
+    "share_bound",
     "uniform",
     "weight_bounds",
 ]

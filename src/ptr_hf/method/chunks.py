@@ -51,7 +51,8 @@ class ChunkDetails:
 class ObjectiveOutput:
     """Per chunk: losses, score and weight (0 where not ``chunk_valid``), and what each may be averaged over.
 
-    ``weighing`` is what a ``Weigher`` said, its heads' losses among it; None when the paper's T weighs.
+    ``weighing`` is what a ``Weigher`` said, its heads' losses among it; None when the paper's T weighs. ``source`` and
+    ``task`` are those of ``ChunkBatch.samples``.
     """
 
     loss: Float[Tensor, " batch"]
@@ -68,6 +69,8 @@ class ObjectiveOutput:
     margin: Float[Tensor, " batch"]
     candidates: Int[Tensor, " batch"]
     weighing: Weighing | None = None
+    source: Int[Tensor, " batch"] | None = None
+    task: Int[Tensor, " batch"] | None = None
 
 
 @dataclass

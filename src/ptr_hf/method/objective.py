@@ -38,6 +38,7 @@ from ptr_hf.method.scorer import (
     ptr_score,
     ranking_loss,
 )
+from ptr_hf.method.shares import at_bounds
 from ptr_hf.method.weight import (
     conservative_weight,
     effective_sample_size,
@@ -177,6 +178,8 @@ class PTRObjective(NeverLowered):
             margin=identified.margin,
             candidates=identified.candidates,
             weighing=weighing if self.weigher is not None else None,
+            source=samples.source,
+            task=samples.task,
         )
         if self.scorer is None and weighing.identified is not None:
             output.score, output.correct = weighing.identified.verdict, weighing.identified.correct
@@ -344,11 +347,7 @@ class PTRObjective(NeverLowered):
         weight, chunk_valid, target_valid = output.weight, output.chunk_valid, output.target_valid
         chunks = chunk_valid.sum()
         comparable = target_valid & (output.candidates > 1)
-        low, high = weight_bounds(self.alpha, self.weight_min, self.weight_max)
-        tolerance = 1e-6 * high
-        # with alpha = 0 or a bound of 1 there is no clip to sit at
-        at_floor = (weight <= low + tolerance) & (low < 1.0)
-        at_ceiling = (weight >= high - tolerance) & (high > 1.0)
+        at_floor, at_ceiling = at_bounds(weight, weight_bounds(self.alpha, self.weight_min, self.weight_max))
         smallest = weight.masked_fill(~chunk_valid, torch.inf).amin()
         largest = weight.masked_fill(~chunk_valid, 0.0).amax()
         return {

@@ -30,6 +30,7 @@ from ptr_hf.report.figures import (
 )
 from ptr_hf.report.findings import findings
 from ptr_hf.report.page import REPORT_FILE, write_report
+from ptr_hf.report.sources import GroupShare, group_shares, logged_share_bound, sources_figure
 
 __all__ = [
     "DYNAMICS_COLUMNS",
@@ -41,6 +42,7 @@ __all__ = [
     "Detection",
     "Dynamics",
     "DynamicsLog",
+    "GroupShare",
     "SummaryTable",
     "WeightShare",
     "corruption_auc",
@@ -49,9 +51,12 @@ __all__ = [
     "effective_sample_share",
     "episode_weights",
     "findings",
+    "group_shares",
+    "logged_share_bound",
     "read_dynamics",
     "read_scores",
     "save_figure",
+    "sources_figure",
     "summary_figure",
     "summary_table",
     "weight_bin_edges",

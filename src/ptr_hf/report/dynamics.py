@@ -26,6 +26,23 @@ class Column(NamedTuple):
 
 _REAL = pa.float64()
 
+GROUP_FIELDS: dict[str, Column] = {
+    "name": Column(pa.string(), "", "of the source or task"),
+    "chunks": Column(pa.int64(), "chunks", "chunks that had a say"),
+    "targets": Column(pa.int64(), "chunks", "of these, chunks whose future was recorded"),
+    "share": Column(_REAL, "fraction", "π(m), share of the chunks"),
+    "weight_share": Column(_REAL, "fraction", "q(m), share of the weight in the action loss"),
+    "weight": Column(_REAL, "", "mean weight"),
+    "score": Column(_REAL, "nats", "mean PTR score T of the chunks with a future"),
+    "loss": Column(_REAL, "", "mean action loss, unweighted"),
+    "at_floor": Column(_REAL, "fraction", "weights at the lower bound, of the chunks with a future"),
+    "at_ceiling": Column(_REAL, "fraction", "weights at the upper bound, of the chunks with a future"),
+}
+"""What is logged of every source and task in a window; means over nothing are null."""
+MOST_TASKS = 64
+"""Of more tasks, the ones with the most chunks in the window are logged."""
+_GROUPS = pa.list_(pa.struct([(name, field.kind) for name, field in GROUP_FIELDS.items()]))
+
 DYNAMICS_COLUMNS: dict[str, Column] = {
     "step": Column(pa.int64(), "optimiser steps", "training step"),
     "run": Column(pa.string(), "", "name of the configuration: sft, ptr, ..."),
@@ -56,8 +73,11 @@ DYNAMICS_COLUMNS: dict[str, Column] = {
     "nonfinite_gradients": Column(_REAL, "steps", "steps left out because their gradient was not finite"),
     "weight_histogram": Column(pa.list_(pa.int64()), "chunks", "weights counted in the bins of weight_bin_edges"),
     "weight_bin_edges": Column(pa.list_(pa.float64()), "", "bin edges, log-spaced between the weight bounds"),
+    "sources": Column(_GROUPS, "", "every source of a mixture: GROUP_FIELDS"),
+    "tasks": Column(_GROUPS, "", "likewise every task, of more than 64 those with the most chunks"),
+    "share_bound": Column(_REAL, "", "factor that q(m) and π(m) differ by at most, either way (Eq. 30)"),
 }
-_ADDED = ("nonfinite_samples", "nonfinite_gradients")
+_ADDED = ("nonfinite_samples", "nonfinite_gradients", "sources", "tasks", "share_bound")
 """Columns that files of earlier versions lack: read as null."""
 DYNAMICS_SCHEMA = pa.schema([(name, column.kind) for name, column in DYNAMICS_COLUMNS.items()])
 
@@ -122,6 +142,10 @@ class Dynamics:
         values = values[-max(1, round(share * len(values))) :]
         values = values[np.isfinite(values)]
         return float(values.mean()) if len(values) else float("nan")
+
+    def groups(self, name: str, run: str) -> list[list[dict[str, Any]] | None]:
+        """Every row's `sources` or `tasks`, each a list of `GROUP_FIELDS`; None where a row logged none."""
+        return self._of(run)[name].to_pylist()
 
     def weight_counts(self, run: str, share: float = 0.1) -> tuple[WeightCounts, WeightCounts] | None:
         """Histograms over the first and the last `share` of the rows whose weights vary; None when none do.
@@ -233,6 +257,8 @@ def _plain(value: Any, kind: pa.DataType) -> Any:
     """Python value of the column's type; accepts 0-d and 1-d arrays and tensors."""
     if value is None or pa.types.is_string(kind):
         return value
+    if kind.equals(_GROUPS):
+        return [{name: _plain(group.get(name), field.kind) for name, field in GROUP_FIELDS.items()} for group in value]
     if pa.types.is_list(kind):
         convert = int if pa.types.is_integer(kind.value_type) else float
         return [convert(entry) for entry in value]

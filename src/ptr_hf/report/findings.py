@@ -6,11 +6,15 @@ from collections.abc import Iterator, Mapping
 from ptr_hf.report.chunk_scores import ChunkScores
 from ptr_hf.report.dynamics import Dynamics
 from ptr_hf.report.evaluation import corruption_kinds, detection, main_run, run_label
+from ptr_hf.report.sources import group_shares, logged_share_bound
 
 # An AUC this close to 0.5 is not told apart from chance by a few dozen episodes.
 AUC_UNDECIDED = 0.1
 # Above this share at one bound, most chunks have the same weight and the scorer decides little.
 CLIPPED_SHARE = 0.5
+# A source whose share of the weight is within this factor of its share of the chunks is left as it was.
+MOVED = 1.1
+MOST_MOVED = 4
 
 
 def findings(
@@ -21,7 +25,8 @@ def findings(
 ) -> list[str]:
     """Plain sentences about the run the report is about, from the last tenth of its rows and, if given, the scores."""
     run = main_run(dynamics)
-    sentences = [*_scorer(dynamics, run, chance), *_weights(dynamics, run), *_loss(dynamics, run)]
+    sentences = [*_scorer(dynamics, run, chance), *_weights(dynamics, run)]
+    sentences += [*_sources(dynamics, run), *_loss(dynamics, run)]
     if scores is not None:
         sentences += _futures(scores)
         if truth is not None:
@@ -66,6 +71,24 @@ def _weights(dynamics: Dynamics, run: str) -> Iterator[str]:
         share = dynamics.tail(column, run)
         if share > CLIPPED_SHARE:
             yield f"{share:.0%} of the weights sit at the {bound} bound: {effect}."
+
+
+def _sources(dynamics: Dynamics, run: str) -> Iterator[str]:
+    groups = [group for group in group_shares(dynamics, run) if group.ratio > 0.0]
+    if not groups:
+        return
+    moved = sorted(groups, key=lambda group: -abs(math.log(group.ratio)))
+    moved = [group for group in moved if abs(math.log(group.ratio)) > math.log(MOVED)]
+    bound = logged_share_bound(dynamics, run)
+    for group in moved[:MOST_MOVED]:
+        yield (
+            f"The source {group.name} has {group.share:.1%} of the chunks and {group.weight_share:.1%} of the weight, "
+            f"{group.ratio:.2f} times its due (Eq. 30 keeps it between {1 / bound:.3g} and {bound:.3g})."
+        )
+    if not moved:
+        yield f"Each of the {len(groups)} sources has its due: none gained or lost a tenth of its share by the weights."
+    elif len(moved) > MOST_MOVED:
+        yield f"{len(moved) - MOST_MOVED} more sources gained or lost more than a tenth of their share."
 
 
 def _loss(dynamics: Dynamics, run: str) -> Iterator[str]:

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from ptr_hf.report.chunk_scores import SCORES_FILE, ChunkScores, read_scores
-from ptr_hf.report.dynamics import DYNAMICS_FILE, Dynamics, read_dynamics
+from ptr_hf.report.dynamics import DYNAMICS_FILE, MOST_TASKS, Dynamics, read_dynamics
 from ptr_hf.report.evaluation import (
     Detection,
     corruption_kinds,
@@ -31,6 +31,7 @@ from ptr_hf.report.figures import (
 )
 from ptr_hf.report.files import replacing
 from ptr_hf.report.findings import findings
+from ptr_hf.report.sources import SOURCES_CAPTION, group_shares, logged_share_bound, sources_figure
 
 REPORT_FILE = "ptr_report.html"
 CONFIG_FILE = "ptr_config.json"
@@ -117,13 +118,21 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "run_label": run_label, "auc": _auc}
+    environment.filters |= {"number": number, "run_label": run_label, "auc": _auc, "percent": _percent}
+    run, drawn_sources = main_run(dynamics), sources_figure(dynamics)
     page = environment.get_template("report.html.j2").render(
         title=title,
-        run=main_run(dynamics),
+        run=run,
         findings=findings(dynamics, scores, truth, chance),
         summary=summary_table(dynamics, results),
         figures=[_page_figure(folder, name, figure, caption) for name, figure, caption in drawn],
+        sources_figure=(
+            _page_figure(folder, "ptr_sources", drawn_sources, SOURCES_CAPTION) if drawn_sources is not None else None
+        ),
+        source_groups=group_shares(dynamics, run, "sources"),
+        task_groups=group_shares(dynamics, run, "tasks"),
+        most_tasks=MOST_TASKS,
+        share_bound=logged_share_bound(dynamics, run),
         tasks=weight_shares(scores, "task") if scores is not None else (),
         sources=weight_shares(scores, "source") if scores is not None else (),
         detections=_detections(scores, truth),
@@ -155,6 +164,10 @@ def _detections(scores: ChunkScores | None, truth: Mapping[int, str] | None) -> 
 
 def _auc(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.2f}"
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:.1%}"
 
 
 def _readable(value: object) -> str:

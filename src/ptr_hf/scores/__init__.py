@@ -10,7 +10,7 @@ from ptr_hf.scores.identification import ActionIdentification, InstructionIdenti
 from ptr_hf.scores.paper import ActionMargin, Posterior
 from ptr_hf.scores.score import Score, Scored
 from ptr_hf.scores.weigher import AGGREGATIONS, MISSING_FUTURE, Aggregation, MissingFuture, ScoreWeigher
-from ptr_hf.scores.weight_map import WEIGHT_MAPS, WeightMapName
+from ptr_hf.scores.weight_map import WEIGHT_MAPS, WeightMapName, map_range
 
 SCORES: dict[str, tuple[str, ...]] = {
     # the paper's T
@@ -63,4 +63,5 @@ __all__ = [
     "Uniform",
     "WeightMapName",
     "known_beforehand",
+    "map_range",
 ]

@@ -15,8 +15,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from ptr_hf.method import weight_bounds
+
 WeightMapName = Literal["paper", "rejection", "exponential", "calibrated"]
 WEIGHT_MAPS: tuple[WeightMapName, ...] = ("paper", "rejection", "exponential", "calibrated")
+
+NEVER_ABOVE_ONE: tuple[WeightMapName, ...] = ("rejection", "calibrated")
 
 MAD_TO_STD = 1.4826
 Z_CLAMP = 8.0
@@ -24,6 +28,19 @@ SMALLEST_GROUP = 5
 ENOUGH_FOR_PERCENTILES = 20
 NORMAL_75, NORMAL_95 = 0.6745, 1.6449
 """Percentiles of the standard normal distribution."""
+
+
+def map_range(weight_map: WeightMapName, alpha: float, floor: float, ceiling: float) -> tuple[float, float]:
+    """The range that a map's weights cannot leave, whatever the verdicts and whatever a chunk without a future gets.
+
+    ``paper`` and ``exponential`` are clipped to [floor, ceiling]; ``rejection`` and ``calibrated`` lie between the floor and 1
+    by their sigmoid. α moves both ends towards 1. No map rescales its weights, so this needs no observed extremes.
+
+    Raises:
+        ValueError: see ``weight_bounds``.
+    """
+    low, high = weight_bounds(alpha, floor, ceiling)
+    return low, 1.0 if weight_map in NEVER_ABOVE_ONE else high
 
 
 def grouped_quantile(
