@@ -203,6 +203,7 @@ class ArmScene:
         rng = np.random.default_rng(seed)
         self.env.rng = self.env.placement_initializer.rng = rng
         self.env.reset()
+        self._place(self._physics())
         self.steps, self.success = 0, False
 
     @property

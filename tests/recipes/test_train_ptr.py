@@ -9,12 +9,15 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
 from safetensors.torch import load_file
 from small_policies import base_policy
 
 from ptr_hf import PTRPolicy
+from ptr_hf.export import export
 from ptr_hf.report import read_dynamics, read_scores
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "train_ptr.py"
@@ -100,7 +103,11 @@ def test_help_explains_every_option(recipe: ModuleType, capsys: pytest.CaptureFi
     [
         (["--alpha", "2"], "alpha=2.0 is out of range: it must be in [0, 1]."),
         (["--config", "nowhere.yaml"], "there is no such file"),
-        (["--dataset", "me/demos"], "--policy_path and --dataset go together"),
+        (["--dataset", "me/demos"], "--dataset needs a --policy_path"),
+        (["--policy_path", "me/policy"], "--policy_path needs a --dataset or a --mixture"),
+        (["--policy_path", "me/policy", "--dataset", "me/demos", "--mixture", "m.yaml"], "give one of the two"),
+        (["--only", "arm", "--policy_path", "me/policy", "--dataset", "me/demos"], "--only names a source"),
+        (["--mixture", "nowhere.yaml", "--output_dir", "out"], "There is no mixture file nowhere.yaml"),
     ],
 )
 def test_a_refusal_is_one_sentence(
@@ -109,3 +116,34 @@ def test_a_refusal_is_one_sentence(
     with pytest.raises(SystemExit) as refusal:
         recipe.main(options)
     assert sentence in capsys.readouterr().err + str(refusal.value)
+
+
+def test_two_robots_from_one_command(recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bundled data of two robots: other actions, states, cameras and rates."""
+    mixture = Path(__file__).parents[2] / "recipes" / "experiments" / "mixture_demo.yaml"
+    recipe.main(
+        [
+            *("--mixture", str(mixture), "--output_dir", str(tmp_path), "--max_steps", "4", "--logging_steps", "2"),
+            *("--use_cpu", "true", "--chunk_size", "4", "--segment_length", "2", "--report_to", "none"),
+            *("--per_device_train_batch_size", "4", "--save_strategy", "no", "--scorer_warmup_steps", "1"),
+        ]
+    )
+    assert "checkpoint" in capsys.readouterr().out
+    row = read_dynamics(tmp_path / "ptr_dynamics.parquet").groups("sources", "ptr_calibrated")[-1]
+    assert row is not None
+    assert [source["name"] for source in row] == ["metaworld", "ur5e"]
+    assert sum(source["share"] for source in row) == pytest.approx(1.0)
+    assert sum(source["weight_share"] for source in row) == pytest.approx(1.0)
+    assert (tmp_path / "figures" / "ptr_sources.png").is_file()
+    # the checkpoint for one of the two robots, which then needs no other word
+    export(tmp_path, tmp_path / "arm", robot="ur5e")
+    policy = SmolVLAPolicy.from_pretrained(tmp_path / "arm")
+    before, after = make_pre_post_processors(policy.config, pretrained_path=str(tmp_path / "arm"))
+    seen = {
+        "observation.state": torch.zeros(14),
+        "observation.images.front": torch.zeros(3, 64, 64),
+        "task": "lift the cube",
+    }
+    assert after(policy.predict_action_chunk(before(seen))).shape == (1, 4, 4)
+    with pytest.raises(ValueError, match=r"names 0 of the policy's sources; choose one of metaworld, ur5e"):
+        export(tmp_path, tmp_path / "nobody", robot="nobody")

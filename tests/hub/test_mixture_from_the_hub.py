@@ -1,0 +1,65 @@
+"""Mixtures of datasets on a hub: fetched over HTTP, all at once or a few episodes at a time."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lerobot.datasets.dataset_metadata as lerobot_metadata
+import lerobot.datasets.lerobot_dataset as lerobot_dataset
+import pytest
+import torch
+from demonstrations import write_dataset
+from huggingface_hub import HfApi
+from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
+from loopback_hub import LoopbackHub
+
+from ptr_hf.data.demonstrations import bundled_demonstrations
+from ptr_hf.data.mixture import Mixture, MixtureMetadata
+from ptr_hf.data.mixture_config import MixtureConfig
+from ptr_hf.data.segments import SegmentLayout
+from ptr_hf.data.streaming_mixture import StreamingMixture
+
+LAYOUT = SegmentLayout(
+    observation_steps=None, action_steps=tuple(range(4)), segment_length=2, chunk_stride=4, consequence_offset=4
+)
+POINT = {
+    "action": ["right_ee_delta_x", "right_ee_delta_y"],
+    "state": ["right_ee_x", "right_ee_y", "environment_1", "environment_2"],
+}
+
+
+@pytest.fixture
+def content(online: LoopbackHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """Two datasets on the hub, and LeRobot's caches in a folder of the test's."""
+    for module in (lerobot_metadata, lerobot_dataset):
+        for name in ("HF_LEROBOT_HOME", "HF_LEROBOT_HUB_CACHE"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, tmp_path / "lerobot")
+    folders = {
+        "lab/points": write_dataset(tmp_path / "points", lengths=(12, 16, 10)),
+        "lab/lift": bundled_demonstrations("lift"),
+    }
+    api = HfApi()
+    for name, folder in folders.items():
+        api.create_repo(name, repo_type="dataset")
+        api.upload_folder(repo_id=name, folder_path=folder, repo_type="dataset")
+        api.create_tag(name, tag=CODEBASE_VERSION, repo_type="dataset")
+    camera = {"observation.images.front": "observation.image"}
+    return {
+        "sources": [{"dataset": "lab/points", "embodiment": POINT}, {"dataset": "lab/lift", "rename": camera}],
+        "shares": "temperature",
+        "temperature": 10.0,
+        "stream_episodes": 1,
+    }
+
+
+def test_a_stream_gives_what_the_whole_datasets_do(content: dict[str, Any]) -> None:
+    meta = MixtureMetadata.read(MixtureConfig.from_dict(content))
+    assert meta.names == ("points", "lift")
+    streamed = list(islice(StreamingMixture(meta, LAYOUT), 60))
+    assert {sample["source"] for sample in streamed} == {"points", "lift"}
+    whole = Mixture(meta, LAYOUT)
+    place = {int(whole[position]["index"]): position for position in range(len(whole))}
+    for sample in streamed[::4]:
+        for key, value in whole[place[int(sample["index"])]].items():
+            assert torch.equal(value, sample[key]) if isinstance(value, torch.Tensor) else value == sample[key]
