@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from demonstrations import write_dataset
 from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import make_pre_post_processors
@@ -278,3 +282,31 @@ class TestTraining:
             PTRTrainer(policy, arguments(tmp_path), content, eval_dataset=content["sources"][::-1])
         with pytest.raises(ValueError, match=r"eval_dataset has to be one too, with the same robots in the same order"):
             PTRTrainer(policy, arguments(tmp_path), content, eval_dataset=str(content["sources"][0]["dataset"]))
+
+
+class TestCard:
+    def test_it_says_how_to_choose_a_robot(self, content: dict[str, Any], tmp_path: Path) -> None:
+        trainer = trained(content, tmp_path)
+        trainer.write_card(tmp_path)
+        card = (tmp_path / "README.md").read_text()
+        assert "| points |" in card
+        assert "whose processors know its 2 sources" in card
+        assert "--robot points" in card
+        assert "q(m)" in card
+
+
+class TestBadFrames:
+    def test_are_named_by_their_own_dataset(self, content: dict[str, Any], tmp_path: Path) -> None:
+        bad = write_dataset(tmp_path / "bad", lengths=(12, 14))
+        file = next((bad / "data").rglob("*.parquet"))
+        table = pq.read_table(file)
+        values = np.stack(table["action"].to_numpy(zero_copy_only=False)).copy()
+        values[15] = np.nan
+        column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1), pa.float32()), 2)
+        place = table.column_names.index("action")
+        table = table.set_column(place, table.schema.field("action").with_type(column.type), column)
+        pq.write_table(table, file)
+        content["sources"] = [ARM, {"dataset": str(bad), "embodiment": POINT, "name": "bad"}]
+        trained(content, tmp_path / "out", max_steps=12)
+        found = json.loads((tmp_path / "out" / "ptr_nonfinite.json").read_text())["frames"]
+        assert {(row["source"], row["episode"], row["index"]) for row in found} == {("bad", 1, 15)}

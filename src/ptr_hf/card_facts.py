@@ -124,9 +124,14 @@ class CardFacts:
             raise ValueError(f"repo_id={self.repo_id!r} is no name of a repo on the Hub: give it as user/name.")
 
     @property
+    def robots(self) -> tuple[str, ...]:
+        """The sources of the mixture that the policy was trained on, each a robot it can run on; empty for one dataset."""
+        return tuple(part.name for part in self.data if part.name is not None)
+
+    @property
     def needs_ptr_hf(self) -> bool:
-        """Whether plain LeRobot cannot load the policy: belief tokens, or a policy type of ptr_hf's own."""
-        return self.config.num_belief_tokens > 0 or self.base.policy_type in OWN_POLICY_TYPES
+        """Whether plain LeRobot cannot run the policy: belief tokens, a policy type or processors of ptr_hf's own."""
+        return bool(self.config.num_belief_tokens or self.base.policy_type in OWN_POLICY_TYPES or self.robots)
 
     @property
     def weighed(self) -> bool:

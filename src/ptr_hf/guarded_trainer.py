@@ -1,6 +1,7 @@
 """The part of `PTRTrainer` that keeps what is not finite out of the parameters, and says what it was."""
 
 import logging
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,12 @@ class GuardedTrainer(ResumableTrainer):
             figures for the log row.
         """
         self._found = self.nonfinite.flush(self.accelerator)
+        self._found.frames = Counter({self.located(frame): times for frame, times in self._found.frames.items()})
         return self._found.metrics
+
+    def located(self, frame: BadFrame) -> BadFrame:
+        """The frame as a user finds it: in the dataset that it was recorded in."""
+        return frame
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As transformers' Trainer; afterwards it says what was not finite, and ends training if it has to."""

@@ -40,11 +40,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, order=True)
 class BadFrame:
-    """A frame and what was not finite: "values" and "evaluation" as recorded, "loss" of the chunk that begins there."""
+    """A frame and what was not finite: "values" and "evaluation" as recorded, "loss" of the chunk that begins there.
+
+    `source` names its dataset in a mixture, and index and episode are that dataset's own.
+    """
 
     kind: Kind
     index: int
     episode: int
+    source: str = ""
 
 
 @dataclass
@@ -175,7 +179,7 @@ class NonFiniteRecord:
             kept = json.loads(path.read_text())
             self.gradients = kept["gradients"]
             for row in kept["frames"]:
-                self.frames[BadFrame(row["kind"], row["index"], row["episode"])] = row["times"]
+                self.frames[BadFrame(row["kind"], row["index"], row["episode"], row.get("source", ""))] = row["times"]
         elif writes:
             path.unlink(missing_ok=True)
 
@@ -200,7 +204,8 @@ class NonFiniteRecord:
 
 def describe(kind: Kind, frames: Sequence[BadFrame]) -> str:
     """A sentence that names bad frames and says what they mean and what to do."""
-    named = ", ".join(f"{frame.index} (episode {frame.episode})" for frame in frames[:NAMED])
+    places = (f"episode {frame.episode}" + (f" of {frame.source}" if frame.source else "") for frame in frames[:NAMED])
+    named = ", ".join(f"{frame.index} ({place})" for frame, place in zip(frames, places, strict=False))
     more = f" and {len(frames) - NAMED} more" if len(frames) > NAMED else ""
     count = "1 frame" if len(frames) == 1 else f"{len(frames)} frames"
     return (

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 from lerobot.configs import PreTrainedConfig
@@ -31,6 +32,7 @@ from ptr_hf.guarded_trainer import GuardedTrainer
 from ptr_hf.launch import check_launch, check_same_everywhere, run_facts
 from ptr_hf.metrics import MetricsWindow
 from ptr_hf.modeling_ptr import PTRPolicy
+from ptr_hf.nonfinite import BadFrame
 from ptr_hf.policy_sources import ModelSource, policy_processors, resolve_policy
 from ptr_hf.processor_embodiment import for_robot
 from ptr_hf.processor_ptr import preprocess
@@ -101,6 +103,7 @@ class PTRTrainer(GuardedTrainer):
             if source is not None:
                 metas[name] = read_metadata(source, args, like=metas.get("train"))
         meta = next(iter(metas.values()), None)
+        self._mixtures = {name: known for name, known in metas.items() if isinstance(known, MixtureMetadata)}
         policy = resolve_policy(model, args, meta, peft_config)
         self.random_weights = isinstance(model, PreTrainedConfig)
         if args.gradient_checkpointing:
@@ -337,6 +340,15 @@ class PTRTrainer(GuardedTrainer):
             steps = math.ceil(len(self.train_dataset) / per_step * self.args.num_train_epochs)
         self.policy.set_run_length(steps)
         return super().train(*args, **kwargs)
+
+    def located(self, frame: BadFrame) -> BadFrame:
+        """A frame of a mixture by its source, episode and dataset index there."""
+        meta = self._mixtures.get("eval" if frame.kind == "evaluation" else "train")
+        if meta is None:
+            return frame
+        start = meta.episodes["dataset_from_index"][frame.episode]
+        names, episodes, _, indices = meta.located(np.array([frame.episode]), np.array([frame.index - start]))
+        return BadFrame(frame.kind, int(indices[0]), int(episodes[0]), str(names[0]))
 
     # ---- logs ------------------------------------------------------------------------------------------------------
 
