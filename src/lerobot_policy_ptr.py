@@ -1,4 +1,6 @@
-"""LeRobot discovers this module by name; importing it registers the `ptr` policy and the `ptr_metaworld` environment."""
+"""LeRobot discovers this module by name; importing it registers the `ptr` policy, the processor steps of policies of
+several robots, and the `ptr_metaworld` environment."""
 
 import ptr_hf.configuration_ptr
-import ptr_hf.data.benchmark_env  # noqa: F401
+import ptr_hf.data.benchmark_env
+import ptr_hf.processor_embodiment  # noqa: F401
