@@ -44,6 +44,13 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
     )
     num_episodes: int = field(default=0, metadata={"help": "Episodes of the training data; set when it is known."})
     num_slots: int = field(default=0, metadata={"help": "Stretches of them that have a verdict; set when it is known."})
+    robots: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Sources of the mixture that the policy was trained on; set when it is known. Its action is then a vector of "
+            "slots, whatever the environment's or robot's own is."
+        },
+    )
     num_tasks: int = field(default=0, metadata={"help": "Instructions of the training data; set when it is known."})
 
     def __post_init__(self) -> None:
@@ -59,11 +66,23 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
             self._base_config = self._read_base()
         config = self._base_config
         config.device = self.device
+        if self.robots and self._owns_features:
+            # LeRobot gives a policy the features of the environment it will run in; the processors make these of the slots
+            return config
         if self.input_features:
             config.input_features = self.input_features
         if self.output_features:
             config.output_features = self.output_features
         return config
+
+    @property
+    def _owns_features(self) -> bool:
+        return "output_features" in self.base
+
+    @property
+    def needs_ptr_hf(self) -> bool:
+        """Whether plain LeRobot could not run the policy: it carries a belief, or several robots' slots."""
+        return self.num_belief_tokens > 0 or bool(self.robots)
 
     def adopt(self, config: PreTrainedConfig) -> None:
         """Take the configuration of a base policy that already exists as the base."""

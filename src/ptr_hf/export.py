@@ -12,8 +12,10 @@ from transformers import HfArgumentParser
 
 from ptr_hf.hub import PROCESSOR_FILES, resolve_folder
 from ptr_hf.modeling_ptr import PTRPolicy
-from ptr_hf.processor_embodiment import for_robot
+from ptr_hf.processor_embodiment import for_robot, robots_of
 from ptr_hf.processor_ptr import saved_processors
+
+PROCESSORS = tuple(Path(name).stem for name in PROCESSOR_FILES)
 
 
 @dataclass
@@ -47,8 +49,8 @@ def export(
         output_dir: created if missing.
         revision: on the Hub.
         without_belief: export a policy trained with belief tokens too, which then acts without them.
-        robot: that a policy of several will run on; its processors then need no other word. They are steps of ptr_hf, so
-            LeRobot still needs it installed.
+        robot: that a policy of several will run on. Such a policy is written as it is, with processors that need no other
+            word: its slots are ptr_hf's, so LeRobot needs ptr_hf installed.
 
     Returns:
         The folder.
@@ -58,17 +60,28 @@ def export(
     """
     folder, output = resolve_folder(source, revision=revision), Path(output_dir)
     policy = PTRPolicy.from_pretrained(folder, merge_adapter=True)
-    pipelines = saved_processors(policy.config, folder) if robot is not None else ()
-    chosen = [for_robot(pipeline, str(robot)) for pipeline in pipelines]
+    if policy.config.robots or robot is not None:
+        return _export_for_robot(policy, folder, output, robot)
     policy.export_base(output, without_belief)
-    for name, pipeline in zip(PROCESSOR_FILES, chosen, strict=False):
-        pipeline.save_pretrained(output, config_filename=name)
-    if chosen:
-        return output
-    names = tuple(Path(name).stem for name in PROCESSOR_FILES)
     for path in folder.iterdir():
-        if path.name.startswith(names):
+        if path.name.startswith(PROCESSORS):
             shutil.copyfile(path, output / path.name)
+    return output
+
+
+def _export_for_robot(policy: PTRPolicy, folder: Path, output: Path, robot: str | None) -> Path:
+    """The whole policy, its processors told which robot it runs on."""
+    pipelines = saved_processors(policy.config, folder)
+    if robot is None:
+        raise ValueError(
+            f"{folder} was trained on several robots: say which one it will run on, robot=... (--robot), one of "
+            f"{', '.join(robots_of(pipelines[0]))}."
+        )
+    chosen = [for_robot(pipeline, robot) for pipeline in pipelines]
+    output.mkdir(parents=True, exist_ok=True)
+    policy.save_pretrained(output)
+    for name, pipeline in zip(PROCESSOR_FILES, chosen, strict=True):
+        pipeline.save_pretrained(output, config_filename=name)
     return output
 
 
@@ -81,7 +94,8 @@ def main() -> None:
         folder = export(**vars(arguments))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(str(error))
-    print(f"{folder} holds the plain policy: lerobot-eval --policy.path={folder} ...")
+    kind = f"policy for {arguments.robot}" if arguments.robot else "plain policy"
+    print(f"{folder} holds the {kind}: lerobot-eval --policy.path={folder} ...")
 
 
 if __name__ == "__main__":

@@ -70,9 +70,9 @@ def is_ptr_source(source: str | Path, revision: str | None = None) -> bool:
 def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write a `PTRPolicy`'s files (not its processors) into an existing folder.
 
-    With belief tokens `config.json` names the type `ptr`, since the base policy alone would miss them; without, it is
-    the base policy's own. Of a policy under PEFT the adapter alone is stored, as PEFT and LeRobot do; where the base has no
-    source to be loaded from again, `model.safetensors` holds it with the adapter merged.
+    With belief tokens, or with several robots, `config.json` names the type `ptr`, since the base policy alone would miss
+    them; without, it is the base policy's own. Of a policy under PEFT the adapter alone is stored, as PEFT and LeRobot do;
+    where the base has no source to be loaded from again, `model.safetensors` holds it with the adapter merged.
 
     Args:
         policy: a `PTRPolicy`.
@@ -90,7 +90,7 @@ def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None 
             base = copy.deepcopy(policy.base).merge_and_unload()
             base.config.use_peft = False
     policy.config.base = draccus.encode(base.config, PreTrainedConfig)
-    shown = policy.config if policy.config.num_belief_tokens else base.config
+    shown = policy.config if policy.config.needs_ptr_hf else base.config
     for name, config in ((PTR_CONFIG_NAME, policy.config), (CONFIG_NAME, shown)):
         _write_json(folder / name, draccus.encode(config, PreTrainedConfig) | {"pretrained_path": None})
     if state_dict is None:

@@ -105,6 +105,8 @@ class PTRTrainer(GuardedTrainer):
         meta = next(iter(metas.values()), None)
         self._mixtures = {name: known for name, known in metas.items() if isinstance(known, MixtureMetadata)}
         policy = resolve_policy(model, args, meta, peft_config)
+        if isinstance(meta, MixtureMetadata):
+            policy.config.robots = list(meta.names)
         self.random_weights = isinstance(model, PreTrainedConfig)
         if args.gradient_checkpointing:
             policy.gradient_checkpointing_enable()

@@ -10,9 +10,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDatasetMetadata
-from lerobot.policies.factory import make_pre_post_processors
-from lerobot.policies.smolvla.modeling_smolvla import SmolVLAPolicy
+from lerobot.envs.factory import make_env_config
+from lerobot.policies.factory import make_policy, make_pre_post_processors
 from safetensors.torch import load_file
 from small_policies import base_policy
 
@@ -135,15 +136,21 @@ def test_two_robots_from_one_command(recipe: ModuleType, tmp_path: Path, capsys:
     assert sum(source["share"] for source in row) == pytest.approx(1.0)
     assert sum(source["weight_share"] for source in row) == pytest.approx(1.0)
     assert (tmp_path / "figures" / "ptr_sources.png").is_file()
-    # the checkpoint for one of the two robots, which then needs no other word
-    export(tmp_path, tmp_path / "arm", robot="ur5e")
-    policy = SmolVLAPolicy.from_pretrained(tmp_path / "arm")
-    before, after = make_pre_post_processors(policy.config, pretrained_path=str(tmp_path / "arm"))
+    # the checkpoint for one of the two robots, as lerobot-eval takes it: it knows of the environment's own actions alone
+    with pytest.raises(ValueError, match=r"say which one it will run on.*one of metaworld, ur5e"):
+        export(tmp_path, tmp_path / "nobody")
+    export(tmp_path, tmp_path / "arm", robot="metaworld")
+    environment = make_env_config("ptr_metaworld", task="reach-left", track="pixels")
+    config = PreTrainedConfig.from_pretrained(tmp_path / "arm")
+    config.pretrained_path = tmp_path / "arm"
+    policy = make_policy(config, env_cfg=environment)
+    assert isinstance(policy, PTRPolicy)
+    before, after = make_pre_post_processors(config, pretrained_path=str(tmp_path / "arm"))
     seen = {
-        "observation.state": torch.zeros(14),
-        "observation.images.front": torch.zeros(3, 64, 64),
-        "task": "lift the cube",
+        "observation.state": torch.zeros(1, 4),
+        "observation.image": torch.zeros(1, 3, 84, 84),
+        "task": ["reach the goal"],
     }
-    assert after(policy.predict_action_chunk(before(seen))).shape == (1, 4, 4)
+    assert after(policy.select_action(before(seen))).shape == (1, 4)
     with pytest.raises(ValueError, match=r"names 0 of the policy's sources; choose one of metaworld, ur5e"):
         export(tmp_path, tmp_path / "nobody", robot="nobody")
