@@ -12,6 +12,7 @@ from typing import Any
 
 from lerobot.processor import ProcessorStep, ProcessorStepRegistry
 
+import ptr_hf.processor_embodiment  # noqa: F401  registers the steps of policies of several robots
 from ptr_hf.artifact_files import inside, quoted, read_header, read_json
 
 PROCESSOR_FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
