@@ -19,8 +19,8 @@ from lerobot.utils.constants import OBS_STATE
 from transformers import set_seed
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments
-from ptr_hf.data.mixture import MixtureMetadata
 from ptr_hf.data.mixture_config import MixtureConfig
+from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.report import DYNAMICS_FILE, read_dynamics
 from ptr_hf.report.sources import group_shares

@@ -29,8 +29,9 @@ from transformers import HfArgumentParser, set_seed
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments
 from ptr_hf.checkpoints import last_complete
-from ptr_hf.data.mixture import Mixture, MixtureMetadata
+from ptr_hf.data.mixture import Mixture
 from ptr_hf.data.mixture_config import MixtureConfig
+from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.evaluation_callback import EVALUATION_FILE
 from ptr_hf.report.files import replacing
 from ptr_hf.report.style import BLUE, INK, TEXT_SIZE, TICK_SIZE, VERMILION, board, name_axes, save_figure

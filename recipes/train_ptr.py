@@ -46,8 +46,9 @@ from ptr_hf import PTRTrainer, PTRTrainingArguments, score_dataset
 from ptr_hf.checkpoints import checkpoints
 from ptr_hf.configuration_ptr import chunk_settings
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
-from ptr_hf.data.mixture import Mixture, MixtureMetadata
+from ptr_hf.data.mixture import Mixture
 from ptr_hf.data.mixture_config import MixtureConfig
+from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.data.segments import CAMERA_MASK_SUFFIX, SegmentLayout
 from ptr_hf.hub import is_ptr_source
 from ptr_hf.hyperparameters import PRESETS

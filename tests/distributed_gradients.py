@@ -51,7 +51,7 @@ class Case:
 
 CASES = (
     Case("act", slow=True),
-    Case("act", 2),
+    Case("act", 2, slow=True),
     Case("smolvla"),
     Case("smolvla", 2, slow=True),
     Case("act", 2, {"normalize_over": "window", "shuffle_consequences": True}, (1, 2)),

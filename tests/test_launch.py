@@ -99,6 +99,7 @@ def test_that_the_cpu_configuration_starts_two_processes_that_agree(points: Path
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.slow
 def test_a_launch_that_starts_one_process_for_two(tmp_path: Path) -> None:
     """Refused by what the launcher was asked for; a cluster's MASTER_ADDR around one process that was meant is none of that."""
     two = start(tmp_path / "two", [*LAUNCH, "--cpu", "--num_processes", "2"])

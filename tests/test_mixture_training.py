@@ -18,8 +18,10 @@ from small_policies import CHUNK, vlm_folder
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments, score_dataset
 from ptr_hf.data.action_space import ActionSpace
 from ptr_hf.data.demonstrations import bundled_demonstrations
-from ptr_hf.data.mixture import Mixture, MixtureMetadata, mixture_statistics
+from ptr_hf.data.mixture import Mixture
 from ptr_hf.data.mixture_config import MixtureConfig
+from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.statistics import mixture_statistics
 from ptr_hf.policies.protocol import ACTION_DIM_PAD
 from ptr_hf.policies.tiny import tiny_act, tiny_smolvla
 from ptr_hf.processor_embodiment import embodiment_steps

@@ -65,6 +65,7 @@ def unfinished(folder: Path) -> list[str]:
 
 
 class TestKilled:
+    @pytest.mark.slow
     def test_ten_times(self, runs: Runs, undisturbed: Undisturbed, tmp_path: Path) -> None:
         killed = kill_again_and_again(runs, tmp_path / "run", ranks=1, kills=10, seed=6)
         assert len(killed) == 10

@@ -13,8 +13,10 @@ from torch import nn
 
 from ptr_hf.configuration_ptr import PTRConfig, chunk_settings
 from ptr_hf.data.in_memory import InMemorySegments
-from ptr_hf.data.mixture import Mixture, MixtureMetadata, mixture_statistics
+from ptr_hf.data.mixture import Mixture
+from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.data.screening import Screen, with_finite_statistics
+from ptr_hf.data.statistics import mixture_statistics
 from ptr_hf.hub import is_ptr_source
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.modeling_ptr import PTRPolicy, build_base

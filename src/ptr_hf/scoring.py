@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 
 from ptr_hf.data.datasets import check_cameras, check_dataset, episode_spans, open_dataset
 from ptr_hf.data.in_memory import InMemorySegments, collate_segments
-from ptr_hf.data.mixture import Mixture, MixtureMetadata
+from ptr_hf.data.mixture import Mixture
 from ptr_hf.data.mixture_config import MixtureConfig
+from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.data.segments import SegmentLayout, split_segment
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.processor_embodiment import check_robots

@@ -23,7 +23,8 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ProgressCallback
 
 from ptr_hf.data.in_memory import collate_segments
-from ptr_hf.data.mixture import Mixture, MixtureMetadata, MixtureSampler
+from ptr_hf.data.mixture import Mixture, MixtureSampler
+from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.data.screening import Screen, leave_out
 from ptr_hf.data.segments import is_rows
 from ptr_hf.evaluation_callback import EnvironmentSource, EvaluationCallback

@@ -12,8 +12,9 @@ from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.datasets import check_cameras, check_dataset, dataset_metadata, open_dataset
 from ptr_hf.data.demonstrations import load_truth
 from ptr_hf.data.in_memory import InMemorySegments
-from ptr_hf.data.mixture import Mixture, MixtureMetadata
+from ptr_hf.data.mixture import Mixture
 from ptr_hf.data.mixture_config import MixtureConfig
+from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.data.streaming_mixture import StreamingMixture
 from ptr_hf.scores import EpisodeTable
 from ptr_hf.training_args import PTRTrainingArguments

@@ -15,10 +15,11 @@ from torch.utils.data import default_collate
 from ptr_hf.data.action_space import ActionSpace
 from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.demonstrations import bundled_demonstrations
-from ptr_hf.data.mixture import Mixture, MixtureMetadata, MixtureSampler, mixture_statistics, resized
+from ptr_hf.data.mixture import Mixture, MixtureSampler, resized
 from ptr_hf.data.mixture_config import MixtureConfig
+from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.data.segments import OBS_SOURCE, SegmentLayout
-from ptr_hf.data.statistics import Placed, affine, pooled
+from ptr_hf.data.statistics import Placed, affine, mixture_statistics, pooled
 from ptr_hf.data.streaming_mixture import StreamingMixture
 
 LAYOUT = SegmentLayout(

@@ -14,8 +14,9 @@ from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
 from loopback_hub import LoopbackHub
 
 from ptr_hf.data.demonstrations import bundled_demonstrations
-from ptr_hf.data.mixture import Mixture, MixtureMetadata
+from ptr_hf.data.mixture import Mixture
 from ptr_hf.data.mixture_config import MixtureConfig
+from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.data.streaming_mixture import StreamingMixture
 

@@ -164,7 +164,9 @@ class TestDuringTraining:
             assert {f"{resumable}/optimizer.pt", f"{resumable}/trainer_state.json"} <= commits[-1].files.keys()
         assert not list((tmp_path / "run").glob(".push_*")), "what was staged is gone"
 
-    @pytest.mark.parametrize("kind", [500, "cut", 403, 409, "timeout"])
+    @pytest.mark.parametrize(
+        "kind", [500, "timeout", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("cut", 403, 409))]
+    )
     def test_a_fault_costs_no_training(
         self,
         online: LoopbackHub,

@@ -21,6 +21,8 @@ from ptr_hf.processor_ptr import preprocess
 from ptr_hf.report import read_dynamics
 
 STEPS, WINDOW = 30, 5
+LONG = ("pi0_fast", "diffusion", "vla_jepa", "groot")
+"""Families whose runs CI leaves out: 10 to 22 seconds each."""
 EPISODES = [24] * 24
 FIRST_OF_EACH = tuple({family.name.split("-")[0]: family for family in reversed(FAMILIES)}.values())[::-1]
 
@@ -54,7 +56,13 @@ def base_losses(policy: PTRPolicy, root: Path) -> Tensor:
 
 
 @pytest.mark.capability("training")
-@pytest.mark.parametrize("family", FIRST_OF_EACH, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=pytest.mark.slow if family.name.split("-")[0] in LONG else (), id=family.name)
+        for family in FIRST_OF_EACH
+    ],
+)
 def test_a_short_run_learns(family: Family, tmp_path: Path, record_property: Any) -> None:
     root = dataset_for(family, tmp_path)
     args = PTRTrainingArguments(

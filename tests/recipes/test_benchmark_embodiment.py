@@ -21,7 +21,7 @@ from embodiment_arms import ARMS, EXPERT, MIRRORED, MISSES, ArmScene, Demonstrat
 
 from ptr_hf.data.action_space import ActionSpace, resolve_layout  # noqa: E402
 from ptr_hf.data.demonstrations import load_truth  # noqa: E402
-from ptr_hf.data.mixture import MixtureMetadata  # noqa: E402
+from ptr_hf.data.mixture_metadata import MixtureMetadata  # noqa: E402
 
 
 def row(

@@ -54,7 +54,8 @@ def test_the_counter_sees_a_frame_that_is_decoded_twice() -> None:
     assert len(counter.codec_frames) == 2 * len(set(counter.codec_frames)) > 0
 
 
-@pytest.mark.parametrize("runner", ["lerobot-train", pytest.param("ptr", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("runner", ["lerobot-train", "ptr"])
 def test_a_training_run_reports_throughput_and_memory(runner: str) -> None:
     case = Case("smolvla", segments=1, segment_length=2, belief_tokens=2)
     figures = training_run(runner, case, bundled_demonstrations(), steps=2, skip=1, threads=1, seed=0)

@@ -173,6 +173,7 @@ def test_the_dataset_decides_the_sizes_and_learned_heads_stay(points: Path, trut
     assert tensors_equal(weigher.scores.state_dict(), learned)
 
 
+@pytest.mark.slow
 def test_the_memory_is_the_same_on_both_ranks(points: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -10,9 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from lerobot.configs import NormalizationMode
+from lerobot.configs import FeatureType, NormalizationMode
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.utils.constants import OBS_STATE
 from numpy.typing import NDArray
 from torch import Tensor
+
+from ptr_hf.data.mixture_metadata import MixtureMetadata, Source
+from ptr_hf.data.screening import with_finite_statistics
+from ptr_hf.data.segments import ACTION
 
 Stats = Mapping[str, Any]
 """LeRobot's statistics of one feature: mean, std, min, max, count and quantiles."""
@@ -114,3 +120,62 @@ def affine(
     unused, constant = ~np.isfinite(offset), ~(scale > 0)
     offset, scale = np.where(unused, 0.0, offset), np.where(unused | constant, 1.0, scale)
     return torch.from_numpy(offset).float(), torch.from_numpy(scale).float()
+
+
+def mixture_statistics(
+    meta: MixtureMetadata,
+    modes: Mapping[FeatureType, NormalizationMode] | Mapping[str, NormalizationMode],
+    datasets: Sequence[LeRobotDataset] | None = None,
+) -> dict[str, Float[Tensor, "sources *rest"]]:
+    """What normalises every source's samples: `<key>.offset` and `<key>.scale`, stacked by source.
+
+    Args:
+        meta: of the mixture; its configuration says over whom statistics are pooled.
+        modes: the policy's normalization_mapping.
+        datasets: open, by source; where one's statistics are not finite they are computed anew from it.
+
+    Raises:
+        ValueError: statistics that a mode needs are missing.
+    """
+    metas = [
+        source.meta
+        if datasets is None
+        else with_finite_statistics(source.meta, datasets[source.number], _read_keys(source))
+        for source in meta.sources
+    ]
+    groups: dict[str, list[int]] = {}
+    for source in meta.sources:
+        key = {"source": source.name, "embodiment": source.robot.name, "pooled": ""}[meta.config.statistics]
+        groups.setdefault(key, []).append(source.number)
+    by_kind = {FeatureType(kind): mode for kind, mode in modes.items()}
+    tensors: dict[str, Tensor] = {}
+    for key in meta.features:
+        kind = {ACTION: FeatureType.ACTION, OBS_STATE: FeatureType.STATE}.get(key, FeatureType.VISUAL)
+        mode = by_kind.get(kind, NormalizationMode.IDENTITY)
+        of: dict[int, Placed] = {}
+        size = len(meta.space if key == ACTION else meta.state_space)
+        for source, recorded in zip(meta.sources, metas, strict=True):
+            stats = recorded.stats or {}
+            if kind is FeatureType.VISUAL:
+                own = next((name for name, called in source.cameras.items() if called == key), None)
+                if own is not None and own in stats:
+                    of[source.number] = Placed.of_frames(stats[own])
+            elif key in stats and (slots := source.action if key == ACTION else source.state):
+                of[source.number] = Placed.in_slots(stats[key], slots, size)
+        if mode is NormalizationMode.IDENTITY and kind is FeatureType.VISUAL:
+            continue
+        shape = (3, 1, 1) if kind is FeatureType.VISUAL else (size,)
+        offset, scale = torch.zeros(len(metas), *shape), torch.ones(len(metas), *shape)
+        for members in groups.values():
+            having = [number for number in members if number in of]
+            if having:
+                what = f"{key} of {', '.join(meta.names[number] for number in having)}"
+                values = affine(pooled([of[number] for number in having]), mode, what)
+                for number in having:
+                    offset[number], scale[number] = values
+        tensors[f"{key}.offset"], tensors[f"{key}.scale"] = offset, scale
+    return tensors
+
+
+def _read_keys(source: Source) -> list[str]:
+    return [key for key in (ACTION, OBS_STATE) if key in source.meta.features]

@@ -16,7 +16,8 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
 from ptr_hf.data.datasets import check_episodes, episode_spans, is_dataset_folder, open_dataset
-from ptr_hf.data.mixture import MixtureMetadata, Source, unified
+from ptr_hf.data.mixture import unified
+from ptr_hf.data.mixture_metadata import MixtureMetadata, Source
 from ptr_hf.data.segments import SegmentLayout
 
 
