@@ -153,6 +153,15 @@ class TestProcessors:
         ):
             type(step)(**{**vars(step), "source": "nobody"})
 
+    def test_robots_with_the_same_action_need_no_mask(self, points: Path) -> None:
+        sources = [{"dataset": str(points), "embodiment": POINT, "name": name} for name in ("one", "two")]
+        meta = MixtureMetadata.read(MixtureConfig.from_dict({"sources": sources, "action_space": "compact"}))
+        step, _ = embodiment_steps(meta, mixture_statistics(meta, {}))
+        chosen = type(step)(**{**vars(step), "source": "two"})
+        seen = chosen({"observation": {"observation.state": torch.zeros(4)}})
+        assert ACTION_DIM_PAD not in seen["complementary_data"]
+        assert seen["complementary_data"]["source_index"].tolist() == [1]
+
     def test_a_state_of_another_robot_is_refused(self, content: dict[str, Any]) -> None:
         meta = MixtureMetadata.read(MixtureConfig.from_dict(content))
         step, _ = embodiment_steps(meta, mixture_statistics(meta, {}))

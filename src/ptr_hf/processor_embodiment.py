@@ -130,7 +130,7 @@ class EmbodimentObservationStep(EmbodimentStep):
     """
 
     def __call__(self, transition: EnvTransition) -> EnvTransition:
-        """Add `source_index` and `action_dim_is_pad` by row, and normalise."""
+        """Add `source_index` and, where some robot lacks a slot, `action_dim_is_pad` by row; and normalise."""
         observation = dict(transition.get(TransitionKey.OBSERVATION) or {})
         rows = observation.pop(OBS_SOURCE, None)
         if rows is None:
@@ -147,7 +147,9 @@ class EmbodimentObservationStep(EmbodimentStep):
             result[TransitionKey.ACTION] = self._normalized(ACTION, action, rows, feature_ndim=1)
         known = dict(transition.get(TransitionKey.COMPLEMENTARY_DATA) or {})
         known[SOURCE_INDEX] = rows
-        known[ACTION_DIM_PAD] = self._unused(rows)
+        if any(len(robot["action"]) < self.size for robot in self.robots):
+            # robots with one and the same action need no mask, which some policies cannot read
+            known[ACTION_DIM_PAD] = self._unused(rows)
         result[TransitionKey.COMPLEMENTARY_DATA] = known
         return result
 
