@@ -11,7 +11,7 @@ robosuite 1.5.2 pins packages that LeRobot cannot live with, so it has an enviro
     .venv-robosuite/bin/python recipes/benchmark_embodiment.py --jobs 2
 
 Results go to `results/embodiment.csv`, a row a run and arm, as they come in; the grid goes on where it stopped. The table is
-printed at the end, or by `--report` alone, which needs no robosuite.
+printed at the end, or by `--report` alone, which needs no robosuite; a picture lies in `figures/` beside the results.
 """
 
 import argparse
@@ -32,9 +32,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a run: the runs are 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
+
+from ptr_hf.report.style import (
+    BLUE,
+    FAINT,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PINK,
+    SKY,
+    TICK_SIZE,
+    board,
+    name_axes,
+    save_figure,
+)
 
 sys.path.insert(0, str(Path(__file__).parent))  # the recipe's other files, in a spawned process too
 
@@ -46,10 +62,20 @@ SPECIALISTS = ("sft", "ptr", "ptr_calibrated")
 PRESETS = (*(f"generalist_{name}" for name in GENERALISTS), *(f"specialist_{name}" for name in SPECIALISTS))
 GRID: Mapping[str, tuple[str, ...]] = {
     "uneven": PRESETS,
-    # an oracle of clean data is SFT
-    "clean": tuple(name for name in PRESETS if name not in ("generalist_oracle", "generalist_random_weights")),
+    # what weighing costs where there is nothing to reject; an oracle of clean data is SFT
+    "clean": (*(f"generalist_{name}" for name in GENERALISTS[:4]), "specialist_sft"),
 }
 """Condition by condition, seed by seed, so that an interrupted grid lacks conditions and seeds but no presets."""
+SHOWN: Mapping[str, str] = {
+    "specialist_sft": FAINT,
+    "generalist_sft": GREY,
+    "generalist_random_weights": PINK,
+    "generalist_ptr": SKY,
+    "generalist_small_loss": ORANGE,
+    "generalist_ptr_calibrated": BLUE,
+    "generalist_oracle": GREEN,
+}
+"""Presets in the picture, with their colours."""
 
 
 class Estimate(NamedTuple):
@@ -166,6 +192,29 @@ def report(rows: Sequence[Mapping[str, str]]) -> list[Table]:
     return tables
 
 
+def figure(rows: Sequence[Mapping[str, str]]) -> Figure:
+    """Success by arm and in the mean, a panel a condition: bars are means, lines their standard errors over seeds."""
+    arms = [*dict.fromkeys(row["arm"] for row in rows), MEAN]
+    conditions = list(dict.fromkeys(row["condition"] for row in rows))
+    drawn, axes = board(len(conditions), 1, 11.0, 3.3 * len(conditions))
+    for ax, condition in zip(axes, conditions, strict=True):
+        presets = [name for name in SHOWN if by_seed(rows, condition, name, MEAN, "success")]
+        width = 0.84 / len(presets)
+        for place, preset in enumerate(presets):
+            own = [estimate(list(by_seed(rows, condition, preset, arm, "success").values())) for arm in arms]
+            x = [number + (place - (len(presets) - 1) / 2) * width for number in range(len(arms))]
+            errors = [0.0 if math.isnan(item.error) else 100 * item.error for item in own]
+            ax.bar(x, [100 * item.mean for item in own], width, color=SHOWN[preset], label=preset)
+            ax.errorbar(x, [100 * item.mean for item in own], errors, fmt="none", ecolor=INK, elinewidth=1.0)
+        ax.set_xticks(range(len(arms)), arms)
+        ax.set_ylim(0, 105)
+        name_axes(ax, condition, "success in %, mean ± SE over seeds")
+        ax.legend(
+            fontsize=TICK_SIZE, frameon=False, labelcolor=INK, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
+    return drawn
+
+
 def _percent(item: Estimate, sign: str = "") -> str:
     if not item.seeds:
         return "–"
@@ -207,11 +256,15 @@ def main(argv: list[str]) -> None:
     console = Console()
     if not given.report:
         run_grid(given, results)
+    rows = read(results)
     try:
-        for table in report(read(results)):
+        for table in report(rows):
             console.print(table)
     except ValueError as error:
         raise SystemExit(f"benchmark_embodiment.py: {error}") from error
+    picture = results.parent / "figures" / f"{results.stem}.png"
+    picture.parent.mkdir(exist_ok=True)
+    console.print(f"picture  {save_figure(figure(rows), picture)}", soft_wrap=True)
 
 
 def run_grid(given: argparse.Namespace, results: Path) -> None:
