@@ -27,6 +27,7 @@ from ptr_hf.data.mixture import Mixture, MixtureSampler
 from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.data.screening import Screen, leave_out
 from ptr_hf.data.segments import is_rows
+from ptr_hf.data.streaming_mixture import StreamingMixture
 from ptr_hf.evaluation_callback import EnvironmentSource, EvaluationCallback
 from ptr_hf.global_batches import TensorsOnly, has_batch_statistics, instructions_of, repeated_rows, with_instructions
 from ptr_hf.guarded_trainer import GuardedTrainer
@@ -142,6 +143,9 @@ class PTRTrainer(GuardedTrainer):
                 )
             collate = TensorsOnly(collate)
             self._instructions = {name: instructions_of(dataset.meta) for name, dataset in opened.items()}
+        if isinstance(opened.get("train"), StreamingMixture):
+            # every process reads the stream and takes its own rows: dispatched batches would lose their instructions
+            args.accelerator_config.dispatch_batches = bool(args.accelerator_config.dispatch_batches)
         if args.ddp_broadcast_buffers is None and not has_batch_statistics(policy):
             # queue, controller and memory are computed alike on every rank, so there is nothing to send
             args.ddp_broadcast_buffers = False
@@ -334,10 +338,14 @@ class PTRTrainer(GuardedTrainer):
         if self.train_dataset is None:
             raise ValueError("There is nothing to train on: give PTRTrainer a train_dataset.")
         if self.args.world_size > 1:
-            data = {"training segments": len(self.train_dataset), "episodes": self.training_data[0].episodes}
+            data = {"episodes": sum(part.episodes or 0 for part in self.training_data)}
+            if not isinstance(self.train_dataset, StreamingMixture):
+                data["training segments"] = len(self.train_dataset)
             check_same_everywhere(run_facts(self.args, self.policy.config, self.policy, data))
         share_weights(self.accelerator, self.policy)
         steps = self.args.max_steps
+        if steps <= 0 and isinstance(self.train_dataset, StreamingMixture):
+            raise ValueError("A stream has no end, so the run needs one: set max_steps.")
         if steps <= 0:
             per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             steps = math.ceil(len(self.train_dataset) / per_step * self.args.num_train_epochs)
