@@ -53,6 +53,7 @@ from ptr_hf.data.segments import CAMERA_MASK_SUFFIX, SegmentLayout
 from ptr_hf.hub import is_ptr_source
 from ptr_hf.hyperparameters import PRESETS
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
+from ptr_hf.policy_sources import widest_vector
 from ptr_hf.publish import PushError
 from ptr_hf.report import (
     SCORES_FILE,
@@ -211,7 +212,7 @@ def adapted_policy(path: str, overrides: list[str], data: DataSource, args: PTRT
         )
     except draccus.ParsingError as error:
         raise ValueError(f"policy_overrides={overrides} do not fit the policy {path}: {error}.") from error
-    robot = dataset_to_policy_features(read_metadata(data, args).features)
+    robot = dataset_to_policy_features(read_metadata(data, args, widest=widest_vector(saved)).features)
     config.output_features = {key: feature for key, feature in robot.items() if feature.type is FeatureType.ACTION}
     config.input_features = {
         key: robot.get(key, feature) if feature.type is FeatureType.STATE else feature

@@ -275,10 +275,14 @@ class TestTraining:
     def test_a_space_wider_than_the_policy_is_refused(self, content: dict[str, Any], tmp_path: Path) -> None:
         meta = MixtureMetadata.read(MixtureConfig.from_dict(content))
         policy = tiny_smolvla(meta.features, vlm_folder(), chunk_size=CHUNK)
-        with pytest.raises(
-            ValueError, match=r"has 200 slots and the policy's max_action_dim is \d+: set `action_space: compact`"
-        ):
-            PTRTrainer(policy, arguments(tmp_path), content)
+        sentence = r"has 200 slots and the policy's max_action_dim is \d+: set `action_space: compact`"
+        with pytest.raises(ValueError, match=sentence):
+            PTRTrainer(policy, arguments(tmp_path), {**content, "action_space": "standard"})
+
+    def test_a_list_is_enough_for_a_policy_with_few_dimensions(self, content: dict[str, Any], tmp_path: Path) -> None:
+        compact = MixtureMetadata.read(MixtureConfig.from_dict({**content, "action_space": "compact"}))
+        trainer = PTRTrainer(small_policy("smolvla", compact), arguments(tmp_path), content["sources"])
+        assert trainer.train_dataset.meta.features["action"]["shape"] == (4,)
 
     def test_streams_train_too(self, content: dict[str, Any], tmp_path: Path) -> None:
         trainer = trained({**content, "streaming": True, "stream_episodes": 2}, tmp_path, max_steps=2)

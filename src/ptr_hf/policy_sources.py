@@ -86,6 +86,21 @@ def resolve_policy(
     return PTRPolicy(config, base_policy=wrap_with_peft(trained, peft_config, args.peft_overrides).to(args.device))
 
 
+def widest_vector(model: ModelSource, revision: str | None = None) -> int | None:
+    """The longest action and state that a policy takes, where it pads every robot's to one width; None where it does not."""
+    if isinstance(model, str | Path):
+        config: Any = PreTrainedConfig.from_pretrained(model, revision=revision)
+    elif isinstance(model, PreTrainedConfig):
+        config = model
+    else:
+        config = getattr(unwrap(model), "config", None)
+    if isinstance(config, PTRConfig):
+        config = config.base_config
+    known = vars(config) if isinstance(config, PreTrainedConfig) else {}
+    widths = [known[name] for name in ("max_action_dim", "max_state_dim") if name in known]
+    return min(widths, default=None)
+
+
 def _fit_to_robot(config: PTRConfig, features: dict[str, Any]) -> None:
     """Give a pretrained policy this robot's action and state sizes, as LeRobot does; its cameras stay its own.
 
@@ -125,15 +140,20 @@ def _fresh_policy(config: PreTrainedConfig, device: str, hyperparameters: dict[s
 
 
 def policy_processors(
-    policy: PTRPolicy, meta: Metadata | None, data: TrainingSet | None, args: PTRTrainingArguments, screen: Screen
+    policy: PTRPolicy,
+    meta: Metadata | None,
+    args: PTRTrainingArguments,
+    data: TrainingSet | None = None,
+    screen: Screen | None = None,
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     """The policy's own processors: a PTR checkpoint's as saved, otherwise with the statistics of the data.
 
     Args:
         policy: it runs before.
-        meta, data: of the training data; None keeps a pretrained policy's statistics.
+        meta: of the training data; None keeps a pretrained policy's statistics.
         args: of the run.
-        screen: says which features are read; where their statistics are not finite they are computed anew.
+        data, screen: the data, and what says which of its features are read: where their statistics are not finite, they are
+            computed anew.
 
     Raises:
         ValueError: a checkpoint that knows other robots than the mixture's.
@@ -150,7 +170,7 @@ def policy_processors(
         opened = data.datasets if isinstance(data, Mixture) else None
         statistics = mixture_statistics(meta, config.normalization_mapping, opened)
         return make_ptr_pre_post_processors(config, embodiments=embodiment_steps(meta, statistics))
-    if meta is not None:
+    if meta is not None and data is not None and screen is not None:
         frames = data.dataset if isinstance(data, InMemorySegments) else data
         meta = with_finite_statistics(meta, frames, [key for key in meta.features if screen.reads(key)])
     return make_ptr_pre_post_processors(

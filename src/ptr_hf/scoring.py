@@ -20,6 +20,7 @@ from ptr_hf.data.mixture_config import MixtureConfig
 from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.data.segments import SegmentLayout, split_segment
 from ptr_hf.modeling_ptr import PTRPolicy
+from ptr_hf.policy_sources import widest_vector
 from ptr_hf.processor_embodiment import check_robots
 from ptr_hf.processor_ptr import preprocess, saved_processors
 from ptr_hf.report import ChunkScores
@@ -64,7 +65,7 @@ def score_dataset(
     if policy.objective is None:
         raise ValueError("This policy has no scorer (preset='sft'), so it cannot score data; train with preset='ptr'.")
     layout = policy.config.layout
-    opened, segments = _opened(dataset, layout, episodes)
+    opened, segments = _opened(dataset, policy, layout, episodes)
     if isinstance(opened, LeRobotDataset):
         check_cameras(policy.config.base_config, opened.meta.features, _rename_map(preprocessor))
         check_dataset(opened, layout)
@@ -114,7 +115,7 @@ def score_dataset(
 
 
 def _opened(
-    dataset: ScoredSource, layout: SegmentLayout, episodes: Sequence[int] | None = None
+    dataset: ScoredSource, policy: PTRPolicy, layout: SegmentLayout, episodes: Sequence[int] | None = None
 ) -> tuple[LeRobotDataset | Mixture, Dataset]:
     """The data set, and what reads its segments."""
     if isinstance(dataset, InMemorySegments):
@@ -123,7 +124,7 @@ def _opened(
         return dataset, dataset
     config = MixtureConfig.of(dataset)
     if config is not None:
-        mixture = Mixture(MixtureMetadata.read(config), layout)
+        mixture = Mixture(MixtureMetadata.read(config, widest=widest_vector(policy)), layout)
         return mixture, mixture
     assert isinstance(dataset, str | Path | LeRobotDataset)
     opened = open_dataset(dataset, layout, episodes=episodes)
@@ -166,7 +167,7 @@ def action_loss(
         seed: of the noise.
     """
     layout = layout or policy.config.layout
-    opened, segments = _opened(dataset, layout)
+    opened, segments = _opened(dataset, policy, layout)
     check_robots(preprocessor, opened.meta)
     return _mean_loss(policy, segments, _anchors(opened, layout), preprocessor, layout, batch_size, repeats, seed)
 

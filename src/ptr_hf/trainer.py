@@ -24,6 +24,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from ptr_hf.data.in_memory import collate_segments
 from ptr_hf.data.mixture import Mixture, MixtureSampler
+from ptr_hf.data.mixture_config import MixtureConfig
 from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.data.screening import Screen, leave_out
 from ptr_hf.data.segments import is_rows
@@ -35,7 +36,7 @@ from ptr_hf.launch import check_launch, check_same_everywhere, run_facts
 from ptr_hf.metrics import MetricsWindow
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.nonfinite import BadFrame
-from ptr_hf.policy_sources import ModelSource, policy_processors, resolve_policy
+from ptr_hf.policy_sources import ModelSource, policy_processors, resolve_policy, widest_vector
 from ptr_hf.processor_embodiment import for_robot
 from ptr_hf.processor_ptr import preprocess
 from ptr_hf.report import DYNAMICS_COLUMNS
@@ -103,7 +104,8 @@ class PTRTrainer(GuardedTrainer):
         metas: dict[str, Metadata] = {}
         for name, source in given.items():
             if source is not None:
-                metas[name] = read_metadata(source, args, like=metas.get("train"))
+                widest = widest_vector(model, args.model_revision) if MixtureConfig.of(source) is not None else None
+                metas[name] = read_metadata(source, args, like=metas.get("train"), widest=widest)
         meta = next(iter(metas.values()), None)
         self._mixtures = {name: known for name, known in metas.items() if isinstance(known, MixtureMetadata)}
         policy = resolve_policy(model, args, meta, peft_config)
@@ -126,7 +128,7 @@ class PTRTrainer(GuardedTrainer):
         )
         if preprocessor is None or postprocessor is None:
             first = next(iter(opened.values()), None)
-            preprocessor, postprocessor = policy_processors(policy, meta, first, args, self.screen)
+            preprocessor, postprocessor = policy_processors(policy, meta, args, first, self.screen)
         self.preprocessor, self.postprocessor = preprocessor, postprocessor
         self.window = MetricsWindow(
             policy.config,

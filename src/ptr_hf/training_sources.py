@@ -26,13 +26,16 @@ type Metadata = LeRobotDatasetMetadata | MixtureMetadata
 type TrainingSet = LeRobotDataset | InMemorySegments | Mixture | StreamingMixture
 
 
-def read_metadata(given: DataSource, args: PTRTrainingArguments, like: Metadata | None = None) -> Metadata:
+def read_metadata(
+    given: DataSource, args: PTRTrainingArguments, like: Metadata | None = None, widest: int | None = None
+) -> Metadata:
     """What is known of the data before it is read.
 
     Args:
         given: a dataset argument of `PTRTrainer`.
         args: its revision.
         like: of the training data, where `given` is what the policy is evaluated on: it has to have the same form.
+        widest: vector that the policy takes (`ptr_hf.policy_sources.widest_vector`).
 
     Raises:
         ValueError: it cannot be read, or has another form than the training data.
@@ -51,7 +54,7 @@ def read_metadata(given: DataSource, args: PTRTrainingArguments, like: Metadata 
         raise ValueError("dataset_revision is of a single dataset: give each source of the mixture its own `revision`.")
     if args.observation_renames:
         raise ValueError("rename_map is of a single dataset: give each source of the mixture its own `rename`.")
-    return MixtureMetadata.read(config, trained)
+    return MixtureMetadata.read(config, trained, widest)
 
 
 def open_data(
@@ -137,7 +140,9 @@ def _check_widths(config: PTRConfig, meta: MixtureMetadata) -> None:
     known = vars(config.base_config)
     for name, size in (("max_action_dim", len(meta.space)), ("max_state_dim", len(meta.state_space))):
         if name in known and known[name] < size:
-            compact = "" if meta.config.action_space == "compact" else "set `action_space: compact` in the mixture, or "
+            compact = (
+                "set `action_space: compact` in the mixture, or " if meta.config.action_space == "standard" else ""
+            )
             raise ValueError(
                 f"The mixture's vector has {size} slots and the policy's {name} is {known[name]}: {compact}train a policy whose "
                 f"{name} is at least {size}."

@@ -65,7 +65,8 @@ class MixtureConfig:
         temperature: see `shares`.
         statistics: what normalises a sample: those of its own dataset (`source`), of all datasets of its robot
             (`embodiment`), or of all (`pooled`, slot by slot).
-        action_space: `standard`: the 200 named slots; `compact`: those that some source uses, in the same order.
+        action_space: `standard`: the 200 named slots; `compact`: those that some source uses, in the same order. None:
+            standard, where the policy takes vectors that wide, else compact.
         image_size: (height, width) of every camera; None: the policy's, or the first source's that has the camera.
         fps: rate that every source is read at; it must divide each source's own. None: each at its own.
         streaming: fetch and read a few episodes at a time instead of all, for data that does not fit the disk.
@@ -79,7 +80,7 @@ class MixtureConfig:
     shares: str | None = None
     temperature: float = 1.0
     statistics: str = "source"
-    action_space: str = "standard"
+    action_space: str | None = None
     image_size: tuple[int, int] | None = None
     fps: int | None = None
     streaming: bool = False
@@ -97,7 +98,7 @@ class MixtureConfig:
         for what, value, known in (
             ("shares", self.shares, (None, *get_args(Shares))),
             ("statistics", self.statistics, get_args(Statistics)),
-            ("action_space", self.action_space, get_args(Space)),
+            ("action_space", self.action_space, (None, *get_args(Space))),
         ):
             if value not in known:
                 raise ValueError(

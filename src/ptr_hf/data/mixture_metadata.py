@@ -169,13 +169,16 @@ class MixtureMetadata:
         return names, own, recorded, first + recorded
 
     @classmethod
-    def read(cls, config: MixtureConfig, like: "MixtureMetadata | None" = None) -> "MixtureMetadata":
+    def read(
+        cls, config: MixtureConfig, like: "MixtureMetadata | None" = None, widest: int | None = None
+    ) -> "MixtureMetadata":
         """Read the metadata of every source and lay out what they have in common.
 
         Args:
             config: of the mixture.
             like: a mixture of the same robots in the same order, whose form this one takes: held-out data for what was
                 trained on that.
+            widest: vector that the policy takes, which decides where the configuration leaves the space open.
 
         Raises:
             ValueError: a dataset cannot be read, has no action, or does not fit its robot's layout; a rate does not divide
@@ -187,7 +190,7 @@ class MixtureMetadata:
         if like is not None:
             _check_same_robots(config, robots, like)
             space, state_space = like.space, like.state_space
-        elif config.action_space == "compact":
+        elif config.action_space == "compact" or (config.action_space is None and (widest or len(space)) < len(space)):
             space = space.compact(robots, ("action",))
             if any(robot.state for robot in robots):
                 state_space = state_space.compact(robots, ("state",))
