@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
-from lerobot.utils.constants import OBS_STATE
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ptr_hf.chunk_summaries import motion_of, summaries
 from ptr_hf.configuration_ptr import PTRConfig
+from ptr_hf.consequences import consequence_targets, samples_of
 from ptr_hf.data.segments import (
     ACTION,
-    CAMERA_MASK_SUFFIX,
     PAD_SUFFIX,
     Segment,
     SegmentLayout,
@@ -40,11 +40,9 @@ from ptr_hf.method import (
     ConsequenceEncoder,
     ObjectiveOutput,
     PTRObjective,
-    Samples,
-    masked_mean,
 )
-from ptr_hf.pathway import ACTION_STRETCHES, BeliefModule, build_objective
-from ptr_hf.policies import PolicyAdapter, PolicyTrace, Views, make_adapter, refusal, supported_policies
+from ptr_hf.pathway import BeliefModule, build_objective
+from ptr_hf.policies import PolicyAdapter, Views, make_adapter, refusal, supported_policies
 from ptr_hf.policies.hooks import unwrap
 from ptr_hf.policies.protocol import ACTION_DIM_PAD, without_unused
 from ptr_hf.scores import EpisodeTable, ScoreWeigher
@@ -280,10 +278,10 @@ class PTRPolicy(PreTrainedPolicy):
         views = self._encode_views(segment)
         traced = self._trace(segment, views)
         targets, current = self._targets(segment, views)
-        samples = self._samples(segment, targets)
+        samples = samples_of(segment, targets, self.adapter, self.config.robot_state_feature is not None)
         details = None
         if self.objective.weigher is not None:
-            details = ChunkDetails(traced.stretches, current, _motion(segment.chunks), segment.index)
+            details = ChunkDetails(traced.stretches, current, motion_of(segment.chunks), segment.index)
         return self.objective(
             ChunkBatch(
                 loss=traced.loss,
@@ -317,90 +315,34 @@ class PTRPolicy(PreTrainedPolicy):
         if self.belief is None:
             trace = self.adapter.trace(segment.chunks, views=views)
             zero = torch.zeros_like(trace.loss.detach())
-            return TracedChunks(*_summaries(trace), entropy=zero, diversity=zero)
+            return TracedChunks(*summaries(trace), entropy=zero, diversity=zero)
         memory, tokenizer = self.belief.memory, self.belief.tokenizer
         tokens = memory.start(segment.batch_size)
-        summaries, entropies, diversities = [], [], []
+        traced, entropies, diversities = [], [], []
         for t in range(segment.length):
             trace = self.adapter.trace(
                 segment.chunk(t), belief=memory.to_backbone(tokens), views=views.rows(segment.rows(t))
             )
             update = tokenizer(trace.action_hidden, trace.action_tokens, trace.action_mask)
             tokens = memory.carry(update.tokens)
-            summaries.append(_summaries(trace))
+            traced.append(summaries(trace))
             entropies.append(update.row_entropy)
             diversities.append(update.row_diversity)
-        loss, context, action, stretches = (torch.cat(parts) for parts in zip(*summaries, strict=True))
+        loss, context, action, stretches = (torch.cat(parts) for parts in zip(*traced, strict=True))
         return TracedChunks(loss, context, action, stretches, torch.cat(entropies), torch.cat(diversities))
 
-    @torch.no_grad()
     def _targets(
         self, segment: Segment, views: Views
     ) -> tuple[Float[Tensor, "rows target_dim"], Float[Tensor, "rows target_dim"]]:
-        """y⁺ of every chunk (4.2), and the same embedding of its own view where a score reads it (else zeros).
-
-        Every view is encoded once, and one the policy has just seen is not encoded again.
-        """
-        rows = segment.length * segment.batch_size
-        if self.target_encoder is None:
-            nothing = segment.index.new_zeros(rows, 0, dtype=torch.float32)
-            return nothing, nothing
-        layout, size = self.config.layout, segment.batch_size
-        # a view is the future of some chunk ("future", f), or else the current view of chunk t ("chunk", t)
-        weighs = self.objective is not None and self.objective.weigher is not None
-        shown_by = {
-            segment.future_index[t]: chunk
-            for t in range(segment.length)
-            if (chunk := layout.future_chunk(t)) is not None
-        }
-        embeddings: dict[tuple[str, int], Tensor] = {}
-        # A camera that the robot lacks is skipped, as the policy itself does.
-        cameras = [key for key in self.adapter.target_keys() if key in segment.futures]
-        if self._shared_tower:
-            for t in range(segment.length) if weighs else sorted(shown_by.values()):
-                states = [state[segment.rows(t)] for state in views.tower.values()]
-                embeddings["chunk", t] = self.target_encoder.embed(
-                    states, _camera_mask(segment, cameras, [("chunk", t)])
-                )
-            embeddings |= {("future", future): embeddings["chunk", chunk] for future, chunk in shown_by.items()}
-        wanted = [("future", future) for future in sorted(set(segment.future_index))]
-        if weighs:
-            wanted += [("chunk", t) for t in range(segment.length) if t not in shown_by.values()]
-        unseen = [view for view in wanted if view not in embeddings]
-        if unseen:
-            tower = self._shared_tower[0] if self._shared_tower else self.target_encoder.tower
-            assert tower is not None
-            features = []
-            for key in cameras:
-                images = torch.cat([_view(segment, key, kind, number) for kind, number in unseen])
-                features.append(self.adapter.encode_image(tower, key, images))
-            encoded = self.target_encoder.embed(features, _camera_mask(segment, cameras, unseen))
-            encoded = encoded.unflatten(0, (len(unseen), size))
-            embeddings |= dict(zip(unseen, encoded.unbind(0), strict=True))
-        targets = torch.cat([embeddings["future", future] for future in segment.future_index])
-        if not weighs:
-            return targets, torch.zeros_like(targets)
-        embeddings |= {("chunk", chunk): embeddings["future", future] for future, chunk in shown_by.items()}
-        return targets, torch.cat([embeddings["chunk", t] for t in range(segment.length)])
-
-    def _samples(self, segment: Segment, targets: Float[Tensor, "rows target_dim"]) -> Samples:
-        state = segment.chunks.get(OBS_STATE)
-        if state is None or self.config.robot_state_feature is None:
-            state = targets.new_zeros(len(targets), 0)
-        elif state.ndim > 2:
-            state = state[:, -1]
-        valid = segment.future_valid
-        cameras = [key for key in self.adapter.target_keys() if key in segment.futures]
-        shown = _camera_mask(segment, cameras, [("future", future) for future in segment.future_index])
-        return Samples(
-            targets=targets,
-            # a consequence that no camera saw is none
-            valid=valid if shown is None else valid & shown.any(dim=1),
-            task=segment.task,
-            source=segment.source,
-            episode=segment.episode,
-            frame=segment.target_index,
-            state=state.float(),
+        """y⁺ of every chunk, and the embedding of its own view where a score reads it; see `consequence_targets`."""
+        return consequence_targets(
+            segment,
+            views,
+            self.config.layout,
+            self.adapter,
+            self.target_encoder,
+            self._shared_tower[0] if self._shared_tower else None,
+            with_current=self.objective is not None and self.objective.weigher is not None,
         )
 
     @torch.no_grad()
@@ -598,65 +540,3 @@ def build_base(config: PTRConfig, **kwargs: Any) -> PreTrainedPolicy:
     if config.base_path is None:
         return policy_class(base_config, **kwargs)
     return policy_class.from_pretrained(config.base_path, config=base_config, revision=config.base_revision, **kwargs)
-
-
-def _summaries(trace: PolicyTrace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, h (masked mean of H), e (masked mean of A), and A by consecutive stretches of time."""
-    return (
-        trace.loss,
-        masked_mean(trace.context, trace.context_mask),
-        masked_mean(trace.action_tokens, trace.action_mask),
-        _stretches(trace.action_tokens.detach(), trace.action_mask),
-    )
-
-
-def _stretches(
-    tokens: Float[Tensor, "rows steps dim"], mask: Bool[Tensor, "rows steps"]
-) -> Float[Tensor, "rows stretches dim"]:
-    """Mean token of each of the chunk's consecutive stretches over its valid steps, zeros where it has none."""
-    steps = tokens.shape[1]
-    count = min(ACTION_STRETCHES, steps)
-    # stretch of step i, as even as the numbers allow
-    place = torch.div(torch.arange(steps, device=tokens.device) * count, steps, rounding_mode="floor")
-    member = torch.nn.functional.one_hot(place, count).to(tokens)
-    weight = mask.to(tokens)[:, :, None] * member
-    return torch.einsum("bsk,bsd->bkd", weight, tokens) / weight.sum(dim=1).clamp(min=1)[..., None]
-
-
-def _motion(chunks: dict[str, Any]) -> Float[Tensor, " rows"]:
-    """Mean square of a chunk's normalised actions over its valid steps and used dimensions."""
-    pad, unused = chunks[ACTION + PAD_SUFFIX], chunks.get(ACTION_DIM_PAD)
-    # a preprocessor may have lengthened the chunk to the model's own horizon
-    squares = chunks[ACTION][:, : pad.shape[1]].square()
-    if unused is None:
-        return masked_mean(squares.mean(dim=-1, keepdim=True), ~pad)[:, 0]
-    # or widened it beyond the robot's dimensions
-    squares = without_unused(squares[..., : unused.shape[-1]], unused)
-    used = (~unused).sum(dim=1).clamp_min(1)
-    return masked_mean(squares.sum(dim=-1, keepdim=True), ~pad)[:, 0] / used
-
-
-def _camera_mask(
-    segment: Segment, cameras: list[str], shown: list[tuple[str, int]]
-) -> Bool[Tensor, "rows cameras"] | None:
-    """Which views have which camera, where the dataset says that some lack one (LeRobot's `<camera>_padding_mask`)."""
-    names = [key + CAMERA_MASK_SUFFIX for key in cameras]
-    if not any(name in segment.chunks for name in names):
-        return None
-    everywhere = torch.ones(segment.batch_size, dtype=torch.bool, device=segment.index.device)
-    masks = [
-        torch.cat(
-            [_view(segment, name, kind, number) if name in segment.chunks else everywhere for kind, number in shown]
-        )
-        for name in names
-    ]
-    return torch.stack(masks, dim=1)
-
-
-def _view(segment: Segment, key: str, kind: str, number: int) -> Shaped[Tensor, "batch ..."]:
-    """One camera's frames of a future, or of a chunk's own time, of every segment of the batch."""
-    if kind == "future":
-        return segment.futures[key][number]
-    own = segment.chunks[key][segment.rows(number)]
-    # a policy with several observation steps sees the last one as its present
-    return own if own.ndim == segment.futures[key][0].ndim else own[:, -1]

@@ -12,8 +12,9 @@ from policy_families import FAMILIES
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ptr_hf.chunk_summaries import motion_of
 from ptr_hf.configuration_ptr import PTRConfig
-from ptr_hf.modeling_ptr import PTRPolicy, _motion
+from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.policies import make_adapter, policies_with_action_masks
 from ptr_hf.policies.hooks import captured_input
 from ptr_hf.policies.protocol import ACTION_DIM_PAD, per_sample_mean, without_unused
@@ -107,9 +108,9 @@ def test_unused_entries_are_zeros_and_what_is_padded_beyond_stays() -> None:
 
 def test_motion_counts_used_dimensions() -> None:
     chunks = {"action": torch.tensor([[[1.0, 3.0], [2.0, 9.0]]]), "action_is_pad": torch.tensor([[False, False]])}
-    assert _motion(chunks).item() == pytest.approx((1 + 9 + 4 + 81) / 4)
-    assert _motion({**chunks, ACTION_DIM_PAD: torch.tensor([[False, True]])}).item() == pytest.approx((1 + 4) / 2)
-    assert _motion({**chunks, ACTION_DIM_PAD: torch.tensor([[True, True]])}).item() == 0
+    assert motion_of(chunks).item() == pytest.approx((1 + 9 + 4 + 81) / 4)
+    assert motion_of({**chunks, ACTION_DIM_PAD: torch.tensor([[False, True]])}).item() == pytest.approx((1 + 4) / 2)
+    assert motion_of({**chunks, ACTION_DIM_PAD: torch.tensor([[True, True]])}).item() == 0
 
 
 @masked
