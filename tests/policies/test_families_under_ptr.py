@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments
+from ptr_hf.consequences import samples_of
 from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.segments import SegmentLayout, segment_rows
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors, preprocess
@@ -172,7 +173,7 @@ def test_a_camera_that_some_episodes_lack_has_no_part_in_their_consequences() ->
     assert torch.equal(targets(scrambled), some), "what lies in a missing camera's place reaches nothing"
     nothing = {**raw, f"{WRIST}_padding_mask": ~mask, f"{TOP}_padding_mask": torch.zeros(3, dtype=torch.bool)}
     segment = policy.split(preprocess(nothing, preprocessor, layout))
-    samples = policy._samples(segment, targets(nothing).flatten(0, 1))
+    samples = samples_of(segment, targets(nothing).flatten(0, 1), policy.adapter, reads_state=False)
     assert not samples.valid.unflatten(0, (LENGTH, 3))[:, mask].any(), "a consequence that no camera saw is none"
 
 
