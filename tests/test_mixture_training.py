@@ -16,6 +16,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from small_policies import CHUNK, vlm_folder
 
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments, score_dataset
+from ptr_hf.card_facts import BasePolicy, CardFacts
 from ptr_hf.data.action_space import ActionSpace
 from ptr_hf.data.demonstrations import bundled_demonstrations
 from ptr_hf.data.mixture import Mixture
@@ -308,6 +309,12 @@ class TestCard:
         assert "whose processors know its 2 sources" in card
         assert "--robot points" in card
         assert "q(m)" in card
+
+    def test_a_policy_without_its_run_says_so_too(self) -> None:
+        config = PTRConfig(base={"type": "act"}, robots=["points", "arm"], num_belief_tokens=0)
+        facts = CardFacts(config=config, base=BasePolicy(policy_type="act"))
+        assert facts.robots == ("points", "arm")
+        assert facts.needs_ptr_hf
 
 
 class TestBadFrames:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ptr_hf.card_text import is_repo_id, named_source
+from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.report import Dynamics, WeightShare
 
@@ -126,7 +127,8 @@ class CardFacts:
     @property
     def robots(self) -> tuple[str, ...]:
         """The sources of the mixture that the policy was trained on, each a robot it can run on; empty for one dataset."""
-        return tuple(part.name for part in self.data if part.name is not None)
+        recorded = self.config.robots if isinstance(self.config, PTRConfig) else ()
+        return tuple(recorded) or tuple(part.name for part in self.data if part.name is not None)
 
     @property
     def needs_ptr_hf(self) -> bool:
