@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a run: the runs are what is parallel
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MUJOCO_GL", "egl")  # mujoco chooses its GL when it is first imported
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -64,6 +65,8 @@ GRID: Mapping[str, tuple[str, ...]] = {
     "uneven": PRESETS,
     # what weighing costs where there is nothing to reject; an oracle of clean data is SFT
     "clean": (*(f"generalist_{name}" for name in GENERALISTS[:4]), "specialist_sft"),
+    # pictures cost several times as much
+    "uneven_cameras": (*(f"generalist_{name}" for name in GENERALISTS), "specialist_sft"),
 }
 """Condition by condition, seed by seed, so that an interrupted grid lacks conditions and seeds but no presets."""
 SHOWN: Mapping[str, str] = {
@@ -274,7 +277,7 @@ def run_grid(given: argparse.Namespace, results: Path) -> None:
             "benchmark_embodiment.py: robosuite is not installed here. It needs an environment of its own; "
             "docs/embodiment.md has the commands. --report prints the table of earlier results without it."
         )
-    from embodiment_data import Pool, condition_mixture, record_all
+    from embodiment_data import CONDITIONS, Pool, condition_mixture, record_all
     from embodiment_run import Setting, run
 
     settings: dict[str, Any] = {name: value for name in ("steps", "test_starts") if (value := vars(given)[name])}
@@ -289,7 +292,7 @@ def run_grid(given: argparse.Namespace, results: Path) -> None:
         cell for cell in cells(presets, conditions, seeds) if (cell.preset, cell.condition, cell.seed) not in done
     ]
     if missing:
-        record_all(setting.pool, workspace, given.jobs)
+        record_all(setting.pool, workspace, given.jobs, any(CONDITIONS[cell.condition].cameras for cell in missing))
     for condition, seed in dict.fromkeys((cell.condition, cell.seed) for cell in missing):
         condition_mixture(setting.pool, workspace, condition, seed)  # written here: the runs share them
     at = commit()

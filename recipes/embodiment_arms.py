@@ -195,8 +195,14 @@ class ArmScene:
         return self.robot.part_controllers["right"]
 
     @property
-    def _mujoco(self) -> tuple[Any, Any]:
-        return self.env.sim.model._model, self.env.sim.data._data
+    def model(self) -> Any:
+        """MuJoCo's model of the scene."""
+        return self.env.sim.model._model
+
+    @property
+    def data(self) -> Any:
+        """MuJoCo's state of it."""
+        return self.env.sim.data._data
 
     def reset(self, seed: int) -> None:
         """Start an episode: the seed decides where the cube lies and how the arm stands."""
@@ -265,18 +271,18 @@ class ArmScene:
     def _physics(self) -> np.ndarray:
         import mujoco
 
-        values = np.empty(mujoco.mj_stateSize(self._mujoco[0], mujoco.mjtState.mjSTATE_INTEGRATION))
-        mujoco.mj_getState(*self._mujoco, values, mujoco.mjtState.mjSTATE_INTEGRATION)
+        values = np.empty(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
+        mujoco.mj_getState(self.model, self.data, values, mujoco.mjtState.mjSTATE_INTEGRATION)
         return values
 
     def _place(self, physics: np.ndarray) -> None:
         """Put everything where the joints say; robosuite leaves positions behind by one step of the physics."""
         import mujoco
 
-        mujoco.mj_setState(*self._mujoco, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
+        mujoco.mj_setState(self.model, self.data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
         self.controller.update(force=True)  # calls mj_forward
         # which moves the solver's start too
-        mujoco.mj_setState(*self._mujoco, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
+        mujoco.mj_setState(self.model, self.data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
 def quaternion(rotation: Float[np.ndarray, "3 3"]) -> Float[np.ndarray, "4"]:
@@ -366,6 +372,7 @@ class Demonstration:
         quality: of the operator.
         seed: of the start.
         success_step: the step after which the cube was lifted; None if it never was.
+        pictures: (steps, size, size, 3) uint8, before each action; None without a camera.
     """
 
     states: np.ndarray
@@ -373,18 +380,30 @@ class Demonstration:
     quality: Quality
     seed: int
     success_step: int | None
+    pictures: np.ndarray | None = None
 
 
-def record(scene: ArmScene, seed: int, quality: Quality = EXPERT, after: int = 10) -> Demonstration:
-    """Let an operator try once, and go on for ``after`` steps past the end of the lift, so that chunks have a future."""
+def record(
+    scene: ArmScene,
+    seed: int,
+    quality: Quality = EXPERT,
+    after: int = 10,
+    camera: Callable[[], np.ndarray] | None = None,
+) -> Demonstration:
+    """Let an operator try once, and go on for ``after`` steps past the end of the lift, so that chunks have a future.
+
+    The same seed and quality give the same episode, with a camera or without.
+    """
     scene.reset(seed)
     draws = [seed, (EXPERT, *SLOPPY).index(quality)]
     operator = Operator(draws, quality, turns=scene.arm.convention is POSE)
-    states, actions = [], []
+    states, actions, pictures = [], [], []
     success_step, left = None, after
     while scene.steps < MAX_STEPS and left:
         action = operator(scene)
         states.append(scene.state())
+        if camera is not None:
+            pictures.append(camera())
         actions.append(scene.arm.convention.encode(operator.written(action), scene.end_effector).astype(np.float32))
         scene.step(action)
         if scene.success and success_step is None:
@@ -393,4 +412,5 @@ def record(scene: ArmScene, seed: int, quality: Quality = EXPERT, after: int = 1
         gave_up = operator.closing >= operator.CLOSING_STEPS and scene.end_effector.position[2] > scene.cube[2] + 0.1
         if success_step is not None or gave_up:
             left -= 1
-    return Demonstration(np.stack(states), np.stack(actions), quality, seed, success_step)
+    seen = np.stack(pictures) if camera is not None else None
+    return Demonstration(np.stack(states), np.stack(actions), quality, seed, success_step, seen)

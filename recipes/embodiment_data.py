@@ -2,25 +2,49 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
+import av
 import numpy as np
 from embodiment_arms import ARMS, EXPERT, FPS, SLOPPY, ArmScene, Demonstration, record
+from embodiment_cameras import KEY, VIEWS, Camera
+from lerobot.configs.video import RGBEncoderConfig
 from lerobot.utils.constants import ACTION, OBS_STATE
+from tqdm import tqdm
 
 from ptr_hf.data.corruption import Episode, TruthRecord
-from ptr_hf.data.demonstrations import EpisodeSource, Truth, save_truth
+from ptr_hf.data.demonstrations import EpisodeSource, Truth, save_truth, write_demonstrations
 from ptr_hf.data.fast_writer import write_frames
 from ptr_hf.data.mixture_config import MixtureConfig, SourceConfig
 
+ENCODER = RGBEncoderConfig(vcodec="h264", g=2, crf=15, preset="fast")
 FIRST_START, FIRST_TEST_START = 1_000, 100_000
 """First start of the demonstrations and of the held-out starts: they never meet."""
-CONDITIONS: Mapping[str, Mapping[str, float]] = {"uneven": {"Panda": 0.5, "UR5e": 0.5}, "clean": {}}
-"""Condition -> arm -> share of its episodes that operators of bad quality recorded; the other arms have experts alone."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a run's demonstrations are like.
+
+    Args:
+        bad: arm -> share of its episodes that operators of bad quality recorded; the other arms have experts alone.
+        cameras: whether every arm also sees the scene, each from elsewhere.
+    """
+
+    bad: Mapping[str, float]
+    cameras: bool = False
+
+
+UNEVEN = {"Panda": 0.5, "UR5e": 0.5}
+CONDITIONS: Mapping[str, Condition] = {
+    "uneven": Condition(UNEVEN),
+    "clean": Condition({}),
+    "uneven_cameras": Condition(UNEVEN, cameras=True),
+}
 
 
 @dataclass(frozen=True)
@@ -49,12 +73,21 @@ def shared_scene(arm: str) -> ArmScene:
     return ArmScene(ARMS[arm])
 
 
-def record_all(pool: Pool, workspace: Path, jobs: int = 1) -> None:
-    """Record what is missing of every arm, in as many processes."""
+@cache
+def shared_camera(arm: str) -> Camera:
+    """This process's camera of an arm."""
+    return Camera(shared_scene(arm), VIEWS[arm])
+
+
+def record_all(pool: Pool, workspace: Path, jobs: int = 1, cameras: bool = False) -> None:
+    """Record what is missing of every arm, in as many processes; with cameras, film it too."""
     missing = [arm for arm in pool.arms if not _recordings(workspace, arm, pool).is_file()]
-    if missing:
-        with ProcessPoolExecutor(jobs, get_context("spawn")) as processes:
-            list(processes.map(record_arm, missing, [pool] * len(missing), [workspace] * len(missing)))
+    unseen = [arm for arm in pool.arms if cameras and not _pictures(workspace, arm, pool).is_file()]
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as processes:
+        for what, arms in ((record_arm, missing), (film_arm, unseen)):
+            tasks = [processes.submit(what, arm, pool, workspace) for arm in arms]
+            for task in tqdm(as_completed(tasks), what.__name__, len(tasks), unit="arm", disable=not tasks):
+                task.result()
 
 
 def record_arm(arm: str, pool: Pool, workspace: Path) -> None:
@@ -70,7 +103,7 @@ def record_arm(arm: str, pool: Pool, workspace: Path) -> None:
         tried = record(scene, seed)
         if tried.success_step is None:
             continue
-        if len(experts) < pool.used and any(arm in shares for shares in CONDITIONS.values()):
+        if len(experts) < pool.used and any(arm in condition.bad for condition in CONDITIONS.values()):
             careless.append(record(scene, seed, SLOPPY[len(experts) % len(SLOPPY)]))
         experts.append(tried)
         if len(experts) == pool.recorded:
@@ -90,13 +123,38 @@ def save_recordings(arm: str, pool: Pool, workspace: Path, demonstrations: Seque
     np.savez(path, facts=np.array(json.dumps(facts)), **streams)
 
 
-def load_recordings(arm: str, pool: Pool, workspace: Path) -> tuple[list[Demonstration], list[Demonstration]]:
-    """An arm's demonstrations: by experts, and by operators of bad quality."""
-    with np.load(_recordings(workspace, arm, pool)) as file:
-        found = [
-            Demonstration(file[f"states_{n}"], file[f"actions_{n}"], quality, seed, success)
-            for n, (quality, seed, success) in enumerate(json.loads(str(file["facts"])))
-        ]
+def film_arm(arm: str, pool: Pool, workspace: Path) -> None:
+    """Record an arm's pool once more, now before its camera.
+
+    Raises:
+        RuntimeError: an episode went another way than the recorded one, whose pictures it would not be.
+    """
+    scene, camera = shared_scene(arm), shared_camera(arm)
+    films: dict[int, np.ndarray] = {}
+    for n, item in enumerate(_all_recordings(arm, pool, workspace)):
+        filmed = record(scene, item.seed, item.quality, camera=camera.picture)
+        if not np.array_equal(filmed.states, item.states) or filmed.pictures is None:
+            raise RuntimeError(
+                f"Start {item.seed} of {arm} goes another way than in {_recordings(workspace, arm, pool)}: "
+                "delete that file, it is of another version of the benchmark or of MuJoCo."
+            )
+        films[n] = filmed.pictures
+    save_pictures(arm, pool, workspace, films)
+
+
+def save_pictures(arm: str, pool: Pool, workspace: Path, films: Mapping[int, np.ndarray]) -> None:
+    """Store what an arm's camera saw, by the number of the demonstration."""
+    np.savez_compressed(_pictures(workspace, arm, pool), **{f"pictures_{n}": film for n, film in films.items()})
+
+
+def load_recordings(
+    arm: str, pool: Pool, workspace: Path, cameras: bool = False
+) -> tuple[list[Demonstration], list[Demonstration]]:
+    """An arm's demonstrations: by experts, and by operators of bad quality; with their pictures where asked for."""
+    found = _all_recordings(arm, pool, workspace)
+    if cameras:
+        with np.load(_pictures(workspace, arm, pool)) as file:
+            found = [replace(item, pictures=file[f"pictures_{n}"]) for n, item in enumerate(found)]
     return [item for item in found if item.quality == EXPERT], [item for item in found if item.quality != EXPERT]
 
 
@@ -120,8 +178,8 @@ def condition_mixture(pool: Pool, workspace: Path, condition: str, seed: int) ->
     for number, arm in enumerate(pool.arms):
         folder = workspace / "datasets" / f"{condition}_{seed}_{pool.used}" / arm
         if not folder.with_suffix(".done").exists():
-            share = CONDITIONS[condition].get(arm, 0.0)
-            experts, careless = load_recordings(arm, pool, workspace)
+            share = CONDITIONS[condition].bad.get(arm, 0.0)
+            experts, careless = load_recordings(arm, pool, workspace, CONDITIONS[condition].cameras)
             _write(folder, arm, chosen(experts, careless, pool.used, share, 100 * seed + number))
             folder.with_suffix(".done").touch()
         sources.append(SourceConfig(folder, name=arm, embodiment={"name": arm, **ARMS[arm].layout}, share=1.0))
@@ -130,10 +188,20 @@ def condition_mixture(pool: Pool, workspace: Path, condition: str, seed: int) ->
 
 def _write(folder: Path, arm: str, demonstrations: Sequence[Demonstration]) -> None:
     task = instruction(arm)
-    episodes = [Episode({OBS_STATE: item.states, ACTION: item.actions}, task) for item in demonstrations]
+    episodes = [
+        Episode(
+            {OBS_STATE: item.states, ACTION: item.actions} | ({} if item.pictures is None else {KEY: item.pictures}),
+            task,
+        )
+        for item in demonstrations
+    ]
     names = {OBS_STATE: ARMS[arm].state_names, ACTION: ARMS[arm].action_names}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    write_frames(folder, episodes, FPS, names, robot_type=arm.lower(), overwrite=True)
+    if demonstrations[0].pictures is None:
+        write_frames(folder, episodes, FPS, names, robot_type=arm.lower(), overwrite=True)
+    else:
+        av.logging.set_libav_level(av.logging.ERROR)
+        write_demonstrations(folder, episodes, FPS, names, arm.lower(), ENCODER, overwrite=True)
     records = [TruthRecord(n, item.quality, task, task, seed=item.seed) for n, item in enumerate(demonstrations)]
     sources = [
         EpisodeSource(
@@ -146,3 +214,16 @@ def _write(folder: Path, arm: str, demonstrations: Sequence[Demonstration]) -> N
 
 def _recordings(workspace: Path, arm: str, pool: Pool) -> Path:
     return workspace / "recordings" / f"{arm}_{pool.recorded}_{pool.used}.npz"
+
+
+def _pictures(workspace: Path, arm: str, pool: Pool) -> Path:
+    path = _recordings(workspace, arm, pool)
+    return path.with_stem(f"{path.stem}_pictures")
+
+
+def _all_recordings(arm: str, pool: Pool, workspace: Path) -> list[Demonstration]:
+    with np.load(_recordings(workspace, arm, pool)) as file:
+        return [
+            Demonstration(file[f"states_{n}"], file[f"actions_{n}"], quality, seed, success)
+            for n, (quality, seed, success) in enumerate(json.loads(str(file["facts"])))
+        ]

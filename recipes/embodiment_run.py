@@ -13,9 +13,19 @@ import datasets
 import numpy as np
 import torch
 import transformers
-from embodiment_data import FIRST_TEST_START, Pool, condition_mixture, instruction, shared_scene
-from jaxtyping import Bool
-from lerobot.utils.constants import OBS_STATE
+from embodiment_cameras import KEY, SIZE
+from embodiment_data import (
+    CONDITIONS,
+    FIRST_TEST_START,
+    Pool,
+    condition_mixture,
+    instruction,
+    shared_camera,
+    shared_scene,
+)
+from jaxtyping import Bool, Float
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.utils.constants import ACTION, OBS_STATE
 from transformers import set_seed
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments
@@ -35,9 +45,10 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "oracle": ("oracle", {}),
 }
 """What follows ``specialist_`` or ``generalist_`` -> preset of the package, and what is changed in it."""
-VLM: dict[str, Any] = {"text_dim": 64, "text_layers": 2, "text_heads": 2}
-LEAST_VISION = {"image_size": 28, "vision_dim": 32, "vision_layers": 1}
-"""There are no cameras; the policy leaves its vision tower out."""
+TEXT: dict[str, Any] = {"text_dim": 64, "text_layers": 2, "text_heads": 2}
+LEAST_VISION: dict[str, Any] = {"image_size": 28, "vision_dim": 32, "vision_layers": 1}
+"""Without cameras the policy leaves its vision tower out."""
+VISION: dict[str, Any] = {"image_size": SIZE, "patch_size": 8, "vision_dim": 64, "vision_layers": 2}
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,11 @@ class Cell:
     def is_specialist(self) -> bool:
         """A policy for every arm, in place of one for all."""
         return self.preset.startswith("specialist_")
+
+    @property
+    def has_cameras(self) -> bool:
+        """Whether its policies see the scene."""
+        return CONDITIONS[self.condition].cameras
 
     @property
     def method(self) -> tuple[str, Mapping[str, Any]]:
@@ -117,7 +133,8 @@ def trained(setting: Setting, cell: Cell, mixture: MixtureConfig, folder: Path, 
     set_seed(cell.seed)
     meta = MixtureMetadata.read(mixture)
     texts = [instruction(arm) for arm in setting.pool.arms]
-    vlm = write_tiny_vlm(workspace / "vlm" / folder.parent.name, texts=texts, **VLM, **LEAST_VISION)
+    vision = VISION if cell.has_cameras else LEAST_VISION
+    vlm = write_tiny_vlm(workspace / "vlm" / folder.parent.name, texts=texts, **TEXT, **vision)
     policy = tiny_smolvla(
         meta.features,
         vlm.resolve(),
@@ -126,6 +143,9 @@ def trained(setting: Setting, cell: Cell, mixture: MixtureConfig, folder: Path, 
         num_steps=5,
         expert_width_multiplier=1.0,
         tokenizer_max_length=16,
+        frames=shown(meta) if cell.has_cameras else None,
+        max_state_dim=meta.features[OBS_STATE]["shape"][0],
+        max_action_dim=meta.features[ACTION]["shape"][0],
     )
     preset, changed = cell.method
     steps = round(setting.steps * len(mixture.sources) / len(setting.pool.arms))
@@ -151,6 +171,16 @@ def trained(setting: Setting, cell: Cell, mixture: MixtureConfig, folder: Path, 
     return trainer
 
 
+def shown(meta: MixtureMetadata, frames: int = 40) -> dict[str, Float[torch.Tensor, "frames 3 height width"]]:
+    """Frames of all arms, evenly from all over their demonstrations."""
+    found = []
+    for source in meta.sources:
+        dataset = LeRobotDataset(source.meta.repo_id, root=source.meta.root, video_backend="pyav")
+        places = torch.linspace(0, len(dataset) - 1, frames // len(meta.sources)).long().tolist()
+        found += [dataset[place][KEY] for place in places]
+    return {KEY: torch.stack(found)}
+
+
 def shares(trainer: PTRTrainer, folder: Path) -> dict[str, float]:
     """q(m), the share of the weight that every arm had over the last half of training; without weights its share of samples."""
     meta = trainer.train_dataset.meta
@@ -169,12 +199,13 @@ def evaluate(trainer: PTRTrainer, arm: str, setting: Setting, seed: int) -> Bool
     """
     scene = shared_scene(arm)
     preprocessor, postprocessor = trainer.processors_for(arm)
+    cameras = KEY in trainer.train_dataset.meta.features
     first = FIRST_TEST_START + 1_000 * seed
-    snapshots = []
+    snapshots, observed = [], []
     for start in range(first, first + setting.test_starts):
         scene.reset(start)
         snapshots.append(scene.snapshot())
-    states = [_state(arm, snapshot) for snapshot in snapshots]
+        observed.append(observation(arm, cameras))
     policy = trainer.policy
     policy.eval()
     policy.reset()
@@ -183,10 +214,10 @@ def evaluate(trainer: PTRTrainer, arm: str, setting: Setting, seed: int) -> Bool
         while running := [
             n for n, done in enumerate(snapshots) if not done.success and done.steps < setting.test_steps
         ]:
-            batch = {
-                OBS_STATE: torch.from_numpy(np.stack([states[n] for n in running])),
-                "task": [instruction(arm)] * len(running),
+            batch: dict[str, Any] = {
+                key: torch.stack([observed[n][key] for n in running]) for key in observed[running[0]]
             }
+            batch["task"] = [instruction(arm)] * len(running)
             chunks = postprocessor(policy.predict_action_chunk(preprocessor(batch))).float().cpu().numpy()
             for n, chunk in zip(running, chunks, strict=True):
                 scene.restore(snapshots[n])
@@ -194,14 +225,16 @@ def evaluate(trainer: PTRTrainer, arm: str, setting: Setting, seed: int) -> Bool
                     scene.step_recorded(action)
                     if scene.success or scene.steps >= setting.test_steps:
                         break
-                snapshots[n], states[n] = scene.snapshot(), scene.state()
+                snapshots[n], observed[n] = scene.snapshot(), observation(arm, cameras)
     return np.array([snapshot.success for snapshot in snapshots])
 
 
-def _state(arm: str, snapshot: Any) -> np.ndarray:
-    scene = shared_scene(arm)
-    scene.restore(snapshot)
-    return scene.state()
+def observation(arm: str, cameras: bool) -> dict[str, torch.Tensor]:
+    """What this process's scene of an arm shows now, as LeRobot's datasets hand it out."""
+    found = {OBS_STATE: torch.from_numpy(shared_scene(arm).state())}
+    if cameras:
+        found[KEY] = torch.from_numpy(shared_camera(arm).picture()).permute(2, 0, 1) / 255
+    return found
 
 
 def be_quiet() -> None:

@@ -16,9 +16,8 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-import mujoco
-import numpy as np
 from embodiment_arms import ARMS, EXPERT, FPS, TASK, ArmScene, Demonstration, record
+from embodiment_cameras import Camera
 from lerobot.configs.video import RGBEncoderConfig
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -41,30 +40,18 @@ class RecordingArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace a dataset that exists."})
 
 
-def pictures(scene: ArmScene, demonstration: Demonstration, size: int) -> np.ndarray:
-    """What the front camera sees before each action, (steps, size, size, 3), from a replay of the episode."""
-    model, data = scene._mujoco
-    scene.reset(demonstration.seed)
-    frames = []
-    with mujoco.Renderer(model, size, size) as renderer:
-        for action in demonstration.actions:
-            renderer.update_scene(data, camera="frontview")
-            frames.append(renderer.render())
-            scene.step_recorded(action)
-    return np.stack(frames)
-
-
 def main() -> None:
-    """Record, replay before the camera, write."""
+    """Record before the camera, write."""
     (arguments,) = HfArgumentParser(RecordingArguments, description=__doc__).parse_args_into_dataclasses()
     arm = ARMS["UR5e"]
     scene = ArmScene(arm)
     taken: list[Demonstration] = []
     seed = arguments.seed
-    while len(taken) < arguments.episodes:
-        tried = record(scene, seed, EXPERT)
-        taken += [tried] if tried.success_step is not None else []
-        seed += 1
+    with Camera(scene, "frontview", arguments.image_size, plain=False) as camera:
+        while len(taken) < arguments.episodes:
+            tried = record(scene, seed, EXPERT, camera=camera.picture)
+            taken += [tried] if tried.success_step is not None else []
+            seed += 1
     # what the arm knows of itself: the cube is for the camera to see
     own = [name for name in arm.state_names if not name.startswith("environment")]
 
@@ -73,7 +60,7 @@ def main() -> None:
             frames = {
                 "observation.state": item.states[:, : len(own)],
                 "action": item.actions,
-                CAMERA: pictures(scene, item, arguments.image_size),
+                CAMERA: item.pictures,
             }
             yield Episode(frames, TASK)
 

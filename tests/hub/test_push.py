@@ -135,7 +135,14 @@ class TestPush:
 
 
 class TestDuringTraining:
-    @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints", "end"])
+    @pytest.mark.parametrize(
+        "strategy",
+        [
+            "checkpoint",
+            "end",
+            *(pytest.param(name, marks=pytest.mark.slow) for name in ("every_save", "all_checkpoints")),
+        ],
+    )
     def test_every_pushed_checkpoint_is_whole(
         self, online: LoopbackHub, points: Path, tmp_path: Path, strategy: str
     ) -> None:
@@ -165,7 +172,7 @@ class TestDuringTraining:
         assert not list((tmp_path / "run").glob(".push_*")), "what was staged is gone"
 
     @pytest.mark.parametrize(
-        "kind", [500, "timeout", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("cut", 403, 409))]
+        "kind", [500, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("timeout", "cut", 403, 409))]
     )
     def test_a_fault_costs_no_training(
         self,

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from scipy.spatial.transform import Rotation
 
 ROOT = Path(__file__).parents[2]
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT / "recipes"))
 import benchmark_embodiment as benchmark  # noqa: E402
 import embodiment_data as data  # noqa: E402
 from embodiment_arms import ARMS, EXPERT, MIRRORED, MISSES, ArmScene, Demonstration, EndEffector, Operator, record  # noqa: E402
+from embodiment_cameras import KEY, VIEWS, Camera  # noqa: E402
 
 from ptr_hf.data.action_space import ActionSpace, resolve_layout  # noqa: E402
 from ptr_hf.data.demonstrations import load_truth  # noqa: E402
@@ -163,6 +165,9 @@ def small(tmp_path: Path) -> tuple[data.Pool, Path]:
 
         careless = [made_up(MISSES, seed) for seed in range(4)] if name == "Panda" else []
         data.save_recordings(name, pool, tmp_path, [made_up(EXPERT, seed) for seed in range(6)] + careless)
+        # an episode's pictures are all of one grey, 20 n in episode n of the recordings
+        greys = {n: np.full((20, 64, 64, 3), 20 * n, np.uint8) for n in range(6 + len(careless))}
+        data.save_pictures(name, pool, tmp_path, greys)
     return pool, tmp_path
 
 
@@ -182,6 +187,23 @@ def test_a_condition_is_a_mixture_whose_truth_lies_beside_it(small: tuple[data.P
     assert again == mixture
 
 
+def test_with_cameras_the_same_demonstrations_are_seen(small: tuple[data.Pool, Path]) -> None:
+    pool, workspace = small
+    mixtures = [data.condition_mixture(pool, workspace, name, seed=1) for name in ("uneven", "uneven_cameras")]
+    without, seen = (MixtureMetadata.read(mixture) for mixture in mixtures)
+    assert not without.camera_keys
+    assert seen.camera_keys == [KEY]
+    for plain, filmed in zip(without.sources, seen.sources, strict=True):
+        told = [load_truth(source.meta.root).records for source in (plain, filmed)]
+        assert told[0] == told[1]
+        dataset = LeRobotDataset(filmed.meta.repo_id, root=filmed.meta.root, video_backend="pyav")
+        for number, record_ in enumerate(told[1]):
+            # experts are recordings 0 to 5, the others follow; each has its start's number
+            recording = record_.seed if record_.kind == EXPERT else 6 + record_.seed
+            frame = dataset[dataset.meta.episodes[number]["dataset_from_index"] + 7]
+            assert 255 * frame[KEY].mean() == pytest.approx(20 * recording, abs=3)
+
+
 def test_the_seed_chooses_the_demonstrations(small: tuple[data.Pool, Path]) -> None:
     pool, workspace = small
     experts, careless = data.load_recordings("Panda", pool, workspace)
@@ -189,6 +211,11 @@ def test_the_seed_chooses_the_demonstrations(small: tuple[data.Pool, Path]) -> N
     by_seed = [[(item.quality, item.seed) for item in data.chosen(experts, careless, 4, 0.5, s)] for s in range(4)]
     assert all(sum(quality != EXPERT for quality, _ in picked) == 2 for picked in by_seed)
     assert len({tuple(picked) for picked in by_seed}) > 1
+
+
+def test_every_arm_is_seen_from_elsewhere() -> None:
+    assert set(VIEWS) == set(ARMS)
+    assert len(set(map(str, VIEWS.values()))) == len(ARMS)
 
 
 # ---- with robosuite --------------------------------------------------------------------------------------------------
@@ -219,6 +246,18 @@ def test_what_was_recorded_lifts_the_cube_again(arm: str) -> None:
     for action in recorded.actions:
         scene.step_recorded(action)
     assert scene.success == (recorded.success_step is not None)
+
+
+def test_a_camera_sees_the_cube_rise_and_disturbs_nothing(panda: ArmScene) -> None:
+    with Camera(panda, VIEWS["Panda"]) as camera:
+        seen, alone = record(panda, 5, camera=camera.picture), record(panda, 5)
+    assert np.array_equal(seen.states, alone.states)
+    assert np.array_equal(seen.actions, alone.actions)
+    assert seen.pictures is not None
+    assert seen.pictures.shape == (len(seen.states), 64, 64, 3)
+    red = (seen.pictures[..., 0] > 120) & (seen.pictures[..., 1:] < 90).all(-1)
+    heights = [np.nonzero(picture)[0].mean() for picture in (red[0], red[-1])]
+    assert heights[1] < heights[0] - 5, "rows count from the top"
 
 
 def test_bad_operators_do_what_they_say(panda: ArmScene) -> None:

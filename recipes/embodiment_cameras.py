@@ -1,0 +1,79 @@
+"""The cameras of the embodiment benchmark: every arm is seen from elsewhere. Needs robosuite and a headless GL."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from embodiment_arms import ArmScene
+from jaxtyping import UInt8
+
+KEY = "observation.images.scene"
+"""What every arm calls its camera in its dataset."""
+SIZE = 64
+"""Side of a picture in pixels."""
+
+Picture = UInt8[np.ndarray, "size size 3"]
+
+
+@dataclass(frozen=True)
+class Viewpoint:
+    """Where a camera stands: on a sphere around the middle of the table.
+
+    Args:
+        azimuth: of its line of sight, in degrees; at 180 it faces the robot, at 90 it looks to the robot's left.
+        elevation: of its line of sight, in degrees; negative looks down.
+        distance: in metres.
+    """
+
+    azimuth: float
+    elevation: float
+    distance: float = 0.65
+    centre: tuple[float, float, float] = (0.0, 0.0, 0.88)
+
+
+WRIST = "robot0_eye_in_hand"
+VIEWS: Mapping[str, Viewpoint | str] = {
+    "Panda": Viewpoint(180, -20),
+    "Sawyer": Viewpoint(-90, -15),
+    "UR5e": Viewpoint(125, -35),
+    "IIWA": Viewpoint(-135, -60),
+    "Kinova3": WRIST,
+}
+"""By the name of the arm; a text names a camera of robosuite's own."""
+
+
+class Camera:
+    """Draws a scene as it stands, without shadows and reflections, which would double the time; a context manager.
+
+    Args:
+        scene: of an arm.
+        view: where the camera stands, or what robosuite calls it.
+        size: side of a picture in pixels.
+        plain: False draws shadows and reflections too.
+    """
+
+    def __init__(self, scene: ArmScene, view: Viewpoint | str, size: int = SIZE, plain: bool = True) -> None:
+        import mujoco
+
+        self.scene = scene
+        self.view: Any = view
+        if isinstance(view, Viewpoint):
+            self.view = mujoco.MjvCamera()
+            self.view.azimuth, self.view.elevation, self.view.distance = view.azimuth, view.elevation, view.distance
+            self.view.lookat[:] = view.centre
+        self._renderer = mujoco.Renderer(scene.model, size, size)
+        if plain:
+            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+                self._renderer.scene.flags[flag] = False
+
+    def __enter__(self) -> "Camera":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._renderer.close()
+
+    def picture(self) -> Picture:
+        """What it sees now."""
+        self._renderer.update_scene(self.scene.data, camera=self.view)
+        return self._renderer.render()
