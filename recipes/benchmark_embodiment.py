@@ -278,7 +278,7 @@ def run_grid(given: argparse.Namespace, results: Path) -> None:
             "docs/embodiment.md has the commands. --report prints the table of earlier results without it."
         )
     from embodiment_data import CONDITIONS, Pool, condition_mixture, record_all
-    from embodiment_run import Setting, run
+    from embodiment_run import Setting, be_quiet, run
 
     settings: dict[str, Any] = {name: value for name in ("steps", "test_starts") if (value := vars(given)[name])}
     presets, conditions, seeds, workspace = given.presets, given.conditions, given.seeds, given.workspace
@@ -293,6 +293,7 @@ def run_grid(given: argparse.Namespace, results: Path) -> None:
     ]
     if missing:
         record_all(setting.pool, workspace, given.jobs, any(CONDITIONS[cell.condition].cameras for cell in missing))
+    be_quiet()
     for condition, seed in dict.fromkeys((cell.condition, cell.seed) for cell in missing):
         condition_mixture(setting.pool, workspace, condition, seed)  # written here: the runs share them
     at = commit()
