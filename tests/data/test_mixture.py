@@ -270,6 +270,19 @@ class TestStatistics:
         counts = [int(source.meta.stats["action"]["count"][0]) for source in meta.sources]
         assert tensors["action.offset"][0, x].item() == pytest.approx(np.average(means, weights=counts), rel=1e-5)
 
+    def test_a_slot_that_a_source_lacks_stays_zero_also_when_others_pool_theirs(self, content: dict[str, Any]) -> None:
+        meta = MixtureMetadata.read(MixtureConfig.from_dict({**content, "statistics": "pooled"}))
+        modes = {FeatureType.ACTION: NormalizationMode.MEAN_STD, FeatureType.STATE: NormalizationMode.MIN_MAX}
+        tensors = mixture_statistics(meta, modes)
+        for source in meta.sources:
+            for key, used, size in (
+                ("action", source.action, len(meta.space)),
+                ("observation.state", source.state, len(meta.state_space)),
+            ):
+                lacked = [slot for slot in range(size) if slot not in used]
+                assert not tensors[f"{key}.offset"][source.number, lacked].any()
+                assert (tensors[f"{key}.scale"][source.number, lacked] == 1).all()
+
 
 class TestStreaming:
     def test_samples_are_those_of_the_mixture(self, content: dict[str, Any]) -> None:

@@ -54,6 +54,11 @@ class Placed:
         values = {name: np.asarray(value, dtype=np.float64) for name, value in stats.items() if name != "count"}
         return cls(values, _count(stats))
 
+    def within(self, other: "Placed") -> "Placed":
+        """These statistics in the entries that ``other`` has, NaN elsewhere."""
+        known = np.isfinite(next(iter(other.values.values())))
+        return Placed({name: np.where(known, value, np.nan) for name, value in self.values.items()}, self.count)
+
 
 def _count(stats: Stats) -> int:
     return int(np.asarray(stats.get("count", 1)).reshape(-1)[0])
@@ -170,9 +175,10 @@ def mixture_statistics(
             having = [number for number in members if number in of]
             if having:
                 what = f"{key} of {', '.join(meta.names[number] for number in having)}"
-                values = affine(pooled([of[number] for number in having]), mode, what)
+                together = pooled([of[number] for number in having])
                 for number in having:
-                    offset[number], scale[number] = values
+                    # a slot that the source lacks holds zeros, which stay zeros
+                    offset[number], scale[number] = affine(together.within(of[number]), mode, what)
         tensors[f"{key}.offset"], tensors[f"{key}.scale"] = offset, scale
     return tensors
 
