@@ -336,6 +336,19 @@ class TestWrongConfigurations:
         ):
             opened(content)
 
+    @pytest.mark.parametrize(
+        ("episodes", "sentence"),
+        [
+            ([0, 99, -1], "episodes of the source points names -1, 99, which the dataset lacks: give each of 0 to"),
+            ([2, 0, 2], "episodes of the source points names 2, which it names more than once"),
+            ([], "episodes of the source points is empty"),
+        ],
+    )
+    def test_episodes_that_cannot_be_read(self, content: dict[str, Any], episodes: list[int], sentence: str) -> None:
+        content["sources"][0]["episodes"] = episodes
+        with pytest.raises(ValueError, match=sentence):
+            MixtureMetadata.read(MixtureConfig.from_dict(content))
+
     def test_a_layout_that_does_not_fit_names_the_source(self, content: dict[str, Any]) -> None:
         content["sources"][0]["embodiment"] = "so101"
         with pytest.raises(ValueError, match=r"Source points of the mixture: .*places 6 entries"):

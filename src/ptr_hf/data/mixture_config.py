@@ -141,7 +141,7 @@ class MixtureConfig:
         return replace(self, sources=[source for source in self.sources if source.called != name])
 
     def only(self, name: str) -> "MixtureConfig":
-        """The mixture of one source alone, for a specialist in the same action space."""
+        """The mixture of one source alone, for a specialist; a compact action space becomes that of its robot."""
         if name not in self.names:
             raise ValueError(f"The mixture has no source {name!r}; it has {', '.join(self.names)}.")
         return replace(self, sources=[source for source in self.sources if source.called == name])

@@ -204,6 +204,7 @@ class MixtureMetadata:
             recorded = meta.tasks["task_index"].sort_values().index
             called = [given.tasks.get(task, task) for task in recorded]
             _check_renames(given, meta, recorded)
+            _check_chosen_episodes(given, meta)
             lengths = np.ceil(np.asarray(meta.episodes["length"]) / stride).astype(np.int64)
             starts = first_frame + np.concatenate([[0], lengths.cumsum()])
             sources.append(
@@ -274,6 +275,21 @@ def _check_renames(source: SourceConfig, meta: LeRobotDatasetMetadata, tasks: Co
     called = [source.rename.get(key, key) for key in meta.camera_keys]
     if len(set(called)) < len(called):
         raise ValueError(f"rename of the source {source.called} gives two cameras one name: {', '.join(called)}.")
+
+
+def _check_chosen_episodes(source: SourceConfig, meta: LeRobotDatasetMetadata) -> None:
+    if (chosen := source.episodes) is None:
+        return
+    lacking = sorted({episode for episode in chosen if not 0 <= episode < meta.total_episodes})
+    twice = sorted({episode for episode in chosen if chosen.count(episode) > 1})
+    for wrong, why in ((lacking, "the dataset lacks"), (twice, "it names more than once")):
+        if wrong:
+            raise ValueError(
+                f"episodes of the source {source.called} names {', '.join(map(str, wrong))}, which {why}: give each of 0 to "
+                f"{meta.total_episodes - 1} at most once."
+            )
+    if not chosen:
+        raise ValueError(f"episodes of the source {source.called} is empty: leave it out for all, or the source.")
 
 
 def _features(
