@@ -35,7 +35,7 @@ os.environ.setdefault("MUJOCO_GL", "egl")  # mujoco chooses its GL when it is fi
 
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tqdm import tqdm
 
 from ptr_hf.report.style import (
@@ -175,11 +175,11 @@ def report(rows: Sequence[Mapping[str, str]]) -> list[Table]:
     tables = []
     for condition in dict.fromkeys(row["condition"] for row in rows):
         presets = [name for name in PRESETS if by_seed(rows, condition, name, MEAN, "success")]
-        success = Table("preset", *arms, MEAN, "seeds", title=f"{condition}: success in %, mean ± SE over seeds")
+        success = Table(_presets(), *arms, MEAN, "seeds", title=f"{condition}: success in %, mean ± SE over seeds")
         difference = Table(
-            "preset", *arms, MEAN, "seeds", title=f"{condition}: minus {BASELINE}, in pp, paired by seed, mean ± SE"
+            _presets(), *arms, MEAN, "seeds", title=f"{condition}: minus {BASELINE}, in pp, paired by seed, mean ± SE"
         )
-        weight = Table("preset", *arms, title=f"{condition}: share of the weight q(m) in %, mean ± SE")
+        weight = Table(_presets(), *arms, title=f"{condition}: share of the weight q(m) in %, mean ± SE")
         for preset in presets:
             values = {arm: by_seed(rows, condition, preset, arm, "success") for arm in (*arms, MEAN)}
             base = {arm: by_seed(rows, condition, BASELINE, arm, "success") for arm in (*arms, MEAN)}
@@ -216,6 +216,11 @@ def figure(rows: Sequence[Mapping[str, str]]) -> Figure:
             fontsize=TICK_SIZE, frameon=False, labelcolor=INK, ncols=1, loc="center left", bbox_to_anchor=(1, 0.5)
         )
     return drawn
+
+
+def _presets() -> Column:
+    """The first column, wide enough for whole names: shortened ones could not be told apart."""
+    return Column("preset", min_width=max(map(len, PRESETS)))
 
 
 def _percent(item: Estimate, sign: str = "") -> str:
