@@ -1,12 +1,22 @@
-"""The cameras of the embodiment benchmark: every arm is seen from elsewhere. Needs robosuite and a headless GL."""
+"""The cameras of the embodiment benchmark: every arm is seen from elsewhere. Needs robosuite and a headless GL.
 
+    python recipes/embodiment_cameras.py results/figures/embodiment_views.png
+
+draws a demonstration of every arm, as its camera sees it.
+"""
+
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from embodiment_arms import ArmScene
+from embodiment_arms import ARMS, ArmScene, record
 from jaxtyping import UInt8
+from PIL import Image
+
+os.environ.setdefault("MUJOCO_GL", "egl")  # mujoco chooses its GL when it is first imported
 
 KEY = "observation.images.scene"
 """What every arm calls its camera in its dataset."""
@@ -77,3 +87,20 @@ class Camera:
         """What it sees now."""
         self._renderer.update_scene(self.scene.data, camera=self.view)
         return self._renderer.render()
+
+
+def film_strips(frames: int = 8, seed: int = 1001, enlarged: int = 2) -> Image.Image:
+    """A row an arm: frames of one demonstration from its first to its last, each enlarged so many times."""
+    rows = []
+    for name, view in VIEWS.items():
+        scene = ArmScene(ARMS[name])
+        with Camera(scene, view) as camera:
+            pictures = record(scene, seed, camera=camera.picture).pictures
+        assert pictures is not None
+        rows.append(np.concatenate(pictures[np.linspace(0, len(pictures) - 1, frames).round().astype(int)], axis=1))
+    board = Image.fromarray(np.concatenate(rows))
+    return board.resize((board.width * enlarged, board.height * enlarged), Image.Resampling.NEAREST)
+
+
+if __name__ == "__main__":
+    film_strips().save(sys.argv[1])
