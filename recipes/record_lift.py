@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
+import av
 from embodiment_arms import ARMS, EXPERT, FPS, TASK, ArmScene, Demonstration, record
 from embodiment_cameras import Camera
 from lerobot.configs.video import RGBEncoderConfig
@@ -42,6 +43,7 @@ class RecordingArguments:
 
 def main() -> None:
     """Record before the camera, write."""
+    av.logging.set_libav_level(av.logging.ERROR)
     (arguments,) = HfArgumentParser(RecordingArguments, description=__doc__).parse_args_into_dataclasses()
     arm = ARMS["UR5e"]
     scene = ArmScene(arm)
