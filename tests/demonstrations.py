@@ -19,11 +19,13 @@ def write_dataset(
     fps: int = 10,
     seed: int = 0,
     vivid: bool = False,
+    file_an_episode: bool = False,
 ) -> Path:
     """A LeRobotDataset of a point that follows its actions; every frame shows where the point is and which frame it is.
 
     State is (x, y, frame / 100, episode), action the step (dx, dy); episodes alternate between two tasks. `vivid` frames take
     their background's colour from the point and the episode, so that even an untrained vision tower tells them apart.
+    `file_an_episode` starts a data file with every episode, as LeRobot does with every hundred megabytes.
     """
     features = {
         "observation.state": {"dtype": "float32", "shape": (4,), "names": ["x", "y", "frame", "episode"]},
@@ -33,6 +35,8 @@ def write_dataset(
     for camera in cameras:
         features[camera] = {"dtype": kind, "shape": (size, size, 3), "names": ["height", "width", "channels"]}
     dataset = LeRobotDataset.create("tests/points", fps, features, root=root, use_videos=use_videos)
+    if file_an_episode:
+        dataset.meta.update_chunk_settings(data_files_size_in_mb=1e-6, video_files_size_in_mb=1e-6)
     random = np.random.default_rng(seed)
     for episode, length in enumerate(lengths):
         point, goal = random.uniform(0.2, 0.8, 2), random.uniform(0.2, 0.8, 2)

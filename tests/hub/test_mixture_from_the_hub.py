@@ -1,9 +1,11 @@
 """Mixtures of datasets on a hub: fetched over HTTP, all at once or a few episodes at a time."""
 
+import tempfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lerobot.datasets.dataset_metadata as lerobot_metadata
 import lerobot.datasets.lerobot_dataset as lerobot_dataset
 import pytest
@@ -15,7 +17,7 @@ from loopback_hub import LoopbackHub
 
 from ptr_hf.data.demonstrations import bundled_demonstrations
 from ptr_hf.data.mixture import Mixture
-from ptr_hf.data.mixture_config import MixtureConfig
+from ptr_hf.data.mixture_config import MixtureConfig, SourceConfig
 from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.data.streaming_mixture import StreamingMixture
@@ -37,7 +39,7 @@ def content(online: LoopbackHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, tmp_path / "lerobot")
     folders = {
-        "lab/points": write_dataset(tmp_path / "points", lengths=(12, 16, 10)),
+        "lab/points": write_dataset(tmp_path / "points", lengths=(12, 16, 10), file_an_episode=True),
         "lab/lift": bundled_demonstrations("lift"),
     }
     api = HfApi()
@@ -64,3 +66,45 @@ def test_a_stream_gives_what_the_whole_datasets_do(content: dict[str, Any]) -> N
     for sample in streamed[::4]:
         for key, value in whole[place[int(sample["index"])]].items():
             assert torch.equal(value, sample[key]) if isinstance(value, torch.Tensor) else value == sample[key]
+
+
+def test_a_stream_keeps_the_files_of_the_open_episodes_alone(
+    content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    content["sources"] = content["sources"][:1]
+    meta = MixtureMetadata.read(MixtureConfig.from_dict(content))
+    fetched = tmp_path / "fetched"
+    fetched.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(fetched))
+    copies = tmp_path / "copies"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", copies)
+
+    def copied() -> int:
+        """The datasets library's own copies of frames."""
+        files = copies.rglob("*.arrow")
+        return sum("action" in datasets.Dataset.from_file(str(file)).column_names for file in files)
+
+    held: dict[int, set[str]] = {}
+    stream = iter(StreamingMixture(meta, LAYOUT))
+    for sample in islice(stream, 70):  # 38 frames a pass
+        files = {path.name for path in fetched.glob("ptr_stream_*/data/**/*.parquet")}
+        held.setdefault(int(sample["episode_index"]), files)
+        assert files == held[int(sample["episode_index"])]
+    assert sorted(held) == [0, 1, 2]
+    assert all(len(files) == 1 for files in held.values())
+    assert len(set.union(*held.values())) == 3, "a file of its own for every episode"
+    assert copied() == 1, "nor is the library's own copy of earlier ones kept"
+    stream.close()
+    assert copied() == 0
+    assert not list(fetched.iterdir()), "what was fetched goes with the stream"
+
+
+def test_episodes_whose_files_are_missing_beside_others_are_fetched(content: dict[str, Any]) -> None:
+    first = Mixture(
+        MixtureMetadata.read(MixtureConfig([SourceConfig("lab/points", embodiment=POINT, episodes=[0])])), LAYOUT
+    )
+    other = Mixture(
+        MixtureMetadata.read(MixtureConfig([SourceConfig("lab/points", embodiment=POINT, episodes=[2])])), LAYOUT
+    )
+    assert (len(first), len(other)) == (12, 10)
+    assert int(other[0]["episode_index"]) == 2

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from huggingface_hub.errors import HFValidationError
@@ -91,17 +91,23 @@ def open_dataset(
         raise ValueError(
             f"{meta.repo_id} has episodes 0 to {meta.total_episodes - 1}; episodes {unknown[:5]} do not exist."
         )
+    settings: dict[str, Any] = {
+        "root": root or meta.root,
+        "episodes": None if episodes is None else list(episodes),
+        "delta_timestamps": layout.delta_timestamps(list(meta.features), meta.fps / frame_stride),
+        "revision": revision,
+        "image_transforms": transforms,
+        "video_backend": backend,
+        "return_uint8": True,
+    }
     try:
-        return LeRobotDataset(
-            meta.repo_id,
-            root=root or meta.root,
-            episodes=None if episodes is None else list(episodes),
-            delta_timestamps=layout.delta_timestamps(list(meta.features), meta.fps / frame_stride),
-            revision=revision,
-            image_transforms=transforms,
-            video_backend=backend,
-            return_uint8=True,
-        )
+        try:
+            return LeRobotDataset(meta.repo_id, **settings)
+        except ValueError as error:
+            if "corresponds to no data" not in str(error):
+                raise
+            # LeRobot found files, of other episodes alone, and does not think of fetching these
+            return LeRobotDataset(meta.repo_id, force_cache_sync=True, **settings)
     except (OSError, HFValidationError) as error:
         # LeRobot asks the Hub for what a local folder lacks.
         raise ValueError(

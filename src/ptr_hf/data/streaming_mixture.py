@@ -5,13 +5,15 @@ the frame's number in the whole data set; a consequence must be neither wrong no
 as LeRobotDatasets, of which only these episodes' files are fetched, and a sample is exactly what `Mixture` gives.
 """
 
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch.utils.data import IterableDataset, default_collate, get_worker_info
 
@@ -74,6 +76,8 @@ class StreamingMixture(IterableDataset[dict[str, Any]]):
         blocks = [episodes[first : first + size] for first in range(0, len(episodes), size)]
         while True:
             for number in draws.permutation(len(blocks)):
+                if root is not None:
+                    _keep_only(source.meta, blocks[number], root)
                 dataset = open_dataset(
                     source.config.dataset,
                     self.layout,
@@ -82,22 +86,31 @@ class StreamingMixture(IterableDataset[dict[str, Any]]):
                     frame_stride=source.frame_stride,
                     root=root,
                 )
-                if root is not None:
-                    _keep_only(dataset, root)
                 positions = [
                     position
                     for _, first, length in episode_spans(dataset)
                     for position in range(first, first + length, source.frame_stride)
                 ]
-                for position in draws.permutation(positions).tolist():
-                    batch = unified(default_collate([dataset[position]]), source, self.meta, self.layout)
-                    yield {key: value[0] for key, value in batch.items()}
+                try:
+                    for position in draws.permutation(positions).tolist():
+                        batch = unified(default_collate([dataset[position]]), source, self.meta, self.layout)
+                        yield {key: value[0] for key, value in batch.items()}
+                finally:
+                    if root is not None:
+                        _forget_tables(dataset)
 
 
-def _keep_only(dataset: LeRobotDataset, root: Path) -> None:
-    """Remove data and videos of other episodes than those that are open."""
-    needed = {(root / path).resolve() for path in dataset.reader.get_episodes_file_paths()}
+def _keep_only(meta: LeRobotDatasetMetadata, episodes: Sequence[int], root: Path) -> None:
+    """Remove what was fetched of other episodes than these."""
+    needed = {root / meta.get_data_file_path(episode) for episode in episodes}
+    needed |= {root / meta.get_video_file_path(episode, key) for episode in episodes for key in meta.video_keys}
     for folder in ("data", "videos"):
         for file in (root / folder).rglob("*.*"):
-            if file.is_file() and file.resolve() not in needed:
+            if file.is_file() and file not in needed:
                 file.unlink()
+
+
+def _forget_tables(dataset: LeRobotDataset) -> None:
+    """Remove what the datasets library made of a block's data files: it keeps a copy for the next time, which never comes."""
+    for file in dataset.hf_dataset.cache_files:
+        shutil.rmtree(Path(file["filename"]).parent, ignore_errors=True)
