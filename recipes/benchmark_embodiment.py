@@ -81,6 +81,10 @@ SHOWN: Mapping[str, str] = {
 """Presets in the picture, with their colours."""
 
 
+WIDE = 140
+"""Columns of the tables where they go into a file or a pipe, which have no width."""
+
+
 class Estimate(NamedTuple):
     """A mean over seeds and its standard error, NaN for a single seed."""
 
@@ -219,8 +223,8 @@ def figure(rows: Sequence[Mapping[str, str]]) -> Figure:
 
 
 def _presets() -> Column:
-    """The first column, wide enough for whole names: shortened ones could not be told apart."""
-    return Column("preset", min_width=max(map(len, PRESETS)))
+    """The first column; in a narrow window names go on in the next line, since shortened ones could not be told apart."""
+    return Column("preset", overflow="fold")
 
 
 def _percent(item: Estimate, sign: str = "") -> str:
@@ -261,7 +265,8 @@ def main(argv: list[str]) -> None:
     """Record once, then run what is missing, then print the table."""
     given = parser().parse_args(argv)
     results = given.results or Path("outputs/embodiment_smoke.csv" if given.smoke else "results/embodiment.csv")
-    console = Console()
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    console = Console(width=WIDE if piped else None)
     if not given.report:
         run_grid(given, results)
     rows = read(results)
