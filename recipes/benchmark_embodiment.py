@@ -1,8 +1,10 @@
-"""One policy for five arms, or one for each? Post-training with and without PTR on robosuite's Lift, on states.
+"""One policy for five arms, or one for each? Post-training with and without PTR on robosuite's Lift.
 
 Panda, Sawyer, UR5e, IIWA and Kinova3 lift a cube. Each writes its actions in a convention of its own, and on two of them half
-of the demonstrations are by operators of bad quality. A specialist learns one arm, a generalist the mixture of all five; both
-see as many samples of an arm. Every seed decides data, weights, order and held-out starts, so presets are compared seed by seed.
+of the demonstrations are by operators of bad quality. Policies read states, in one condition also a camera that stands
+elsewhere for every arm (drawn by a headless GL: MUJOCO_GL=egl, the default, or osmesa). A specialist learns one arm, a
+generalist the mixture of all five; both see as many samples of an arm. Every seed decides data, weights, order and held-out
+starts, so presets are compared seed by seed.
 
 robosuite 1.5.2 pins packages that LeRobot cannot live with, so it has an environment of its own (docs/embodiment.md):
 
