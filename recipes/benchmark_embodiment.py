@@ -2,7 +2,7 @@
 
 Panda, Sawyer, UR5e, IIWA and Kinova3 lift a cube. Each writes its actions in a convention of its own, and on two of them half
 of the demonstrations are by operators of bad quality. Policies read states, in one condition also a camera that stands
-elsewhere for every arm (drawn by a headless GL: MUJOCO_GL=egl, the default, or osmesa). A specialist learns one arm, a
+elsewhere for every arm (drawn by a headless GL, by default MUJOCO_GL=egl). A specialist learns one arm, a
 generalist the mixture of all five; both see as many samples of an arm. Every seed decides data, weights, order and held-out
 starts, so presets are compared seed by seed.
 
