@@ -9,8 +9,11 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from threading import BrokenBarrierError
 from typing import Any
 
 import torch
@@ -106,6 +109,8 @@ def in_ranks(name: str, work: Callable[[], None], environment: dict[str, str] | 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # a refused rank that left at once would take the meeting place from under one that is still arriving
+    together = get_context("fork").Barrier(RANKS)
     children = []
     for rank in range(RANKS):
         child = os.fork()
@@ -123,7 +128,10 @@ def in_ranks(name: str, work: Callable[[], None], environment: dict[str, str] | 
                 (folder / name / f"refused-{rank}.txt").write_text(str(error))
             except BaseException:
                 traceback.print_exc()
+                together.abort()
                 os._exit(1)
+            with suppress(BrokenBarrierError):
+                together.wait()
             os._exit(0)
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]

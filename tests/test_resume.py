@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ptr_hf.checkpoints import MANIFEST_NAME, checkpoints, fault, step_of
 from ptr_hf.report import DYNAMICS_FILE, read_dynamics
 
-KILLS_OF_TWO = 3
+KILLS_OF_TWO = 2
 LAST = f"checkpoint-{SETTINGS['max_steps']}"
 
 
