@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from lerobot.datasets import LeRobotDatasetMetadata
 from loopback_hub import LoopbackHub, environment
 from small_policies import CHUNK, vlm_folder
@@ -71,6 +72,7 @@ def run(command: list[str], hub: LoopbackHub, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_without_belief_nobody_needs_ptr_hf(online: LoopbackHub, tmp_path: Path) -> None:
     """In LeRobot's own Meta-World environment, in an interpreter that cannot import this project."""
     publish(tmp_path / "run", tokens=0)
