@@ -34,6 +34,7 @@ class Viewpoint:
         azimuth: of its line of sight, in degrees; at 180 it faces the robot, at 90 it looks to the robot's left.
         elevation: of its line of sight, in degrees; negative looks down.
         distance: in metres.
+        centre: where it looks, in metres in robosuite's world; the table's top is at 0.8.
     """
 
     azimuth: float
@@ -54,7 +55,7 @@ VIEWS: Mapping[str, Viewpoint | str] = {
 
 
 class Camera:
-    """Draws a scene as it stands, without shadows and reflections, which would double the time; a context manager.
+    """Draws a scene as it stands, without shadows and reflections, which cost time; a context manager.
 
     Args:
         scene: of an arm.
