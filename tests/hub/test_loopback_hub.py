@@ -39,6 +39,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoFile
 from loopback_hub import STORAGE, LoopbackHub, environment
 
+# it shows that the stand-in is a hub, and nothing of ptr_hf
+pytestmark = pytest.mark.slow
+
 REPO = "lab/policy"
 
 

@@ -10,6 +10,29 @@ from policy_families import FAMILIES
 
 _BUILT: dict[str, PreTrainedPolicy] = {}
 
+ON_EVERY_FAMILY = {
+    "test_trace_has_the_promised_shapes",
+    "test_trace_without_belief_is_the_base_loss_and_gradient",
+    "test_trace_is_one_forward_of_the_base_policy",
+    "test_belief_changes_the_trace_and_gets_gradients_row_by_row",
+    "test_masked_belief_is_no_belief",
+    "test_views_equal_no_views_with_the_tower_run_once",
+    "test_future_frames_cannot_reach_the_policy",
+    "test_padded_steps_do_not_count",
+}
+"""Conformance checks that the default run makes on every family; the others it makes on act and smolvla alone."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the remaining conformance checks of the other families as slow."""
+    for item in items:
+        if item.path.name != "test_conformance.py" or not isinstance(item, pytest.Function):
+            continue
+        policy_type = item.callspec.params["family"].name.partition("-")[0]
+        if policy_type not in ("act", "smolvla") and item.originalname not in ON_EVERY_FAMILY:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
 def family(request: pytest.FixtureRequest) -> Family:

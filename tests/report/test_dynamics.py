@@ -116,7 +116,10 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     done = threading.Event()
 
     def read_on() -> None:
-        while not done.is_set():
+        finished = False
+        while not finished:
+            # the last look comes after the last row, however the threads are scheduled
+            finished = done.is_set()
             seen.append(len(read_dynamics(path).steps("ptr")))
 
     reader = threading.Thread(target=read_on)
@@ -125,7 +128,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
         log.append({"step": step})
     done.set()
     reader.join()
-    assert len(seen) > 1
+    assert seen[-1] == 39
     assert seen == sorted(seen)
 
 
@@ -133,8 +136,7 @@ def test_a_killed_run_leaves_whole_rows(tmp_path: Path) -> None:
     path = tmp_path / "d.parquet"
     process = subprocess.Popen([sys.executable, "-c", APPEND_FOREVER, str(path)])
     try:
-        limit = time.monotonic() + 60
-        while time.monotonic() < limit and not (path.exists() and len(read_dynamics(path).steps("ptr")) > 5):
+        while not (path.exists() and len(read_dynamics(path).steps("ptr")) > 5):
             assert process.poll() is None
             time.sleep(0.02)
     finally:
