@@ -1,5 +1,7 @@
 """Bytes of any kind: a header or a JSON file is refused with one error, or read as it is, in little memory."""
 
+import os
+import socket
 import struct
 import tracemalloc
 from pathlib import Path
@@ -10,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ptr_hf.artifact_files import MAX_JSON_BYTES, inside, read_header, read_json
+from ptr_hf.artifact_files import MAX_JSON_BYTES, read_header, read_json
+from ptr_hf.artifacts.regular_files import inside, regular_file
 
 FEW_MB = 8 * 2**20
 
@@ -114,3 +117,50 @@ def test_a_symlink_to_itself(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"leads nowhere|leads out"):
         inside(tmp_path, "loop")
     assert inside(tmp_path, "plain.json") == tmp_path / "plain.json"
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as own:
+        own.bind(os.path.relpath(path))
+
+
+STRANGE = {
+    "named pipe": (os.mkfifo, "is a named pipe where a file should be"),
+    "endless device": (lambda path: path.symlink_to("/dev/zero"), "symlink that leads out"),
+    "folder": (Path.mkdir, "is a folder where a file should be"),
+    "socket": (_socket, "is a socket where a file should be"),
+    "dangling": (lambda path: path.symlink_to("gone"), "symlink that leads nowhere"),
+    "other file": (lambda path: path.symlink_to("/etc/hostname"), "symlink that leads out"),
+    "too large": (lambda path: os.truncate(_made(path), 2**39), "more than the"),
+}
+
+
+def _made(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_what_is_no_regular_file_of_the_folder_is_never_opened(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, expected = STRANGE[kind]
+    path = tmp_path / "config.json"
+    make(path)
+    for read in (lambda: regular_file(tmp_path, "config.json"), lambda: read_json(path), lambda: read_header(path)):
+        with pytest.raises(ValueError, match=expected) as caught:
+            read()
+        assert str(path) in str(caught.value)
+
+
+def test_a_file_below_a_snapshot_may_lie_in_the_cache(tmp_path: Path) -> None:
+    repo = tmp_path / "models--me--policy"
+    (repo / "blobs").mkdir(parents=True)
+    (repo / "blobs" / "0").write_text("{}")
+    folder = repo / "snapshots" / "abc" / "checkpoint-3"
+    folder.mkdir(parents=True)
+    (folder / "config.json").symlink_to("../../../blobs/0")
+    assert regular_file(folder, "config.json") == folder / "config.json"
+    assert regular_file(folder, "other.json") is None
+    assert regular_file(folder, "x" * 300) is None

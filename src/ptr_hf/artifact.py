@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 
 from ptr_hf.artifact_config import check_adapter_config, check_values, read_config
-from ptr_hf.artifact_files import PICKLED, StoredFile, inside, missing, printable, quoted, read_header, read_json
+from ptr_hf.artifact_files import PICKLED, StoredFile, missing, printable, read_header, read_json
 from ptr_hf.artifact_processors import check_processors
+from ptr_hf.artifacts.regular_files import inside, quoted, regular_file
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.peft_policies import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
@@ -87,10 +88,12 @@ def check_artifact(folder: str | Path, trusted: Collection[str] = ()) -> Artifac
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: give one that PTRPolicy.save_pretrained has written.")
-    adapter_alone = (folder / ADAPTER_WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_SINGLE_FILE).is_file()
+    weights = (SAFETENSORS_SINGLE_FILE, ADAPTER_WEIGHTS_NAME, PTR_SCORER_NAME)
+    stored = [name for name in weights if regular_file(folder, name) is not None]
+    adapter_alone = ADAPTER_WEIGHTS_NAME in stored and SAFETENSORS_SINGLE_FILE not in stored
     base = (ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME) if adapter_alone else (SAFETENSORS_SINGLE_FILE,)
     for name in (PTR_CONFIG_NAME, *base, PTR_SCORER_NAME):
-        if not (folder / name).is_file():
+        if regular_file(folder, name) is None:
             raise FileNotFoundError(
                 f"{folder} is no PTR checkpoint: {missing(folder, name)} A folder written by PTRPolicy.save_pretrained has it; "
                 "a plain LeRobot policy goes into PTRConfig(base_path=...)."
@@ -98,10 +101,10 @@ def check_artifact(folder: str | Path, trusted: Collection[str] = ()) -> Artifac
     config = read_config(folder)
     check_values(config, folder, trusted)
     _check_lerobots_config(config, folder)
-    if (folder / ADAPTER_CONFIG_NAME).is_file():
-        check_adapter_config(inside(folder, ADAPTER_CONFIG_NAME))
-    weights = [SAFETENSORS_SINGLE_FILE, ADAPTER_WEIGHTS_NAME, PTR_SCORER_NAME]
-    files = {name: read_header(inside(folder, name)) for name in weights if (folder / name).is_file()}
+    adapter_config = regular_file(folder, ADAPTER_CONFIG_NAME)
+    if adapter_config is not None:
+        check_adapter_config(adapter_config)
+    files = {name: read_header(folder / name) for name in stored}
     for path in sorted(folder.glob("*.index.json")):
         _check_index(inside(folder, path.name))
     check_processors(folder, trusted)
@@ -110,8 +113,8 @@ def check_artifact(folder: str | Path, trusted: Collection[str] = ()) -> Artifac
 
 
 def _check_lerobots_config(config: PTRConfig, folder: Path) -> None:
-    path = inside(folder, CONFIG_NAME)
-    if path.is_file():
+    path = regular_file(folder, CONFIG_NAME)
+    if path is not None:
         kind = read_json(path).get("type")
         if kind not in ("ptr", config.base_config.type):
             raise ValueError(
@@ -316,7 +319,7 @@ def load_scorer(source: str | Path, revision: str | None = None, **hub_kwargs: A
         # a branch may move in between, a commit does not
         hf_hub_download(str(source), PTR_SCORER_NAME, revision=folder.name, **hub_kwargs)
     for name in (PTR_CONFIG_NAME, PTR_SCORER_NAME):
-        if not (folder / name).is_file():
+        if regular_file(folder, name) is None:
             raise FileNotFoundError(f"{folder} is no PTR checkpoint: {missing(folder, name)}")
-    config, file = read_config(folder), read_header(inside(folder, PTR_SCORER_NAME))
+    config, file = read_config(folder), read_header(folder / PTR_SCORER_NAME)
     return SavedScorer(config, load_file(file.path), file.metadata.get("shared_tower") == "True")

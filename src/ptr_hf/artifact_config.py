@@ -9,8 +9,9 @@ from typing import Any
 import draccus
 from lerobot.configs import PreTrainedConfig
 
-from ptr_hf.artifact_files import inside, printable, quoted, read_json
+from ptr_hf.artifact_files import printable, read_json
 from ptr_hf.artifact_processors import LEROBOTS_OWN
+from ptr_hf.artifacts.regular_files import inside, quoted
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
 
 MAX_INTEGER = 10_000_000

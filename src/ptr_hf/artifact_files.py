@@ -6,10 +6,12 @@ Nothing here allocates a tensor. Every error is a ValueError or FileNotFoundErro
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+
+from ptr_hf.artifacts.regular_files import quoted, regular_file
 
 MAX_JSON_BYTES = 2**19
 MAX_JSON_DEPTH = 24
@@ -59,12 +61,6 @@ class StoredFile:
     metadata: dict[str, str]
 
 
-def quoted(value: object) -> str:
-    """A name from an untrusted file, made short and printable for an error message."""
-    text = repr(str(value))
-    return text if len(text) <= 160 else f"{text[:150]}…'"
-
-
 def printable(error: BaseException) -> str:
     """The message of an error that an untrusted file has caused, on one line and not too long."""
     text = "".join(
@@ -72,44 +68,6 @@ def printable(error: BaseException) -> str:
     )
     text = " ".join(text.split())
     return text if len(text) <= 500 else f"{text[:490]}…"
-
-
-def inside(folder: Path, name: object, named_in: Path | None = None) -> Path:
-    """The path of a file that belongs to a folder.
-
-    The symlinks of a Hub snapshot lead to the cache's blobs, which is where its files are.
-
-    Args:
-        folder: of the checkpoint.
-        name: a file's plain name.
-        named_in: the file that names it, for the error message.
-
-    Raises:
-        ValueError: the name leads elsewhere, or the file is a symlink that does.
-    """
-    where = "" if named_in is None else f"{named_in} names it, but "
-    plain = isinstance(name, str) and name not in ("", ".", "..") and "\0" not in name
-    if not plain or PurePosixPath(str(name)).name != name or PureWindowsPath(str(name)).name != name:
-        raise ValueError(f"{where}{quoted(name)} is no plain file name: a checkpoint's files lie in {folder} itself.")
-    path = folder / str(name)
-    try:
-        target = path.resolve()
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{path} is a symlink that leads nowhere: replace it by the file.") from error
-    if not any(target.is_relative_to(root) for root in _roots(folder)):
-        raise ValueError(
-            f"{path} is a symlink that leads out of the checkpoint's folder: replace it by the file itself."
-        )
-    return path
-
-
-def _roots(folder: Path) -> list[Path]:
-    """Where a folder's files may lie: in it, or in huggingface_hub's cache if it is one of its snapshots."""
-    folder = folder.resolve()
-    if folder.parent.name != "snapshots":
-        return [folder]
-    repo = folder.parent.parent
-    return [folder, repo / "blobs", repo.parent / "blobs"]
 
 
 def missing(folder: Path, name: str) -> str:
@@ -132,14 +90,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no JSON object, is too large or too deep, repeats a key, or holds a number that is not finite.
+        ValueError: it is no regular file of its folder, no JSON object, too large or too deep, repeats a key, or holds a number
+            that is not finite.
     """
-    if not path.is_file():
+    if regular_file(path.parent, path.name, limit=MAX_JSON_BYTES) is None:
         raise FileNotFoundError(f"{path} is missing.")
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes, more than the {MAX_JSON_BYTES} that a file of its kind needs."
-        )
     try:
         content = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_not_finite)
         _check_values(content)
@@ -190,9 +145,9 @@ def read_header(path: Path) -> StoredFile:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, damaged or no safetensors, or declares what no policy holds.
+        ValueError: it is no regular file of its folder, truncated, damaged or no safetensors, or declares what no policy holds.
     """
-    if not path.is_file():
+    if regular_file(path.parent, path.name) is None:
         raise FileNotFoundError(f"{path} is missing.")
     size = path.stat().st_size
     with path.open("rb") as file:

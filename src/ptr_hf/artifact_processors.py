@@ -13,7 +13,8 @@ from typing import Any
 from lerobot.processor import ProcessorStep, ProcessorStepRegistry
 
 import ptr_hf.processor_embodiment  # noqa: F401  registers the steps of policies of several robots
-from ptr_hf.artifact_files import inside, quoted, read_header, read_json
+from ptr_hf.artifact_files import read_header, read_json
+from ptr_hf.artifacts.regular_files import inside, quoted, regular_file
 
 PROCESSOR_FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
 STEP_KEYS = ("registry_name", "class", "config", "state_file")
@@ -45,8 +46,8 @@ def check_processors(folder: str | Path, trusted: Collection[str] = ()) -> None:
     """
     folder = Path(folder)
     for name in PROCESSOR_FILES:
-        path = inside(folder, name)
-        if path.is_file():
+        path = regular_file(folder, name)
+        if path is not None:
             steps = read_json(path).get("steps")
             if not isinstance(steps, list):
                 raise ValueError(f"{path} has no list of steps.")

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
 from ptr_hf.artifact import PTR_SCORER_NAME, check_artifact, check_processors, check_tensors
+from ptr_hf.artifacts.regular_files import regular_file
 from ptr_hf.card_facts import BasePolicy, CardFacts
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
 from ptr_hf.model_card import library_versions, write_model_card
@@ -49,15 +50,19 @@ TOWER_PREFIX = "target_encoder.tower."
 
 
 def is_ptr_folder(path: str | Path) -> bool:
-    """Whether a local folder holds a PTR checkpoint."""
-    return (Path(path) / PTR_CONFIG_NAME).is_file()
+    """Whether a local folder holds a PTR checkpoint.
+
+    Raises:
+        ValueError: its configuration is no regular file of that folder.
+    """
+    return regular_file(path, PTR_CONFIG_NAME) is not None
 
 
 def is_ptr_source(source: str | Path, revision: str | None = None) -> bool:
     """Whether a folder or a Hub repo holds a PTR checkpoint.
 
     Raises:
-        ValueError: there is no such folder and no repo could have that name.
+        ValueError: there is no such folder and no repo could have that name, or its configuration is no regular file.
     """
     if Path(source).is_dir():
         return is_ptr_folder(source)
@@ -214,7 +219,7 @@ def load_weights(policy: Any, folder: Path) -> None:
     if isinstance(policy.base, PeftModel):
         loaders = ((ADAPTER_WEIGHTS_NAME, _load_adapter), (PTR_SCORER_NAME, _load_side))
     for name, load in loaders:
-        if not (folder / name).is_file():
+        if regular_file(folder, name) is None:
             raise FileNotFoundError(f"The checkpoint in {folder} lacks {name}, which this policy needs.")
         try:
             load(policy, folder / name)

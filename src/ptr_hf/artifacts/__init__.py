@@ -1,0 +1,1 @@
+"""A checkpoint's files: what may be opened, what they may ask for."""
