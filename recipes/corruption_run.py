@@ -294,7 +294,6 @@ def _correlation(x: Any, y: Any) -> float:
 def _segments(setting: Setting, cell: Cell) -> dict[str, Any]:
     """The same number of chunks a step for every preset: a belief needs segments of several, the others take them singly."""
     method = PTRHyperparameters(preset=cell.preset, **cell.options)
-    method.apply_preset()
     length = 4 if method.num_belief_tokens else 1
     return {"segment_length": length, "per_device_train_batch_size": setting.batch_size // length} | cell.options
 

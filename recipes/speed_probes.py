@@ -162,7 +162,12 @@ def _policy_and_batch(case: Case, dataset: Path, seed: int) -> tuple[PTRPolicy, 
     """The case's policy with the paper's PTR around it, and a preprocessed batch of segments for it."""
     meta = dataset_metadata(dataset)
     with tempfile.TemporaryDirectory() as folder:
-        config = PTRConfig(device="cpu", segment_length=case.segment_length, num_belief_tokens=case.belief_tokens)
+        config = PTRConfig(
+            device="cpu",
+            preset="ptr",
+            segment_length=case.segment_length,
+            num_belief_tokens=case.belief_tokens,
+        )
         policy = PTRPolicy(config, base_policy=build_policy(case.policy, meta, Path(folder), seed)).train()
         preprocessor, _ = make_pre_post_processors(policy.config.base_config, dataset_stats=meta.stats)
     opened = open_dataset(dataset, policy.config.layout)

@@ -69,8 +69,6 @@ from ptr_hf.report import (
 from ptr_hf.scoring import action_loss
 from ptr_hf.training_sources import DataSource, read_metadata
 
-DEFAULT_PRESET = "ptr_calibrated"
-"""What weighs the loss unless another preset is named: the best in docs/corruption.md that leaves clean data alone."""
 PLAIN = SegmentLayout(None, (0,), 1, 1, None)
 DEMO = Path(__file__).parent / "experiments" / "demo.yaml"
 
@@ -142,7 +140,6 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, PTRTrainingArgume
         finder.add_argument(name)
     given, _ = finder.parse_known_args(argv)
     parser = HfArgumentParser((RecipeArguments, PTRTrainingArguments), description=__doc__)
-    parser.set_defaults(preset=DEFAULT_PRESET)
     demo = not (given.config or given.policy_path or given.dataset or given.mixture)
     for file in map(Path, given.config or ([DEMO] if demo else [])):
         parser.set_defaults(**read_options(file, parser))
@@ -246,7 +243,9 @@ def tiny_policy(folder: Path, data: DataSource, args: PTRTrainingArguments) -> n
 
 def sft_arguments(args: PTRTrainingArguments, folder: Path) -> PTRTrainingArguments:
     """The same run without PTR: the same segments in the same order, the same seed, schedule and optimiser."""
-    return replace(args, output_dir=str(folder), preset="sft", push_to_hub=False, **PRESETS["sft"])
+    method = dict.fromkeys(name for own in PRESETS.values() for name in own)
+    own = method | {"preset": "sft", "segment_length": args.segment_length}
+    return args.with_options(output_dir=str(folder), push_to_hub=False, **own)
 
 
 def train(model: Any, args: PTRTrainingArguments, dataset: Any) -> PTRTrainer:

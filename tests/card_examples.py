@@ -32,8 +32,6 @@ HOSTILE = (
 
 def config_of(preset: str = "ptr", **changes: Any) -> PTRHyperparameters:
     config = PTRHyperparameters(preset=preset, **changes)
-    config.apply_preset()
-    config.check()
     return config
 
 

@@ -110,6 +110,7 @@ def train(case: Case, world: int, points: Path, folder: Path) -> None:
     split = case.settings.get("accelerator_config", {}).get("split_batches", False)
     steps = math.ceil(math.ceil(sum(EPISODES) / BATCH) / case.accumulation)
     options: dict[str, Any] = {
+        "preset": "ptr",
         "output_dir": str(folder / "run"),
         "max_steps": steps + 2,
         "per_device_train_batch_size": BATCH if split else BATCH // world,

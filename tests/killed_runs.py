@@ -22,6 +22,7 @@ from ptr_hf.checkpoints import PARTIAL, checkpoints
 PATIENCE = 120
 """Seconds after which a process that should have done something is taken for stuck."""
 SETTINGS: dict[str, Any] = {
+    "preset": "ptr",
     "max_steps": 60,
     "per_device_train_batch_size": 4,
     "segment_length": 2,

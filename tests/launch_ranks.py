@@ -58,6 +58,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def arguments(name: str, **settings: Any) -> PTRTrainingArguments:
     defaults: dict[str, Any] = {
+        "preset": "ptr",
         "max_steps": 4,
         "per_device_train_batch_size": 2,
         "segment_length": 2,

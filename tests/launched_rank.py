@@ -12,6 +12,7 @@ from ptr_hf.launch import check_launch
 
 folder = Path(sys.argv[1])
 args = PTRTrainingArguments(
+    preset="ptr",
     output_dir=str(folder / "run"),
     max_steps=2,
     per_device_train_batch_size=2,

@@ -14,7 +14,6 @@ TOTAL = 24
 
 def config_of(preset: str) -> PTRHyperparameters:
     config = PTRHyperparameters(preset=preset)
-    config.apply_preset()
     return config
 
 

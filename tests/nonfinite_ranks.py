@@ -32,6 +32,7 @@ def run(rank: int, points: Path, root: Path, folder: Path, port: str) -> None:
         "GLOO_SOCKET_IFNAME": "lo",
     }
     args = PTRTrainingArguments(
+        preset="ptr",
         output_dir=str(folder / "run"),
         max_steps=12,
         logging_steps=4,

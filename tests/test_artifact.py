@@ -59,7 +59,7 @@ def folders(points: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     base.config.pretrained_path = root / "base"
     adapted = wrap_with_peft(base, LoraConfig(r=2, target_modules=r".*(action_in_proj|action_out_proj)"))
     made["adapter"] = with_processors(
-        PTRPolicy(PTRConfig(device="cpu", **SMALL), base_policy=adapted), points, root / "adapter"
+        PTRPolicy(PTRConfig(device="cpu", preset="ptr", **SMALL), base_policy=adapted), points, root / "adapter"
     )
     return made
 

@@ -181,7 +181,7 @@ class TestBaseConfigurations:
         from families_multi_task_dit import FAMILIES
 
         base = FAMILIES[0].policy()
-        policy = PTRPolicy(PTRConfig(device="cpu", **SMALL), base_policy=base)
+        policy = PTRPolicy(PTRConfig(device="cpu", preset="ptr", **SMALL), base_policy=base)
         shutil.rmtree(folder)
         policy.save_pretrained(folder)
         artifact = check_artifact(folder)

@@ -111,6 +111,7 @@ def new_trainer(
     """Four steps with belief and scorer, evaluated at the second and the last one."""
     args = PTRTrainingArguments(
         output_dir=str(folder),
+        preset="ptr",
         max_steps=4,
         per_device_train_batch_size=4,
         logging_steps=2,

@@ -45,7 +45,8 @@ def test_the_command_gives_what_lerobot_loads(points: Path, tmp_path: Path) -> N
 def test_an_adapter_is_merged(points: Path, tmp_path: Path) -> None:
     lora = LoraConfig(r=2, target_modules=r".*(action_head|linear1)", init_lora_weights=False)
     policy = PTRPolicy(
-        PTRConfig(num_belief_tokens=0, **SMALL), base_policy=get_peft_model(base_policy("act", points), lora)
+        PTRConfig(preset="ptr", num_belief_tokens=0, **SMALL),
+        base_policy=get_peft_model(base_policy("act", points), lora),
     )
     policy.eval().export_base(tmp_path)
     plain = ACTPolicy.from_pretrained(tmp_path).eval()

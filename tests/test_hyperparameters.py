@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import draccus
 import pytest
 from lerobot.configs import PreTrainedConfig
 from small_policies import settings_id
@@ -17,10 +20,7 @@ ACT = {"type": "act", "chunk_size": 16, "n_action_steps": 8}
 
 
 def checked(**settings: Any) -> PTRHyperparameters:
-    values = PTRHyperparameters(**settings)
-    values.apply_preset()
-    values.check()
-    return values
+    return PTRHyperparameters(**{"preset": "ptr", **settings})
 
 
 class TestRanges:
@@ -52,6 +52,9 @@ class TestRanges:
             ({"scorer_warmup_steps": -1}, r"scorer_warmup_steps=-1"),
             ({"hard_negative_key": "colour"}, r"hard_negative_key='colour'.*task, state, task_or_state"),
             ({"score": "magic"}, r"score='magic'.*one of posterior"),
+            ({"weight_min": 1e-30}, r"weight_min=1e-30 is out of range: it must be between 1e-12 and 1e\+12"),
+            ({"weight_max": 1e300}, r"weight_max=1e\+300 is out of range: it must be between 1e-12 and 1e\+12"),
+            ({"score_horizon": float("inf")}, r"score_horizon=inf is out of range: it must be finite"),
             ({"scorer": False}, r"scorer=False trains the base policy alone.*preset='sft'"),
         ],
         ids=settings_id,
@@ -59,6 +62,20 @@ class TestRanges:
     def test_a_value_out_of_range_is_named(self, settings: dict[str, Any], message: str) -> None:
         for build in (checked, PTRConfig):
             with pytest.raises(ValueError, match=message):
+                build(preset="ptr", **settings)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"alpha": "0.5"}, r"alpha='0.5' must be a number, not str"),
+            ({"chunk_size": 8.0}, r"chunk_size=8.0 must be a whole number, not float"),
+            ({"scorer": "no"}, r"scorer='no' must be True or False, not str"),
+        ],
+        ids=settings_id,
+    )
+    def test_a_value_of_another_type_is_named(self, settings: dict[str, Any], message: str) -> None:
+        for build in (checked, PTRConfig):
+            with pytest.raises(TypeError, match=message):
                 build(**settings)
 
     def test_arguments_are_checked_like_the_configuration(self, tmp_path: Path) -> None:
@@ -75,7 +92,7 @@ class TestRanges:
 
 
 class TestPresets:
-    def test_the_default_is_the_papers_table_6(self) -> None:
+    def test_ptr_is_the_papers_table_6(self) -> None:
         values = checked()
         assert (values.identification_coef, values.ranking_coef) == (0.05, 0.25)
         assert (values.entropy_coef, values.diversity_coef, values.belief_temperature) == (1e-3, 1e-3, 1.0)
@@ -103,6 +120,69 @@ class TestPresets:
             checked(preset="sft_belief", alpha=0.7)
         assert checked(preset="sft_belief", alpha=0.0).alpha == 0.0
         assert checked(preset="sft_belief", num_belief_tokens=2).num_belief_tokens == 2
+
+    @pytest.mark.parametrize(
+        ("preset", "name", "value", "own"),
+        [
+            ("sft", "alpha", 1.0, "0.0"),
+            ("sft", "num_belief_tokens", 4, "0"),
+            ("sft", "scorer", True, "False"),
+            ("sft_belief", "alpha", 1.0, "0.0"),
+            ("small_loss", "score", "posterior", "loss"),
+            ("random_weights", "score", "posterior", "random"),
+            ("ptr_consequence_shuffled", "shuffle_consequences", False, "True"),
+        ],
+    )
+    def test_a_contradiction_is_refused_also_where_it_equals_a_default(
+        self, tmp_path: Path, preset: str, name: str, value: Any, own: str
+    ) -> None:
+        message = f"preset='{preset}' sets {name}={own}, but {name}={value} was given; drop one of the two"
+        for build in (partial(PTRTrainingArguments, output_dir=str(tmp_path), use_cpu=True), PTRConfig):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                build(preset=preset, **{name: value})
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"score": "posterior"},
+            {"num_belief_tokens": 4},
+            {"weight_min": 0.25, "scorer_warmup_steps": 0.05},
+            {"detach_scorer_inputs": False, "missing_future": "one", "standardize_by": "all"},
+        ],
+        ids=settings_id,
+    )
+    def test_what_is_given_wins_also_where_it_equals_a_default(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        args = PTRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
+        line = [f"--{name}={value}" for name, value in settings.items()]
+        options = [*line, "--output_dir", str(tmp_path), "--use_cpu", "true", "--report_to", "none"]
+        (parsed,) = HfArgumentParser(PTRTrainingArguments).parse_args_into_dataclasses(options)
+        loaded = draccus.decode(PTRConfig, settings)
+        for values in (args, parsed, loaded, PTRConfig(**args.hyperparameters()), dataclasses.replace(args, seed=3)):
+            assert values.hyperparameters().items() >= (PRESETS["ptr_calibrated"] | settings).items()
+            assert values.preset == "ptr_calibrated"
+        assert args.given == parsed.given == loaded.given == dataclasses.replace(args, seed=3).given == settings
+
+    def test_replacing_the_preset_takes_its_values(self, tmp_path: Path) -> None:
+        args = PTRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, chunk_size=8, beta=2.0)
+        plain = dataclasses.replace(args, preset="sft")
+        assert plain.given == {"preset": "sft", "chunk_size": 8, "beta": 2.0}
+        assert PRESETS["sft"].items() <= plain.hyperparameters().items()
+        assert plain.weight_map == "paper"
+        with pytest.raises(ValueError, match=r"preset='sft' sets alpha=0.0, but alpha=0.5 was given"):
+            dataclasses.replace(args, preset="sft", alpha=0.5)
+        with pytest.raises(ValueError, match=r"preset='sft' sets alpha=0.0, but alpha=1.0 was given"):
+            args.with_options(preset="sft", alpha=1.0)
+        assert args.with_options(preset="sft", segment_length=4).segment_length == 4
+
+    def test_a_saved_configuration_keeps_its_values(self) -> None:
+        """Files hold every field, whatever the presets have become since."""
+        saved = PTRConfig(preset="ptr_calibrated", weight_min=0.25, aggregation="segment").hyperparameters()
+        assert draccus.decode(PTRConfig, saved).hyperparameters() == saved
+
+    def test_one_default_everywhere(self, tmp_path: Path) -> None:
+        args = PTRTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+        assert args.preset == PTRConfig().preset == draccus.decode(PTRConfig, {}).preset == "ptr_calibrated"
+        assert args.given == {}
 
     def test_an_unknown_preset_names_the_known_ones(self) -> None:
         with pytest.raises(ValueError, match=r"preset='fancy' is unknown; choose one of ptr, sft_belief, sft"):
@@ -139,6 +219,37 @@ class TestCommandLine:
         assert args.segment_length == 4
         assert (args.max_steps, args.weight_decay, args.lr_scheduler_type) == (60_000, 0.01, "cosine")
 
+    @pytest.mark.parametrize(
+        ("settings", "steps", "epochs"),
+        [
+            ({}, 60_000, -1),
+            ({"num_train_epochs": 2}, -1, 2),
+            ({"num_train_epochs": 2, "max_steps": -1}, -1, 2),
+            ({"max_steps": 5}, 5, -1),
+        ],
+        ids=settings_id,
+    )
+    def test_epochs_or_steps(self, tmp_path: Path, settings: dict[str, Any], steps: int, epochs: float) -> None:
+        args = PTRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **settings)
+        for same in (args, dataclasses.replace(args)):
+            assert (same.max_steps, same.num_train_epochs) == (steps, epochs)
+        longer = dataclasses.replace(args, **{"max_steps" if steps > 0 else "num_train_epochs": 7})
+        assert (longer.max_steps, longer.num_train_epochs) == ((7, -1) if steps > 0 else (-1, 7))
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"max_steps": 5, "num_train_epochs": 3}, r"max_steps=5 and num_train_epochs=3 were both given: drop"),
+            ({"max_steps": 0}, r"max_steps=0 is out of range: it must be 1 or more, or -1"),
+            ({"num_train_epochs": 0}, r"num_train_epochs=0 is out of range"),
+            ({"max_steps": -1}, r"max_steps=-1 counts num_train_epochs, which was not given"),
+        ],
+        ids=settings_id,
+    )
+    def test_a_length_that_cannot_be(self, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            PTRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **settings)
+
     def test_a_preset_and_a_wrong_value(self, tmp_path: Path) -> None:
         parser = HfArgumentParser(PTRTrainingArguments)
         line = ["--output_dir", str(tmp_path), "--report_to", "none", "--use_cpu", "true"]
@@ -158,7 +269,7 @@ class TestCommandLine:
 
 class TestConfig:
     def config(self, **settings: Any) -> PTRConfig:
-        return PTRConfig(device="cpu", **{"base": ACT, **settings})
+        return PTRConfig(device="cpu", **{"base": ACT, "preset": "ptr", **settings})
 
     @pytest.mark.parametrize(
         "settings",

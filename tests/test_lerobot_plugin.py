@@ -48,6 +48,7 @@ register_third_party_plugins()  # as LeRobot's commands do before they read thei
 def trained(folder: Path, root: Path, tokens: int, steps: int = 1) -> Path:
     """A checkpoint that `PTRTrainer` saved after a step or two."""
     args = PTRTrainingArguments(
+        preset="ptr",
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=2,

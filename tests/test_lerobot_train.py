@@ -35,6 +35,7 @@ BASE = {
     "pretrained_backbone_weights": None,
 }
 SETTINGS = {
+    "preset": "ptr",
     "segment_length": 2,
     "queue_size": 32,
     "queue_negatives": 8,

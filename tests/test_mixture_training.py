@@ -48,6 +48,7 @@ def content(points: Path) -> dict[str, Any]:
 
 def arguments(folder: Path, **settings: Any) -> PTRTrainingArguments:
     defaults = {
+        "preset": "ptr",
         "max_steps": 4,
         "per_device_train_batch_size": 4,
         "num_belief_tokens": 0,
@@ -83,7 +84,7 @@ class TestLoss:
         losses = {}
         for name, sources in (("together", content["sources"]), ("alone", content["sources"][:1])):
             meta = MixtureMetadata.read(MixtureConfig.from_dict({"sources": sources, "image_size": [32, 32]}))
-            config = PTRConfig(device="cpu", num_belief_tokens=0, segment_length=2)
+            config = PTRConfig(device="cpu", preset="ptr", num_belief_tokens=0, segment_length=2)
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 policy = PTRPolicy(config, base_policy=small_policy(family, meta)).train()
@@ -105,7 +106,8 @@ class TestLoss:
     def test_counts_a_robots_own_dimensions_alone(self, content: dict[str, Any]) -> None:
         meta = MixtureMetadata.read(MixtureConfig.from_dict(content))
         policy = PTRPolicy(
-            PTRConfig(device="cpu", num_belief_tokens=0, segment_length=1), base_policy=small_policy("act", meta)
+            PTRConfig(device="cpu", preset="ptr", num_belief_tokens=0, segment_length=1),
+            base_policy=small_policy("act", meta),
         ).eval()
         mixture = Mixture(meta, policy.config.layout)
         statistics = mixture_statistics(meta, policy.config.normalization_mapping, mixture.datasets)
@@ -311,7 +313,7 @@ class TestCard:
         assert "q(m)" in card
 
     def test_a_policy_without_its_run_says_so_too(self) -> None:
-        config = PTRConfig(base={"type": "act"}, robots=["points", "arm"], num_belief_tokens=0)
+        config = PTRConfig(base={"type": "act"}, robots=["points", "arm"], preset="ptr", num_belief_tokens=0)
         facts = CardFacts(config=config, base=BasePolicy(policy_type="act"))
         assert facts.robots == ("points", "arm")
         assert facts.needs_ptr_hf

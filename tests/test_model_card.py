@@ -306,7 +306,9 @@ def test_the_lines_to_use_it_run(
 ) -> None:
     """Folders stand where the Hub's repos would: LeRobot, PEFT and ptr_hf read either."""
     monkeypatch.chdir(tmp_path)
-    config = PTRConfig(device="cpu", num_belief_tokens=tokens, segment_length=2, queue_size=16, queue_negatives=4)
+    config = PTRConfig(
+        device="cpu", preset="ptr", num_belief_tokens=tokens, segment_length=2, queue_size=16, queue_negatives=4
+    )
     origin, base = BasePolicy(policy_type="act", source="me/base"), base_policy("act", points)
     card = model_card(CardFacts(config=config, base=origin, peft=peft, repo_id="me/trained"))
     if peft:

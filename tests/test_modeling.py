@@ -45,7 +45,7 @@ def frozen_policy(points: Path, family: str, **settings: Any) -> PTRPolicy:
     base = base_policy(family, points, **({"freeze_vision_encoder": True} if family == "smolvla" else {}))
     if family == "act":
         base.model.backbone.requires_grad_(False)
-    settings = {"device": "cpu", "segment_length": 3, "num_belief_tokens": 0, **settings}
+    settings = {"device": "cpu", "preset": "ptr", "segment_length": 3, "num_belief_tokens": 0, **settings}
     policy = PTRPolicy(PTRConfig(**settings), base_policy=base).train()
     assert policy.target_encoder.shared
     return policy
@@ -440,9 +440,8 @@ class TestWrapping:
     @pytest.mark.parametrize("family", FAMILIES)
     def test_a_peft_model_trains_its_adapter(self, points: Path, family: str, settings: dict[str, Any]) -> None:
         peft = get_peft_model(base_policy(family, points), LoraConfig(r=2, target_modules=LORA[family]))
-        config = {"device": "cpu", "segment_length": 2, "num_belief_tokens": 0, "scorer_warmup_steps": 0, **settings}
-        if "preset" in settings:
-            config = {"device": "cpu", **settings}
+        own = {"preset": "ptr", "segment_length": 2, "num_belief_tokens": 0, "scorer_warmup_steps": 0}
+        config = {"device": "cpu", **({} if "preset" in settings else own), **settings}
         policy = PTRPolicy(PTRConfig(**config), base_policy=peft).train()
         batch = train_batch(policy, points, ANCHORS)
         before = copy.deepcopy(policy.state_dict())
@@ -508,7 +507,11 @@ class TestConstruction:
             "pretrained_backbone_weights": None,
         }
         config = PTRConfig(
-            device="cpu", base=base, input_features=reference.input_features, output_features=reference.output_features
+            device="cpu",
+            preset="ptr",
+            base=base,
+            input_features=reference.input_features,
+            output_features=reference.output_features,
         )
         policy = PTRPolicy(config)
         assert isinstance(policy.base, ACTPolicy)

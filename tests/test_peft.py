@@ -38,6 +38,7 @@ def base(points: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(folder: Path, **settings: Any) -> PTRTrainingArguments:
     return PTRTrainingArguments(
         **{
+            "preset": "ptr",
             "output_dir": str(folder),
             "max_steps": 2,
             "per_device_train_batch_size": 4,

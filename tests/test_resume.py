@@ -195,7 +195,7 @@ def test_the_recipe_after_a_kill(tmp_path: Path) -> None:
     recipe = Path(__file__).parents[1] / "recipes" / "train_ptr.py"
     options = f"--output_dir {tmp_path} --max_steps 8 --logging_steps 2 --save_strategy steps --save_steps 2".split()
     first = subprocess.Popen([sys.executable, str(recipe), *options], stdout=subprocess.DEVNULL)
-    while not (tmp_path / "ptr" / "checkpoint-4").is_dir():
+    while not (tmp_path / "ptr_calibrated" / "checkpoint-4").is_dir():
         assert first.poll() is None, "it ended before it was killed"
         time.sleep(0.01)
     first.kill()
@@ -206,7 +206,7 @@ def test_the_recipe_after_a_kill(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "sft" / "checkpoint-8" / "optimizer.pt").stat().st_mtime_ns == trained
     assert [step_of(path) for path in checkpoints(tmp_path / "sft")] == [8, 6, 4, 2]
-    for run in ("sft", "ptr"):
+    for run in ("sft", "ptr_calibrated"):
         assert read_dynamics(tmp_path / run / DYNAMICS_FILE).steps(run).tolist() == [2, 4, 6, 8]
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["ptr"]["action loss, held-out clean episodes"] > 0
+    assert results["ptr_calibrated"]["action loss, held-out clean episodes"] > 0

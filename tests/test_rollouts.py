@@ -155,7 +155,7 @@ def test_finished_episodes_leave_the_batch_unless_the_policy_may_remember(monkey
 
 def test_a_belief_is_carried_while_episodes_end_one_by_one(vlm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, pipelines = small_policy(vlm)
-    policy = PTRPolicy(PTRConfig(device="cpu", num_belief_tokens=2), base_policy=base)
+    policy = PTRPolicy(PTRConfig(device="cpu", preset="ptr", num_belief_tokens=2), base_policy=base)
     monkeypatch.setitem(benchmark_tasks.RADIUS, "reach", 0.28)  # so near that some starts end at once, others later
     result = evaluate(policy, pipelines, max_steps=60)
     assert len(np.unique(result.steps)) > 2

@@ -32,6 +32,7 @@ SMALL = {"segment_length": 2, "queue_size": 64, "queue_negatives": 8}
 
 def arguments(folder: Path, **settings: Any) -> PTRTrainingArguments:
     defaults = {
+        "preset": "ptr",
         "max_steps": 2,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 8,

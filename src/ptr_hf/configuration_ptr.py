@@ -1,6 +1,7 @@
 """`PTRConfig`: a LeRobot policy configuration that wraps the configuration of a base policy."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,9 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
     )
     num_tasks: int = field(default=0, metadata={"help": "Instructions of the training data; set when it is known."})
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, _filled: Mapping[str, Any] | None) -> None:
         PreTrainedConfig.__post_init__(self)
-        self.apply_preset()
-        self.check()
+        PTRHyperparameters.__post_init__(self, _filled)
         self._base_config: PreTrainedConfig | None = None
 
     @property

@@ -1,7 +1,10 @@
 """The method's hyperparameters: one schema for `PTRConfig`, `PTRTrainingArguments` and every command line."""
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+import math
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass, field, fields, replace
+from numbers import Integral, Real
+from typing import Any, Literal, Self, get_args
 
 from ptr_hf.scores import (
     AGGREGATIONS,
@@ -15,6 +18,10 @@ from ptr_hf.scores import (
 
 HARD_NEGATIVE_KEYS = ("task", "state", "task_or_state")
 PAPER_WARMUP_STEPS = 3000
+DEFAULT_PRESET = "ptr_calibrated"
+"""The preset unless another is named: the best in docs/corruption.md that leaves clean data alone."""
+WEIGHT_BOUNDS = 1e-12, 1e12
+"""Weights are squared and summed in single precision."""
 
 # What every preset of ours shares: an ordinary policy, no loss term of the scorer in it, an episode's mean as its verdict.
 _OURS: dict[str, Any] = {
@@ -55,22 +62,46 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-_DEFINING = ("score", "alpha", "scorer", "shuffle_consequences")
+# What a preset's name says: these values cannot be others. A preset of ours that is not named after its score takes any.
+_NAMED_FOR: dict[str, tuple[str, ...]] = {
+    "ptr": (),
+    "ptr_calibrated": (),
+    "sft": ("alpha", "num_belief_tokens", "scorer"),
+    "sft_belief": ("alpha",),
+    "ptr_consequence_shuffled": ("score", "shuffle_consequences"),
+}
 
 
 def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+    # None stands for "not given", whatever the default is; argparse is told of None too
+    return field(default=None, metadata={"default": default, "help": help})
 
 
 @dataclass(kw_only=True)
 class PTRHyperparameters:
-    """Hyperparameters of Posterior-Transition Reweighting; the defaults are the paper's (Table 6).
+    """Hyperparameters of Posterior-Transition Reweighting.
+
+    What is given wins; None, or leaving a field out, takes the preset's value, and where the preset sets none the paper's
+    (Table 6, `DEFAULTS`). After construction every field holds the value that counts; `given` has those that were chosen.
+    `dataclasses.replace` keeps the difference, so that `replace(values, preset="sft")` takes sft's values.
 
     Raises:
-        ValueError: a value is out of its range; the sentence names the field and the range.
+        TypeError: a value is of another type than the field's.
+        ValueError: a value is out of its range or contradicts the preset; the sentence names the field and what it may be.
+
+    Example:
+        >>> PTRHyperparameters(preset="sft").alpha
+        0.0
+        >>> PTRHyperparameters(preset="ptr", num_belief_tokens=0).given
+        {'preset': 'ptr', 'num_belief_tokens': 0}
     """
 
-    preset: str = _option("ptr", f"Named configuration that sets the fields it owns: one of {', '.join(PRESETS)}.")
+    # What was filled in, by name; not a field: `dataclasses.replace` hands it on, nothing else passes it.
+    _filled: InitVar[Mapping[str, Any] | None] = None
+
+    preset: str = _option(
+        DEFAULT_PRESET, f"Named configuration that sets the fields it owns: one of {', '.join(PRESETS)}."
+    )
 
     # Segments (4.1)
     chunk_size: int | None = _option(None, "L, actions per chunk. None: the base policy's own.")
@@ -157,27 +188,61 @@ class PTRHyperparameters:
     beta_max: float = _option(3.0, "Upper bound of β.")
     hard_negative_ratio_max: float = _option(0.5, "Upper bound of ρ, the share of hard negatives.")
 
-    def apply_preset(self) -> None:
-        """Give the fields that the preset sets its values.
+    def __post_init__(self, _filled: Mapping[str, Any] | None) -> None:
+        for name, value in (_filled or {}).items():
+            if vars(self)[name] == value:
+                setattr(self, name, None)
+        vars(self)["_filled"] = {}
+        self.apply_preset()
+        self.check()
 
-        A field already set to something else keeps it, unless it defines the preset: that is a contradiction.
+    def _fill(self, name: str, value: Any) -> None:
+        if vars(self)[name] is None and value is not None:
+            setattr(self, name, value)
+            vars(self)["_filled"][name] = value
+
+    def apply_preset(self) -> None:
+        """Give the fields that are None the preset's value or the default; done at construction.
+
+        Raises:
+            ValueError: the preset is unknown, or a field has another value than the preset is named for.
         """
+        self._fill("preset", DEFAULT_PRESET)
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is unknown; choose one of {', '.join(PRESETS)}.")
-        defaults = {item.name: item.default for item in fields(PTRHyperparameters)}
-        for name, value in PRESETS[self.preset].items():
-            current = vars(self)[name]
-            if current in (value, defaults[name]):
-                setattr(self, name, value)
-            elif name in _DEFINING:
+        own = PRESETS[self.preset]
+        for name in _NAMED_FOR.get(self.preset, ("score",)):
+            value = vars(self)[name]
+            if value is not None and value != own[name]:
                 raise ValueError(
-                    f"preset={self.preset!r} sets {name}={value}, but {name}={current} was given; drop one of the two."
+                    f"preset={self.preset!r} sets {name}={own[name]}, but {name}={value} was given; drop one of the two."
                 )
-        if self.segment_length is None:
-            self.segment_length = 4 if self.reads_futures or self.num_belief_tokens else 1
+        for name, default in DEFAULTS.items():
+            self._fill(name, own.get(name, default))
+        self._fill("segment_length", 4 if self.reads_futures or self.num_belief_tokens else 1)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The method's fields that were given, not filled in by the preset or the defaults, by name."""
+        filled, values = vars(self)["_filled"], self.hyperparameters().items()
+        return {name: value for name, value in values if value is not None and (name, value) not in filled.items()}
+
+    def with_options(self, **changes: Any) -> Self:
+        """A copy with other options.
+
+        `dataclasses.replace` cannot tell a value that it carries from one that it is given: an explicit value that equals
+        what the old preset had filled in follows the new preset there, and is kept here.
+
+        Args:
+            changes: fields by name; None takes the preset's value.
+        """
+        carried = {name: value for name, value in vars(self)["_filled"].items() if name not in changes}
+        return replace(self, _filled=carried, **changes)
 
     def check(self) -> None:
-        """Refuse values outside their range, naming field, value and range."""
+        """Refuse values of another type or outside their range, naming field, value and range; done at construction."""
+        for item in fields(PTRHyperparameters):
+            check_type(item.name, vars(self)[item.name], item.type)
         _require(0.0 <= self.alpha <= 1.0, "alpha", self.alpha, "in [0, 1]")
         _require(self.weight_min > 0, "weight_min", self.weight_min, "positive")
         _require(
@@ -186,6 +251,9 @@ class PTRHyperparameters:
             (self.weight_min, self.weight_max),
             "ordered as weight_min <= 1 <= weight_max",
         )
+        least, most = WEIGHT_BOUNDS
+        for name in ("weight_min", "weight_max"):
+            _require(least <= vars(self)[name] <= most, name, vars(self)[name], f"between {least:g} and {most:g}")
         if self.queue_size:
             _require(
                 self.queue_negatives <= self.queue_size,
@@ -266,6 +334,39 @@ class PTRHyperparameters:
     def hyperparameters(self) -> dict[str, Any]:
         """The method's fields alone, by name."""
         return {item.name: vars(self)[item.name] for item in fields(PTRHyperparameters)}
+
+
+DEFAULTS: dict[str, Any] = {item.name: item.metadata["default"] for item in fields(PTRHyperparameters)}
+"""The value of every field that neither the caller nor the preset sets: the paper's, by name."""
+
+
+def check_type(name: str, value: Any, hint: Any) -> None:
+    """Refuse a value of another type than a field's.
+
+    Args:
+        name: of the field.
+        value: the field's; whole numbers pass for floats, None where the hint allows it.
+        hint: bool, int, float, str, a Literal (whose members are looked at elsewhere), or one of them with None.
+
+    Raises:
+        TypeError: another type.
+        ValueError: a float that is not finite.
+    """
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    if value is None or len(kinds) != 1:
+        return
+    (kind,) = kinds
+    whole, number = isinstance(value, Integral), isinstance(value, Real)
+    fits = {
+        bool: isinstance(value, bool),
+        int: whole and not isinstance(value, bool),
+        float: number and not isinstance(value, bool),
+    }
+    words = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+    if kind in words and not fits.get(kind, isinstance(value, str)):
+        raise TypeError(f"{name}={value!r} must be {words[kind]}, not {type(value).__name__}.")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name}={value} is out of range: it must be finite.")
 
 
 def _require(condition: bool, name: str, value: Any, expected: str) -> None:

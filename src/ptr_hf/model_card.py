@@ -224,7 +224,6 @@ def library_versions() -> dict[str, str]:
 def preset_changes(config: PTRHyperparameters) -> dict[str, tuple[Any, Any]]:
     """Hyperparameters that are not as the preset sets them: name → (value, the preset's); what it leaves open is not."""
     preset = PTRHyperparameters(preset=config.preset)
-    preset.apply_preset()
     both = ((name, value, vars(preset)[name]) for name, value in config.hyperparameters().items())
     return {name: (value, usual) for name, value, usual in both if usual not in (value, None)}
 

@@ -18,7 +18,6 @@ from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.data.screening import Screen, with_finite_statistics
 from ptr_hf.data.statistics import mixture_statistics
 from ptr_hf.hub import is_ptr_source
-from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.modeling_ptr import PTRPolicy, build_base
 from ptr_hf.peft_policies import wrap_with_peft
 from ptr_hf.policies.hooks import unwrap
@@ -117,11 +116,9 @@ def _fit_to_robot(config: PTRConfig, features: dict[str, Any]) -> None:
 
 def _check_hyperparameters(args: PTRTrainingArguments, config: PTRConfig) -> None:
     """Refuse hyperparameters that a finished `PTRPolicy` would silently overrule."""
-    defaults = PTRHyperparameters()
-    defaults.apply_preset()
     own = config.hyperparameters()
-    for name, value in args.hyperparameters().items():
-        if value not in (vars(defaults)[name], own[name]):
+    for name, value in args.given.items():
+        if value != own[name]:
             raise ValueError(
                 f"{name}={value} was given, but the PTRPolicy brings {name}={own[name]}, which was fixed when it was built: "
                 f"leave {name} out, or start from a LeRobot policy."

@@ -1,11 +1,12 @@
-"""`PTRTrainingArguments`: transformers' training arguments and the method's hyperparameters, with the paper's defaults."""
+"""`PTRTrainingArguments`: transformers' training arguments and the method's hyperparameters."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import TrainingArguments
 
-from ptr_hf.hyperparameters import PTRHyperparameters
+from ptr_hf.hyperparameters import PTRHyperparameters, check_type
 
 
 @dataclass
@@ -14,13 +15,21 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
 
     Everything of `transformers.TrainingArguments` and `PTRHyperparameters`; optimisation defaults are the paper's Table 6
     (AdamW, 1e-4, weight decay 0.01, cosine after a warm-up of 3.3 % of the run, 60k steps). `per_device_train_batch_size`
-    counts segments: one holds `segment_length` chunks.
+    counts segments: one holds `segment_length` chunks. The preset is `ptr_calibrated` unless another is named.
 
     Raises:
-        ValueError: a hyperparameter is out of range or contradicts the preset.
+        TypeError: a hyperparameter is of another type than its field.
+        ValueError: a value is out of range or contradicts another one or the preset; the sentence names it.
     """
 
-    max_steps: int = field(default=60_000, metadata={"help": "Optimiser steps; -1 counts num_train_epochs instead."})
+    max_steps: int = field(
+        default=None,  # type: ignore[assignment]  # None: not given
+        metadata={"help": "Optimiser steps. Default: 60,000, or -1 with num_train_epochs, which counts these instead."},
+    )
+    num_train_epochs: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Passes over the data, in the place of max_steps. Default: -1, which counts max_steps."},
+    )
     learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     lr_scheduler_type: str = field(
@@ -109,12 +118,35 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
     # transformers parses JSON given on the command line for the fields listed here
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "rename_map", "eval_env"]  # noqa: RUF012
 
-    def __post_init__(self) -> None:
-        self.apply_preset()
-        self.check()
-        super().__post_init__()
+    def __post_init__(self, _filled: Mapping[str, Any] | None) -> None:
+        PTRHyperparameters.__post_init__(self, _filled)
+        self._count_steps()
+        TrainingArguments.__post_init__(self)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop what the policy reads; leave it at False.")
+
+    def _count_steps(self) -> None:
+        """The run's length is given by max_steps or by num_train_epochs; the other is then -1."""
+        steps, epochs = self.max_steps, self.num_train_epochs
+        check_type("max_steps", steps, int)
+        check_type("num_train_epochs", epochs, float)
+        counts_epochs = epochs is not None and epochs > 0
+        if steps is not None and steps > 0 and counts_epochs:
+            raise ValueError(
+                f"max_steps={steps} and num_train_epochs={epochs:g} were both given: drop the one that shall not count."
+            )
+        if steps == 0 or (steps is not None and steps < -1):
+            raise ValueError(
+                f"max_steps={steps} is out of range: it must be 1 or more, or -1 to count num_train_epochs."
+            )
+        if epochs is not None and epochs <= 0 and epochs != -1:
+            raise ValueError(
+                f"num_train_epochs={epochs:g} is out of range: it must be positive, or -1 to count max_steps."
+            )
+        if steps == -1 and not counts_epochs:
+            raise ValueError("max_steps=-1 counts num_train_epochs, which was not given: give it, or the steps.")
+        self._fill("max_steps", -1 if counts_epochs else 60_000)
+        self._fill("num_train_epochs", -1.0)
 
     @property
     def peft_overrides(self) -> dict[str, Any] | None:

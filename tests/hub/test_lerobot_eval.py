@@ -45,6 +45,7 @@ def publish(folder: Path, tokens: int) -> None:
     """One step on the bundled demonstrations, pushed."""
     root = bundled_demonstrations("heldout")
     args = PTRTrainingArguments(
+        preset="ptr",
         output_dir=str(folder),
         max_steps=1,
         per_device_train_batch_size=2,

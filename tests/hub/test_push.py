@@ -37,6 +37,7 @@ COMPLETE = {
 def trainer_for(points: Path, folder: Path, family: str = "act", **settings: Any) -> PTRTrainer:
     args = PTRTrainingArguments(
         **{
+            "preset": "ptr",
             "output_dir": str(folder),
             "max_steps": 4,
             "per_device_train_batch_size": 4,

@@ -148,7 +148,6 @@ def test_ranges_of_the_presets():
     found = {}
     for preset in ("ptr", "sft", "sft_belief", "ptr_consequence", "ptr_calibrated", "small_loss_rejection"):
         config = PTRHyperparameters(preset=preset)
-        config.apply_preset()
         found[preset] = config.weight_range
     assert found == {
         "ptr": (0.25, 4.0), "sft": (1.0, 1.0), "sft_belief": (1.0, 1.0), "ptr_consequence": pytest.approx((0.02, 4.0)),

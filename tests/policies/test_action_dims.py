@@ -248,7 +248,7 @@ def test_the_policy_under_ptr_predicts_in_used_dimensions(tokens: int) -> None:
     family = BY_NAME["smolvla_state"]
     base = family.policy()
     batch = with_mask(family.batch(base), unused())
-    policy = PTRPolicy(PTRConfig(num_belief_tokens=tokens), base_policy=base)
+    policy = PTRPolicy(PTRConfig(preset="ptr", num_belief_tokens=tokens), base_policy=base)
 
     def predicted(call: Any) -> Tensor:
         policy.reset()

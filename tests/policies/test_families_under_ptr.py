@@ -24,7 +24,7 @@ from ptr_hf.data.segments import SegmentLayout, segment_rows
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors, preprocess
 
 LENGTH, ANCHORS = 3, (0, 30, 41)
-SMALL = {"scorer_warmup_steps": 0, "queue_size": 0, "queue_negatives": 0, "device": "cpu"}
+SMALL = {"preset": "ptr", "scorer_warmup_steps": 0, "queue_size": 0, "queue_negatives": 0, "device": "cpu"}
 
 
 @cache
@@ -187,6 +187,7 @@ def test_parameters_that_a_policy_names_keep_their_own_learning_rates(tmp_path: 
     family = named("xvla")
     root = dataset(("observation.image",), family.image_size)
     args = PTRTrainingArguments(
+        preset="ptr",
         output_dir=str(tmp_path),
         max_steps=1,
         learning_rate=2e-4,

@@ -158,7 +158,7 @@ class TestTraining:
             learning_rate=1e-3,
             save_strategy="no",
             disable_tqdm=True,
-            **settings,
+            **{"preset": "ptr", **settings},
         )
         base = base_policy("smolvla", states)
         assert base.name == "smolvla_state"

@@ -66,6 +66,7 @@ def base_losses(policy: PTRPolicy, root: Path) -> Tensor:
 def test_a_short_run_learns(family: Family, tmp_path: Path, record_property: Any) -> None:
     root = dataset_for(family, tmp_path)
     args = PTRTrainingArguments(
+        preset="ptr",
         output_dir=str(tmp_path / "run"),
         max_steps=STEPS,
         per_device_train_batch_size=16,

@@ -141,7 +141,7 @@ def test_every_training_command_parses_to_the_papers_settings(
 
 def test_table6_is_what_the_library_calls_the_papers_defaults() -> None:
     table = yaml.safe_load((PAPER / "table6.yaml").read_text())
-    defaults = train_ptr.PTRTrainingArguments(output_dir="unused", use_cpu=True).hyperparameters()
+    defaults = train_ptr.PTRTrainingArguments(output_dir="unused", use_cpu=True, preset="ptr").hyperparameters()
     shared = {name: setting for name, setting in table.items() if name in defaults}
     assert len(shared) > 25
     own = {

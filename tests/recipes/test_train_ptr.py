@@ -37,18 +37,19 @@ def test_the_demo_from_launch_to_report(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     results = json.loads((folder / "results.json").read_text())
     assert results["sft"]["action loss, held-out clean episodes"] > 0
-    assert results["ptr"]["action loss, held-out clean episodes"] > 0
+    assert results["ptr_calibrated"]["action loss, held-out clean episodes"] > 0
     assert "SFT beside PTR" in done.stdout
-    assert str(folder / "ptr") in done.stdout
+    folder_ptr = folder / "ptr_calibrated"
+    assert str(folder_ptr) in done.stdout
     assert "it/s" in done.stderr or "s/it" in done.stderr
-    dynamics = read_dynamics(folder / "ptr" / "ptr_dynamics.parquet")
-    assert dynamics.steps("ptr").tolist() == [2, 4, 6]
+    dynamics = read_dynamics(folder_ptr / "ptr_dynamics.parquet")
+    assert dynamics.steps("ptr_calibrated").tolist() == [2, 4, 6]
     scores = read_scores(folder / "ptr_scores.parquet")
     assert len(set(scores.episode_index.tolist())) == 60
     assert (folder / "ptr_report.html").stat().st_size > 100_000
     assert (folder / "summary.png").read_bytes()[:4] == b"\x89PNG"
-    assert PTRPolicy.from_pretrained(folder / "ptr").config.num_belief_tokens == 4
-    assert list((folder / "ptr" / "runs").rglob("events.out.tfevents.*"))
+    assert PTRPolicy.from_pretrained(folder_ptr).config.preset == "ptr_calibrated"
+    assert list((folder_ptr / "runs").rglob("events.out.tfevents.*"))
 
 
 def test_somebodys_policy_and_data_with_a_configuration_file(points: Path, tmp_path: Path) -> None:

@@ -301,9 +301,7 @@ def _ranks(values: FloatArray, group: Int[torch.Tensor, " episodes"]) -> FloatAr
 
 
 def _options(preset: str) -> PTRHyperparameters:
-    options = PTRHyperparameters(preset=preset)
-    options.apply_preset()
-    return options
+    return PTRHyperparameters(preset=preset)
 
 
 def _scores_of(preset: str) -> set[str]:

@@ -1,9 +1,8 @@
 """Runs called `ablation:no_belief` or `sweep:temperature=0.03` beside the paper's Table 5, and our own `search:…`."""
 
-from dataclasses import fields
 from typing import Any, NamedTuple
 
-from ptr_hf.hyperparameters import PRESETS, PTRHyperparameters
+from ptr_hf.hyperparameters import DEFAULTS, PRESETS
 from ptr_hf.report.corruption.document import MISSING, Table
 from ptr_hf.report.corruption.presets import PAPER_ABLATIONS
 from ptr_hf.report.corruption.runs import Runs
@@ -132,8 +131,7 @@ def _setting(runs: Runs, name: str, setting: str) -> Any:
     """The value of one hyperparameter in runs of this name; None where there is no such."""
     run = next((run for run in runs.items if run.preset == name), None)
     base, options = (name, {}) if run is None else (run.base, run.options)
-    defaults = {item.name: item.default for item in fields(PTRHyperparameters)}
-    return {**defaults, **PRESETS.get(base, {}), **options}.get(setting)
+    return {**DEFAULTS, **PRESETS.get(base, {}), **options}.get(setting)
 
 
 def _cell(found: Estimate | None) -> str:
