@@ -4,6 +4,8 @@ import io
 import json
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +13,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from lerobot.scripts import lerobot_train
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
@@ -113,3 +117,14 @@ def test_it_trains_saves_and_resumes(points: Path, tmp_path: Path, run: Run, tok
     resumed = PTRPolicy.from_pretrained(checkpoint(output, 4))
     assert resumed.objective.step == 4
     assert tensors_equal(resumed.state_dict(), end.state_dict())
+
+
+def test_wrong_bounds_of_episodes_are_set_right_for_lerobots_own_dataset(points: Path, tmp_path: Path) -> None:
+    shutil.copytree(points, tmp_path / "off")
+    (path,) = (tmp_path / "off" / "meta" / "episodes").rglob("*.parquet")
+    rows = pq.read_table(path).to_pandas()
+    pq.write_table(pa.Table.from_pandas(rows.assign(dataset_to_index=rows["dataset_from_index"] + 1)), path)
+    logs = [start(in_this_process, root, tmp_path / f"run_{root.name}", steps=1) for root in (points, tmp_path / "off")]
+    losses = [re.findall(r"loss:\S+", log) for log in logs]
+    assert losses[0] == losses[1] != []
+    assert "dataset_from_index and dataset_to_index" in logs[1]

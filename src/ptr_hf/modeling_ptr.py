@@ -7,6 +7,7 @@ controller.
 """
 
 import copy
+import logging
 from collections import deque
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from jaxtyping import Float
 from lerobot.configs import PreTrainedConfig
+from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from ptr_hf.chunk_summaries import motion_of, summaries
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.consequences import consequence_targets, samples_of
+from ptr_hf.data.bookkeeping import mend_metadata
 from ptr_hf.data.segments import (
     ACTION,
     PAD_SUFFIX,
@@ -48,6 +51,8 @@ from ptr_hf.policies.protocol import ACTION_DIM_PAD, without_unused
 from ptr_hf.scores import EpisodeTable, ScoreWeigher
 
 BASE_PREFIX = "base."
+
+logger = logging.getLogger(__name__)
 
 
 class TracedChunks(NamedTuple):
@@ -114,6 +119,7 @@ class PTRPolicy(PreTrainedPolicy):
         # LeRobot's factory tells which data the policy is for
         meta = kwargs.get("dataset_meta")
         if meta is not None:
+            _check_bookkeeping(meta)
             self.set_episodes(EpisodeTable.from_metadata(meta, config.standardize_by))
         self.reset()
 
@@ -522,6 +528,7 @@ class PTRPolicy(PreTrainedPolicy):
         """
         from ptr_hf.hub import load_policy
 
+        _check_bookkeeping(kwargs.get("dataset_meta"))
         return load_policy(
             cls,
             pretrained_name_or_path,
@@ -530,6 +537,13 @@ class PTRPolicy(PreTrainedPolicy):
             trusted_sources=trusted_sources,
             **kwargs,
         )
+
+
+def _check_bookkeeping(meta: Any) -> None:
+    """LeRobot's factory gives the metadata that its dataset reads by: what the data settle is set right for both."""
+    if isinstance(meta, LeRobotDatasetMetadata):
+        for sentence in mend_metadata(meta, fixed_index=True):
+            logger.warning("%s", sentence)
 
 
 def build_base(config: PTRConfig, **kwargs: Any) -> PreTrainedPolicy:

@@ -90,6 +90,8 @@ def open_data(
     dataset = open_dataset(given, layout, revision=args.dataset_revision)
     check_cameras(config.base_config, dataset.meta.features, args.observation_renames)
     check_dataset(dataset, layout)
+    # what its data files set right, which for a dataset on the Hub are here only now
+    meta.episodes, meta.tasks, meta.info = dataset.meta.episodes, dataset.meta.tasks, dataset.meta.info
     if not args.in_memory:
         return dataset
     return InMemorySegments(dataset, layout, max_gigabytes=args.max_gigabytes, frames_cache=args.frames_cache)

@@ -3,20 +3,28 @@
 import importlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import pyarrow as pa
+from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HFValidationError
 from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.utils import CompatibilityError
 
+from ptr_hf.data.bookkeeping import mend_dataset, mend_metadata
+from ptr_hf.data.dataset_files import damaged_file
+from ptr_hf.data.frame_times import check_rate
 from ptr_hf.data.segments import ACTION, SegmentLayout
 
 EMPTY_CAMERA = "observation.images.empty_camera_"
+
+logger = logging.getLogger(__name__)
 
 
 @cache
@@ -25,7 +33,7 @@ def video_backend() -> str:
     try:
         importlib.import_module("torchcodec")
     except (ImportError, OSError, RuntimeError):
-        logging.getLogger(__name__).info("torchcodec does not load here (no FFmpeg libraries); decoding with PyAV.")
+        logger.info("torchcodec does not load here (no FFmpeg libraries); decoding with PyAV.")
         return "pyav"
     return "torchcodec"
 
@@ -35,26 +43,60 @@ def is_dataset_folder(source: str | Path) -> bool:
     return (Path(source) / "meta" / "info.json").is_file()
 
 
-def dataset_metadata(source: str | Path | LeRobotDataset, revision: str | None = None) -> LeRobotDatasetMetadata:
-    """Metadata of a dataset by Hub id or folder, or of one that is open.
+def dataset_metadata(
+    source: str | Path | LeRobotDataset, revision: str | None = None, episodes: Sequence[int] | None = None
+) -> LeRobotDatasetMetadata:
+    """Metadata of a dataset by Hub id or folder, or of one that is open, as its data files have them (`mend_metadata`).
+
+    Args:
+        source: Hub id, local folder, or an open LeRobotDataset.
+        revision: of the Hub repo.
+        episodes: those that are read; None for all, or those of the open dataset.
 
     Raises:
-        ValueError: the folder is no dataset or an empty one, or there is no such folder and no repo of that name.
+        ValueError: the folder is no dataset, an empty or damaged one or one of an older format, there is no such folder and no
+            repo of that name, or the metadata contradict the data.
     """
+    return _mended_metadata(source, revision, episodes)[0]
+
+
+def _mended_metadata(
+    source: str | Path | LeRobotDataset, revision: str | None, episodes: Sequence[int] | None
+) -> tuple[LeRobotDatasetMetadata, list[str]]:
+    """The metadata, and a sentence for everything that was set right in them."""
     if isinstance(source, LeRobotDataset):
-        return source.meta
-    if is_dataset_folder(source):
-        if json.loads((Path(source) / "meta" / "info.json").read_text())["total_frames"] == 0:
-            raise ValueError(f"The dataset {source} is empty: it has no frames to train on.")
-        return LeRobotDatasetMetadata(Path(source).resolve().name, root=Path(source), revision=revision)
-    if Path(source).exists():
+        return source.meta, mend_metadata(source.meta, source.episodes if episodes is None else episodes)
+    folder = Path(source) if is_dataset_folder(source) else None
+    if folder is None and Path(source).exists():
         raise ValueError(
             f"{source} is no LeRobotDataset: it has no meta/info.json. Give a dataset's folder or its Hub id."
         )
+    name = str(source) if folder is None else folder.resolve().name
     try:
-        return LeRobotDatasetMetadata(str(source), revision=revision)
+        if folder is not None:
+            _check_folder(folder)
+        meta = LeRobotDatasetMetadata(name, root=folder, revision=revision)
     except HFValidationError as error:
         raise ValueError(f"{source} is neither a folder nor the name of a dataset on the Hub (user/name).") from error
+    except (CompatibilityError, NotImplementedError) as error:
+        raise ValueError(f"The dataset {source} has another format than LeRobot reads. {str(error).strip()}") from error
+    except (ValueError, KeyError, TypeError, OSError, DatasetsError, pa.ArrowException) as error:
+        damage = None if folder is None else damaged_file(folder)
+        if damage is None:
+            raise
+        raise ValueError(f"The dataset {source} cannot be read: {damage}. Copy it anew.") from error
+    return meta, mend_metadata(meta, episodes, complete=folder is not None)
+
+
+def _check_folder(folder: Path) -> None:
+    """What a folder lacks, LeRobot would look for on the Hub."""
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    if info["total_frames"] == 0:
+        raise ValueError(f"The dataset {folder} is empty: it has no frames to train on.")
+    if str(info["codebase_version"]).startswith("v3"):
+        for path in (folder / "meta" / "tasks.parquet", folder / "meta" / "episodes"):
+            if not path.exists():
+                raise ValueError(f"The dataset {folder} cannot be read: {path} is missing. Copy it anew.")
 
 
 def open_dataset(
@@ -65,8 +107,9 @@ def open_dataset(
     revision: str | None = None,
     frame_stride: int = 1,
     root: Path | None = None,
+    announce: Callable[[str], None] = logger.warning,
 ) -> LeRobotDataset:
-    """A dataset that reads segments, with frames as uint8.
+    """A dataset that reads segments, with frames as uint8; its bookkeeping agrees with its data (`mend_dataset`).
 
     Args:
         source: Hub id, local folder, or an open LeRobotDataset, which is opened anew with the same episodes.
@@ -75,11 +118,13 @@ def open_dataset(
         revision: of the Hub repo.
         frame_stride: recorded frames to one step of the layout.
         root: folder for what is fetched from the Hub; None takes LeRobot's cache.
+        announce: is given a sentence for everything that was set right in memory.
 
     Raises:
-        ValueError: the folder is no dataset or lacks some of its files, or an episode does not exist.
+        ValueError: the folder is no dataset, lacks some of its files or has a damaged one, an episode does not exist, or the
+            metadata contradict the data.
     """
-    meta = dataset_metadata(source, revision)
+    meta, said = _mended_metadata(source, revision, episodes)
     backend, transforms = video_backend(), None
     if isinstance(source, LeRobotDataset):
         episodes = source.episodes if episodes is None else episodes
@@ -102,17 +147,26 @@ def open_dataset(
     }
     try:
         try:
-            return LeRobotDataset(meta.repo_id, **settings)
+            dataset = LeRobotDataset(meta.repo_id, **settings)
         except ValueError as error:
             if "corresponds to no data" not in str(error):
                 raise
             # LeRobot found files, of other episodes alone, and does not think of fetching these
-            return LeRobotDataset(meta.repo_id, force_cache_sync=True, **settings)
-    except (OSError, HFValidationError) as error:
+            dataset = LeRobotDataset(meta.repo_id, force_cache_sync=True, **settings)
+    except (OSError, HFValidationError, DatasetsError, pa.ArrowException) as error:
+        damage = damaged_file(Path(root or meta.root), thorough=True)
+        if damage is not None:
+            raise ValueError(f"The dataset {meta.repo_id} cannot be read: {damage}. Copy it anew.") from error
         # LeRobot asks the Hub for what a local folder lacks.
         raise ValueError(
             f"The dataset {meta.repo_id} cannot be read: files are missing in {meta.root} and the Hub gave none ({error})."
         ) from error
+    # the files of a folder have just been compared, those of a Hub dataset are here only now
+    is_folder = not isinstance(source, LeRobotDataset) and is_dataset_folder(source)
+    said += mend_dataset(dataset, known=meta if is_folder else None)
+    for sentence in dict.fromkeys(filter(None, [*said, check_rate(dataset)])):
+        announce(sentence)
+    return dataset
 
 
 @runtime_checkable

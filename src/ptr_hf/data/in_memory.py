@@ -23,6 +23,7 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from ptr_hf.data.bookkeeping import mend_dataset
 from ptr_hf.data.datasets import episode_spans, video_backend
 from ptr_hf.data.segments import ACTION, OBSERVATION_PREFIX, PAD_SUFFIX, SegmentLayout
 
@@ -67,6 +68,8 @@ class InMemorySegments(Dataset[dict[str, Any]]):
         self.dataset, self.meta, self.layout = dataset, dataset.meta, layout
         self._frame_stride = frame_stride
         _check_supported(dataset, max_gigabytes)
+        for sentence in mend_dataset(dataset):
+            logger.warning("%s", sentence)
         self._columns: dict[str, Tensor] = {}
         self._texts: dict[str, list[str]] = {}
         for key in dataset.hf_dataset.column_names:
@@ -182,13 +185,8 @@ def _read_column(dataset: LeRobotDataset, key: str) -> Shaped[Tensor, "frames *s
 
 def _episode_bounds(dataset: LeRobotDataset) -> tuple[Int[Tensor, " frames"], Int[Tensor, " frames"]]:
     """Position of the first and of the last frame of each frame's episode."""
-    index = dataset.hf_dataset.data.column("index").to_numpy()
-    first, last = torch.empty(len(index), dtype=torch.int64), torch.empty(len(index), dtype=torch.int64)
-    for episode, start, length in episode_spans(dataset):
-        recorded = dataset.meta.episodes[episode]
-        expected = np.arange(recorded["dataset_from_index"], recorded["dataset_to_index"])
-        if not np.array_equal(index[start : start + length], expected):
-            raise ValueError(f"The frames of episode {episode} of {dataset.repo_id} are incomplete or out of order.")
+    first, last = (torch.empty(len(dataset.hf_dataset), dtype=torch.int64) for _ in range(2))
+    for _, start, length in episode_spans(dataset):
         first[start : start + length] = start
         last[start : start + length] = start + length - 1
     return first, last

@@ -184,7 +184,7 @@ class MixtureMetadata:
             ValueError: a dataset cannot be read, has no action, or does not fit its robot's layout; a rate does not divide
                 a source's; or the robots are not those of `like`.
         """
-        metas = [dataset_metadata(source.dataset, source.revision) for source in config.sources]
+        metas = [dataset_metadata(source.dataset, source.revision, source.episodes) for source in config.sources]
         robots = [_robot(source, meta) for source, meta in zip(config.sources, metas, strict=True)]
         space = state_space = ActionSpace.standard()
         if like is not None:

@@ -5,10 +5,12 @@ the frame's number in the whole data set; a consequence must be neither wrong no
 as LeRobotDatasets, of which only these episodes' files are fetched, and a sample is exactly what `Mixture` gives.
 """
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from ptr_hf.data.datasets import check_episodes, episode_spans, is_dataset_folde
 from ptr_hf.data.mixture import unified
 from ptr_hf.data.mixture_metadata import MixtureMetadata, Source
 from ptr_hf.data.segments import SegmentLayout
+
+logger = logging.getLogger(__name__)
 
 
 class StreamingMixture(IterableDataset[dict[str, Any]]):
@@ -71,6 +75,8 @@ class StreamingMixture(IterableDataset[dict[str, Any]]):
             draws: its random stream.
             root: where files from the Hub go; None reads a dataset where it lies.
         """
+        # what was set right is said once, not with every block
+        announce = cache(logger.warning)
         episodes = sorted(source.episodes)
         size = self.meta.config.stream_episodes
         blocks = [episodes[first : first + size] for first in range(0, len(episodes), size)]
@@ -85,6 +91,7 @@ class StreamingMixture(IterableDataset[dict[str, Any]]):
                     revision=source.config.revision,
                     frame_stride=source.frame_stride,
                     root=root,
+                    announce=announce,
                 )
                 positions = [
                     position
