@@ -43,6 +43,7 @@ from torch import nn
 from transformers import HfArgumentParser, set_seed
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments, score_dataset
+from ptr_hf.artifacts.base_source import check_base
 from ptr_hf.checkpoints import checkpoints
 from ptr_hf.configuration_ptr import chunk_settings
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
@@ -190,6 +191,7 @@ def adapted_policy(path: str, overrides: list[str], data: DataSource, args: PTRT
         raise ValueError(
             f"{path} is a PTR checkpoint, whose settings are fixed: leave policy_overrides out, or give a LeRobot policy."
         )
+    check_base(path, args.model_revision, trusted=[setting.partition("=")[2] for setting in overrides])
     saved = PreTrainedConfig.from_pretrained(path, revision=args.model_revision)
     names = [setting.partition("=")[0] for setting in overrides if "=" in setting]
     if len(names) < len(overrides) or not set(names) <= set(vars(saved)):

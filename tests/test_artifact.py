@@ -208,7 +208,7 @@ def entry(shape: list[int], end: int, dtype: str = "F32") -> dict[str, Any]:
 
 
 DEEP = '{"a":' * 200_000
-LARGE = 10**6
+LARGE, WIDE = 10**6, 2**16
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "scorer cut short": (cut(SCORER, 0.7), f"{SCORER} is damaged"),
     "base cut in its header": (cut(BASE, 0.0001), f"{BASE} is damaged: it is truncated or no safetensors"),
@@ -268,9 +268,13 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "unknown base policy": (config(base={"type": "robodog"}), "'robodog' is unknown; LeRobot has act, "),
     "another base policy": (edit_json("config.json", lambda own: own.update(type="pi0")), "are of two checkpoints"),
     "endless chunk": (base_config(chunk_size=10**12), "base.chunk_size='1000000000000' is out of range"),
-    "wide base": (base_config(dim_model=LARGE, dim_feedforward=LARGE), "asks for far more than is stored"),
-    "endless layers": (base_config(n_encoder_layers=LARGE), "asks for far more than is stored"),
-    "endless queue": (config(queue_size=10**7), "asks for far more than is stored"),
+    "wide base": (base_config(dim_model=WIDE, dim_feedforward=WIDE), "asks for far more than is stored"),
+    "many layers": (base_config(n_encoder_layers=500), "asks for far more than is stored"),
+    "endless layers": (
+        base_config(n_encoder_layers=LARGE),
+        "n_encoder_layers='1000000' is out of range: the limit is 512",
+    ),
+    "endless queue": (config(queue_size=2**20), "asks for far more than is stored"),
     "impossible base": (base_config(dim_model=33), "describes a policy that cannot be built"),
     "config of another model": (config(num_belief_tokens=5), r"lacks \['belief"),
 }
@@ -278,7 +282,7 @@ ADAPTER_DAMAGES: dict[str, tuple[Damage, str]] = {
     "adapter cut short": (cut(ADAPTER, 0.7), f"{ADAPTER} is damaged"),
     "other rank": (edit_json(ADAPTER_CONFIG, lambda own: own.update(r=3)), r"lora_A.weight has shape \(2, \d+\)"),
     "endless rank": (edit_json(ADAPTER_CONFIG, lambda own: own.update(r=10**9)), "r='1000000000' is out of range"),
-    "unknown method": (edit_json(ADAPTER_CONFIG, lambda own: own.update(peft_type="EVIL")), "cannot be built"),
+    "unknown method": (edit_json(ADAPTER_CONFIG, lambda own: own.update(peft_type="EVIL")), "method .* 'EVIL' is none"),
     "strange source": (
         edit_json(ADAPTER_CONFIG, lambda own: own.update(base_model_name_or_path=[1])),
         "must be a Hub id",

@@ -19,9 +19,8 @@ from test_artifact import PREPROCESSOR, SCORER, SMALL, with_processors
 
 from ptr_hf import PTRConfig, PTRPolicy
 from ptr_hf.artifact import check_artifact, check_tensors, load_scorer
-from ptr_hf.artifact_config import CODE_SOURCES
-from ptr_hf.artifact_processors import CODE_SOURCES as STEP_SOURCES
-from ptr_hf.artifact_processors import LEROBOTS_OWN, check_processors
+from ptr_hf.artifact_processors import check_processors
+from ptr_hf.artifacts.foreign_code import LEROBOTS_OWN, POLICY_CODE, STEP_CODE
 from ptr_hf.policies import supported_policies
 
 
@@ -108,9 +107,9 @@ class TestProcessors:
         with pytest.raises(FileNotFoundError, match=f"{path.name} is missing"):
             check_processors(folder)
 
-    @pytest.mark.parametrize("name", STEP_SOURCES)
+    @pytest.mark.parametrize("name", STEP_CODE)
     def test_code_of_other_repos_runs_only_where_it_is_trusted(self, folder: Path, name: str) -> None:
-        key = STEP_SOURCES[name][0]
+        key = STEP_CODE[name][0]
         for source, remote, trusted, refused in (
             ("evil/code", None, (), True),
             ("evil/code", True, (), True),
@@ -148,9 +147,9 @@ class TestBaseConfigurations:
 
     def test_lerobots_own_choices_are_known(self) -> None:
         fast, groot = PI0FastConfig(), GrootConfig()
-        assert {vars(fast)[name] for name in CODE_SOURCES["pi0_fast"]} <= set(LEROBOTS_OWN)
-        assert {vars(groot)[name] for name in CODE_SOURCES["groot"]} <= set(LEROBOTS_OWN)
-        for name, keys in STEP_SOURCES.items():
+        assert {vars(fast)[name] for name in POLICY_CODE["pi0_fast"]} <= set(LEROBOTS_OWN)
+        assert {vars(groot)[name] for name in POLICY_CODE["groot"]} <= set(LEROBOTS_OWN)
+        for name, keys in STEP_CODE.items():
             defaults = inspect.signature(ProcessorStepRegistry.get(name)).parameters
             assert {defaults[key].default for key in keys} - {None} <= set(LEROBOTS_OWN)
 

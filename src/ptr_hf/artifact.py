@@ -28,6 +28,7 @@ from torch.nn.modules import module as torch_module
 from ptr_hf.artifact_config import check_adapter_config, check_values, read_config
 from ptr_hf.artifact_files import PICKLED, StoredFile, missing, printable, read_header, read_json
 from ptr_hf.artifact_processors import check_processors
+from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.artifacts.regular_files import inside, quoted, regular_file
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
 from ptr_hf.modeling_ptr import PTRPolicy
@@ -147,6 +148,7 @@ class ExpectedTensors:
     tied: tuple[frozenset[str], ...]
 
 
+@no_foreign_code()
 def expected_tensors(config: PTRConfig, artifact: ArtifactInfo) -> ExpectedTensors | None:
     """Every tensor of the policy that a configuration describes, from the policy built on the meta device (no memory).
 

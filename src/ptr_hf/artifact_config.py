@@ -10,19 +10,12 @@ import draccus
 from lerobot.configs import PreTrainedConfig
 
 from ptr_hf.artifact_files import printable, read_json
-from ptr_hf.artifact_processors import LEROBOTS_OWN
+from ptr_hf.artifacts.adapter_config import check_adapter
+from ptr_hf.artifacts.foreign_code import check_policy_repos
+from ptr_hf.artifacts.numbers import check_numbers
 from ptr_hf.artifacts.regular_files import inside, quoted
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
-
-MAX_INTEGER = 10_000_000
-MAX_STEPS = 4096
-STEPS = (
-    *("chunk_size", "horizon", "n_obs_steps", "n_action_steps", "segment_length", "chunk_stride", "consequence_offset"),
-    "num_belief_tokens",
-)
-"""Fields that count steps or tokens: Python lists of that length are made of them."""
-CODE_SOURCES = {"pi0_fast": ("action_tokenizer_name", "text_tokenizer_name"), "groot": ("base_model_path",)}
-"""Fields of base configurations that name repos whose own code LeRobot runs (trust_remote_code)."""
+from ptr_hf.policies import refusal, supported_policies
 
 
 def read_config(folder: Path) -> PTRConfig:
@@ -44,8 +37,11 @@ def read_config(folder: Path) -> PTRConfig:
         _check_fields(raw, PTRConfig, "")
         base_type = base["type"]
         if isinstance(base_type, str) and base_type in choices:
+            # LeRobot's configurations of some other policies fetch what they name while they are parsed
+            if base_type not in supported_policies():
+                raise ValueError(refusal(base_type))
             _check_fields(base, choices[base_type], "base.")
-        _check_integers(raw)
+        check_numbers(raw)
         config = draccus.decode(PTRConfig, {name: value for name, value in raw.items() if name != "type"})
         # the stored configuration is complete; where it came from may be gone, and is not looked up
         config.base_path, source = None, config.base_path
@@ -68,15 +64,6 @@ def _check_fields(content: Mapping[str, Any], config: type, prefix: str) -> None
             raise ValueError(f"the field {quoted(prefix + name)} is unknown; {hint}")
 
 
-def _check_integers(content: Any, name: str = "") -> None:
-    items = enumerate(content) if isinstance(content, list) else content.items() if isinstance(content, dict) else ()
-    for key, value in items:
-        limit = MAX_STEPS if key in STEPS else MAX_INTEGER
-        if isinstance(value, int) and abs(value) > limit:
-            raise ValueError(f"{name}{key}={quoted(value)} is out of range: the limit is {limit}.")
-        _check_integers(value, f"{name}{key}.")
-
-
 def check_values(config: PTRConfig, folder: Path, trusted: Collection[str] = ()) -> None:
     """Check a configuration that is about to be built, whoever parsed it: LeRobot reads config.json by itself.
 
@@ -86,28 +73,23 @@ def check_values(config: PTRConfig, folder: Path, trusted: Collection[str] = ())
         trusted: Hub ids or folders, named by the base policy's configuration, whose own code may run.
 
     Raises:
-        ValueError: a number is larger than any policy needs, or a repo's code would run that LeRobot does not choose itself.
+        ValueError: a number is larger than any policy needs, or a repo's code would run.
     """
     try:
-        _check_integers(config.to_dict())
+        check_numbers(config.to_dict())
     except ValueError as error:
         raise ValueError(f"The configuration of {folder}: {error}") from error
     base = config.base_config
-    for name in CODE_SOURCES.get(base.type, ()):
-        source = str(vars(base)[name])
-        if source not in LEROBOTS_OWN and source not in trusted:
-            raise ValueError(
-                f"The configuration of {folder}: {base.type} would run code of {quoted(source)} (base.{name}), which is not "
-                "LeRobot's own choice; name it as trusted if you have read that code."
-            )
+    check_policy_repos(base.type, vars(base), f"The configuration of {folder}", trusted)
 
 
 def check_adapter_config(path: Path) -> None:
-    content = read_json(path)
-    source = content.get("base_model_name_or_path")
-    if source is not None and not isinstance(source, str):
-        raise ValueError(f"{path}: base_model_name_or_path must be a Hub id or a folder, not {quoted(source)}.")
+    """Check a PEFT adapter's configuration.
+
+    Raises:
+        ValueError: names the file and the setting.
+    """
     try:
-        _check_integers(content)
+        check_adapter(read_json(path))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error

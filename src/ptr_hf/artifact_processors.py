@@ -14,22 +14,14 @@ from lerobot.processor import ProcessorStep, ProcessorStepRegistry
 
 import ptr_hf.processor_embodiment  # noqa: F401  registers the steps of policies of several robots
 from ptr_hf.artifact_files import read_header, read_json
+from ptr_hf.artifacts.foreign_code import check_step_repos
+from ptr_hf.artifacts.numbers import check_numbers
 from ptr_hf.artifacts.regular_files import inside, quoted, regular_file
 
 PROCESSOR_FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
+MAX_STATE_BYTES = 2**26
+"""Of a step's tensors, which are statistics: 64 MiB."""
 STEP_KEYS = ("registry_name", "class", "config", "state_file")
-LEROBOTS_OWN = (
-    "lerobot/fast-action-tokenizer",
-    "google/paligemma-3b-pt-224",
-    "nvidia/Cosmos-Reason2-2B",
-    "nvidia/GR00T-N1.7-3B",
-)
-"""Repos whose code LeRobot runs by its own defaults."""
-CODE_SOURCES = {
-    "action_tokenizer_processor": ("action_tokenizer_name", "paligemma_tokenizer_name"),
-    "groot_n1_7_vlm_encode_v1": ("model_name",),
-}
-"""Settings of registered steps that name repos whose own code LeRobot runs (trust_remote_code)."""
 
 
 def check_processors(folder: str | Path, trusted: Collection[str] = ()) -> None:
@@ -41,12 +33,16 @@ def check_processors(folder: str | Path, trusted: Collection[str] = ()) -> None:
 
     Raises:
         FileNotFoundError: a step's tensors are missing.
-        ValueError: a step is not registered, would run code of a repo that LeRobot does not choose itself, or names a file
-            outside the folder; or a file is damaged.
+        ValueError: a step is not registered, would run code of a repo that LeRobot does not choose itself, asks for more than
+            a policy needs, or names a file outside the folder; or a file is damaged or no regular file.
     """
     folder = Path(folder)
-    for name in PROCESSOR_FILES:
-        path = regular_file(folder, name)
+    found = {name: regular_file(folder, name) for name in PROCESSOR_FILES}
+    if None in found.values():
+        # LeRobot then looks into every JSON file of the folder for processors of an older kind
+        for other in folder.glob("*.json"):
+            regular_file(folder, other.name)
+    for path in found.values():
         if path is not None:
             steps = read_json(path).get("steps")
             if not isinstance(steps, list):
@@ -62,17 +58,14 @@ def _check_step(folder: Path, path: Path, where: str, step: Any, trusted: Collec
     if not isinstance(settings, dict):
         raise ValueError(f"{where} has a config that is no object.")
     name = _registered(where, step)
-    # LeRobot trusts remote code unless told otherwise
-    if settings.get("trust_remote_code", True) is not False:
-        for key in CODE_SOURCES.get(name, ()):
-            source = settings.get(key)
-            if source is not None and source not in LEROBOTS_OWN and source not in trusted:
-                raise ValueError(
-                    f"{where} ({name}) would run code of {quoted(source)} ({key}), which is not LeRobot's own choice; name it as "
-                    "trusted if you have read that code."
-                )
+    try:
+        check_numbers(settings)
+    except ValueError as error:
+        raise ValueError(f"{where} ({name}): {error}") from error
+    check_step_repos(name, settings, f"{where} ({name})", trusted)
     if "state_file" in step:
         state = inside(folder, step["state_file"], named_in=path)
+        regular_file(folder, state.name, limit=MAX_STATE_BYTES)
         if state.suffix != ".safetensors":
             raise ValueError(f"{where} reads {quoted(state.name)}; only .safetensors files are opened.")
         read_header(state)

@@ -12,6 +12,7 @@ from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, LRSchedulerConfig, OptimizerConfig, XVLAAdamWConfig
 
 import ptr_hf.policies.configuration_smolvla_state  # noqa: F401  registers the policy type `smolvla_state`
+from ptr_hf.artifacts.base_source import check_base
 from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.scores import WHOLE_EPISODE
@@ -101,6 +102,7 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
         overrides = dict(self.base)
         # A saved configuration holds the base policy's in full: base_path is then a record, which may be gone.
         if self.base_path is not None and not _is_whole(overrides):
+            check_base(self.base_path, self.base_revision, trusted=list(self.base.values()))
             config = PreTrainedConfig.from_pretrained(self.base_path, revision=self.base_revision)
             overrides = {**draccus.encode(config, PreTrainedConfig), **overrides}
         policy_type = overrides.pop("type", None)

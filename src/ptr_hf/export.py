@@ -10,6 +10,8 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
+from ptr_hf.artifact_processors import MAX_STATE_BYTES
+from ptr_hf.artifacts.regular_files import regular_file
 from ptr_hf.hub import PROCESSOR_FILES, resolve_folder
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.processor_embodiment import for_robot, robots_of
@@ -63,8 +65,10 @@ def export(
     if policy.config.robots or robot is not None:
         return _export_for_robot(policy, folder, output, robot)
     policy.export_base(output, without_belief)
-    for path in folder.iterdir():
-        if path.name.startswith(PROCESSORS):
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(PROCESSORS) and path.suffix in (".json", ".safetensors"):
+            # the ones that were checked, and no pipe or device beside them
+            regular_file(folder, path.name, limit=MAX_STATE_BYTES)
             shutil.copyfile(path, output / path.name)
     return output
 

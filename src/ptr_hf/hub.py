@@ -29,11 +29,13 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
 from ptr_hf.artifact import PTR_SCORER_NAME, check_artifact, check_processors, check_tensors
+from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.artifacts.regular_files import regular_file
 from ptr_hf.card_facts import BasePolicy, CardFacts
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
 from ptr_hf.model_card import library_versions, write_model_card
 from ptr_hf.peft_policies import (
+    ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
     load_adapted_base,
     load_adapter,
@@ -45,6 +47,13 @@ from ptr_hf.publish import Destination
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 PROCESSOR_FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
+LOADED_PROCESSORS = ("policy_*processor*.json", "policy_*processor*.safetensors")
+LOADED = (
+    *(CONFIG_NAME, PTR_CONFIG_NAME, ADAPTER_CONFIG_NAME, "*.safetensors.index.json"),
+    *(SAFETENSORS_SINGLE_FILE, ADAPTER_WEIGHTS_NAME, PTR_SCORER_NAME),
+    *LOADED_PROCESSORS,
+)
+"""What is fetched of a repo: the files that loading reads, and no other however large."""
 BASE_PREFIX = "base."
 TOWER_PREFIX = "target_encoder.tower."
 
@@ -159,6 +168,7 @@ def push_policy(
     return address
 
 
+@no_foreign_code()
 def load_policy(
     policy_class: type,
     source: str | Path,
@@ -195,7 +205,7 @@ def load_policy(
     check_tensors(saved, artifact)
     policy = policy_class(saved, base_policy=load_adapted_base(saved, folder) if artifact.adapter_alone else None)
     saved.base_path = provenance
-    load_weights(policy, folder)
+    load_weights(policy, folder, trusted_sources)
     if merge_adapter:
         policy.merge_adapter()
     saved.pretrained_path, saved.pretrained_revision = Path(source), hub_kwargs.get("revision")
@@ -203,15 +213,20 @@ def load_policy(
     return policy
 
 
-def load_weights(policy: Any, folder: Path) -> None:
+def load_weights(policy: Any, folder: Path, trusted: Collection[str] = ()) -> None:
     """Load base policy and side pathway from a checkpoint folder into a policy of the same shapes.
 
     A policy that is wrapped by PEFT already has its base weights and takes the adapter.
 
+    Args:
+        policy: a `PTRPolicy`.
+        folder: of the checkpoint.
+        trusted: Hub ids or folders, named by the checkpoint, whose own code may run.
+
     Raises:
         FileNotFoundError, ValueError: as `load_policy`.
     """
-    check_artifact(folder)
+    check_artifact(folder, trusted)
     loaders: tuple[tuple[str, Callable[[Any, Path], None]], ...] = (
         (SAFETENSORS_SINGLE_FILE, _load_base),
         (PTR_SCORER_NAME, _load_side),
@@ -232,7 +247,7 @@ def resolve_folder(source: str | Path, **hub_kwargs: Any) -> Path:
     if Path(source).is_dir():
         return Path(source)
     known = {name: value for name, value in hub_kwargs.items() if name in HUB_KWARGS}
-    return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"], **known))
+    return Path(snapshot_download(str(source), allow_patterns=list(LOADED), **known))
 
 
 def resolve_processors(source: str | Path, revision: str | None = None, trusted: Collection[str] = ()) -> Path:
@@ -241,11 +256,10 @@ def resolve_processors(source: str | Path, revision: str | None = None, trusted:
     Raises:
         ValueError: a processor would run code that is neither LeRobot's nor already imported.
     """
-    patterns = ["*.json", "policy_*processor*.safetensors"]
     folder = (
         Path(source)
         if Path(source).is_dir()
-        else Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
+        else Path(snapshot_download(str(source), revision=revision, allow_patterns=[CONFIG_NAME, *LOADED_PROCESSORS]))
     )
     check_processors(folder, trusted)
     return folder

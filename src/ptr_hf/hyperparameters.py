@@ -22,6 +22,15 @@ DEFAULT_PRESET = "ptr_calibrated"
 """The preset unless another is named: the best in docs/corruption.md that leaves clean data alone."""
 WEIGHT_BOUNDS = 1e-12, 1e12
 """Weights are squared and summed in single precision."""
+MOST = {
+    "segment_length": 256,
+    "num_belief_tokens": 256,
+    "queue_size": 2**20,
+    "queue_negatives": 2**16,
+    "scorer_dim": 2**14,
+    "head_dim": 2**14,
+}
+"""The largest values of fields that memory or time is proportional to: far above any use, whoever wrote the configuration."""
 
 # What every preset of ours shares: an ordinary policy, no loss term of the scorer in it, an episode's mean as its verdict.
 _OURS: dict[str, Any] = {
@@ -269,6 +278,9 @@ class PTRHyperparameters:
         for name in (*lengths, "target_layer"):
             value = vars(self)[name]
             _require(value is None or value >= 1, name, value, "1 or more, or left out")
+        for name, most in MOST.items():
+            value = vars(self)[name]
+            _require(value is None or value <= most, name, value, f"at most {most}")
         for name in ("temperature", "beta", "belief_temperature", "logit_clamp", "target_eps"):
             _require(vars(self)[name] > 0, name, vars(self)[name], "positive")
         for low, start, high in (

@@ -23,6 +23,7 @@ from lerobot.processor import PolicyProcessorPipeline
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.chunk_summaries import motion_of, summaries
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.consequences import consequence_targets, samples_of
@@ -546,6 +547,7 @@ def _check_bookkeeping(meta: Any) -> None:
             logger.warning("%s", sentence)
 
 
+@no_foreign_code()
 def build_base(config: PTRConfig, **kwargs: Any) -> PreTrainedPolicy:
     base_config = config.base_config
     if base_config.type not in supported_policies():

@@ -15,6 +15,8 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ptr_hf.artifacts.base_source import check_base
+from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.policies.hooks import unwrap
 
@@ -70,6 +72,7 @@ def save_adapter(model: PeftModel, folder: Path, revision: str | None = None) ->
     save_file(tensors, folder / ADAPTER_WEIGHTS_NAME)
 
 
+@no_foreign_code()
 def load_adapted_base(config: PTRConfig, folder: Path) -> PeftModel:
     """The base policy from its source, with an adapter of the stored shape on it (`load_adapter` fills it).
 
@@ -84,6 +87,8 @@ def load_adapted_base(config: PTRConfig, folder: Path) -> PeftModel:
             "base_model_name_or_path to the Hub id or folder of the policy that the adapter was trained on."
         )
     base_config = config.base_config
+    # the checkpoint's own configuration stands in place of the source's
+    check_base(source, peft_config.revision, trusted=list(vars(base_config).values()))
     base_config.use_peft = False
     base = get_policy_class(base_config.type).from_pretrained(source, config=base_config, revision=peft_config.revision)
     base.config.pretrained_path, base.config.use_peft = Path(source), True

@@ -11,6 +11,8 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from peft import PeftConfig
 from torch import nn
 
+from ptr_hf.artifacts.base_source import check_base
+from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.configuration_ptr import PTRConfig, chunk_settings
 from ptr_hf.data.in_memory import InMemorySegments
 from ptr_hf.data.mixture import Mixture
@@ -88,6 +90,7 @@ def resolve_policy(
 def widest_vector(model: ModelSource, revision: str | None = None) -> int | None:
     """The longest action and state that a policy takes, where it pads every robot's to one width; None where it does not."""
     if isinstance(model, str | Path):
+        check_base(model, revision)
         config: Any = PreTrainedConfig.from_pretrained(model, revision=revision)
     elif isinstance(model, PreTrainedConfig):
         config = model
@@ -125,6 +128,7 @@ def _check_hyperparameters(args: PTRTrainingArguments, config: PTRConfig) -> Non
             )
 
 
+@no_foreign_code()
 def _fresh_policy(config: PreTrainedConfig, device: str, hyperparameters: dict[str, Any], meta: Any) -> PTRPolicy:
     if meta is None:
         raise ValueError("A policy configuration needs a dataset to take its features from: give train_dataset too.")

@@ -15,6 +15,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import EnvTransition, PolicyProcessorPipeline, ProcessorStep, RenameObservationsProcessorStep
 from torch import Tensor
 
+from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.segments import SegmentLayout, segment_rows
 from ptr_hf.hub import resolve_processors
@@ -49,6 +50,7 @@ def make_ptr_pre_post_processors(
     return preprocessor, postprocessor
 
 
+@no_foreign_code()
 def saved_processors(
     config: PTRConfig, source: str | Path, revision: str | None = None, rename_map: dict[str, str] | None = None
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
@@ -86,6 +88,7 @@ def _of_rows(
     return to_transition(segment_rows(batch, layout))
 
 
+@no_foreign_code()
 def _base_processors(
     config: PTRConfig,
     modes: dict[str, NormalizationMode],
