@@ -119,6 +119,7 @@ def test_it_trains_saves_and_resumes(points: Path, tmp_path: Path, run: Run, tok
     assert tensors_equal(resumed.state_dict(), end.state_dict())
 
 
+@pytest.mark.slow
 def test_wrong_bounds_of_episodes_are_set_right_for_lerobots_own_dataset(points: Path, tmp_path: Path) -> None:
     shutil.copytree(points, tmp_path / "off")
     (path,) = (tmp_path / "off" / "meta" / "episodes").rglob("*.parquet")

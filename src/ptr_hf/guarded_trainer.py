@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ptr_hf.checkpoints import checkpoints, fault, step_of
+from ptr_hf.data.masked_segments import MaskedSegments
 from ptr_hf.data.screening import Screen
 from ptr_hf.method import ObjectiveOutput
 from ptr_hf.nonfinite import (
@@ -33,16 +34,20 @@ class GuardedTrainer(ResumableTrainer):
     Attributes:
         screen: finds the samples; set before the Trainer is.
         nonfinite: what has not been finite since the last log row.
+        masked: how many of the segments that were read hold nothing to learn from.
     """
 
     screen: Screen
     nonfinite: NonFiniteWatch
+    masked: MaskedSegments
+    _many_masked: str | None = None
     _bad_frames: NonFiniteRecord | None = None
     _found: NonFiniteWindow | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.nonfinite = NonFiniteWatch()
+        self.masked = MaskedSegments()
         # not bound to the trainer, which a copy of the policy would then copy too
         self.policy.register_forward_hook(partial(_note_losses, self.nonfinite))
 
@@ -55,6 +60,7 @@ class GuardedTrainer(ResumableTrainer):
         """
         self._bad_frames = self._found = None
         self.nonfinite.clear()
+        self.masked.clear()
         return super().train(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -83,6 +89,7 @@ class GuardedTrainer(ResumableTrainer):
             figures for the log row.
         """
         self._found = self.nonfinite.flush(self.accelerator)
+        self._many_masked = self.masked.read(self.accelerator, self.state.global_step)
         self._found.frames = Counter({self.located(frame): times for frame, times in self._found.frames.items()})
         return self._found.metrics
 
@@ -107,6 +114,9 @@ class GuardedTrainer(ResumableTrainer):
                 f"{lost} of the {len(found.steps)} steps up to step {self.state.global_step} had a gradient that is not finite; "
                 "they were left out. If this goes on, lower learning_rate or look for values that are far too large."
             )
+        if self._many_masked is not None:
+            sentences.append(self._many_masked)
+            self._many_masked = None
         if self.is_world_process_zero():
             for sentence in sentences:
                 logger.warning("%s", sentence)

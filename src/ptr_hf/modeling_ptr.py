@@ -28,6 +28,7 @@ from ptr_hf.chunk_summaries import motion_of, summaries
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.consequences import consequence_targets, samples_of
 from ptr_hf.data.bookkeeping import mend_metadata
+from ptr_hf.data.masked_segments import many_masked
 from ptr_hf.data.segments import (
     ACTION,
     PAD_SUFFIX,
@@ -245,9 +246,22 @@ class PTRPolicy(PreTrainedPolicy):
         terms = self.objective.combine(output)
         named = {f"loss_{name}" if name != "loss" else name: value for name, value in terms.items()}
         named |= self.objective.metrics(output)
+        masked = ~output.chunk_valid.view(self.config.layout.segment_length, -1).any(dim=0)
         # One transfer for all of them; LeRobot's loop logs native numbers.
-        values = torch.stack([value.detach().double() for value in named.values()]).tolist()
+        values = torch.stack([value.detach().double() for value in (*named.values(), masked.sum())]).tolist()
+        self._say_masked(int(values.pop()), len(masked))
         return terms["loss"], dict(zip(named, values, strict=True))
+
+    _masked = (0, 0)
+    _said_masked = False
+
+    def _say_masked(self, masked: int, segments: int) -> None:
+        """Under LeRobot's own loop: say once where many segments hold nothing to learn from."""
+        self._masked = (self._masked[0] + masked, self._masked[1] + segments)
+        sentence = many_masked(*self._masked, "read so far")
+        if sentence is not None and not self._said_masked:
+            logger.warning("%s", sentence)
+            self._said_masked = True
 
     def _plain(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Without a scorer the base policy sees its own batch; several chunks become rows."""

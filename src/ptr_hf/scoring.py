@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ptr_hf.data.datasets import check_cameras, check_dataset, episode_spans, open_dataset
 from ptr_hf.data.in_memory import InMemorySegments, collate_segments
+from ptr_hf.data.masked_segments import saying_masked
 from ptr_hf.data.mixture import Mixture
 from ptr_hf.data.mixture_config import MixtureConfig
 from ptr_hf.data.mixture_metadata import MixtureMetadata
@@ -244,7 +245,7 @@ def _segments(
         generator=torch.Generator().manual_seed(seed),
         collate_fn=collate_segments,
     )
-    return iter(tqdm(loader, desc=label, unit="batch", disable=not progress))
+    return saying_masked(tqdm(loader, desc=label, unit="batch", disable=not progress))
 
 
 def _load(

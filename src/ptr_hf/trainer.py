@@ -26,7 +26,7 @@ from ptr_hf.data.in_memory import collate_segments
 from ptr_hf.data.mixture import Mixture, MixtureSampler
 from ptr_hf.data.mixture_config import MixtureConfig
 from ptr_hf.data.mixture_metadata import MixtureMetadata
-from ptr_hf.data.screening import Screen, leave_out
+from ptr_hf.data.screening import FINE, Screen, leave_out
 from ptr_hf.data.segments import is_rows
 from ptr_hf.data.streaming_mixture import StreamingMixture
 from ptr_hf.evaluation_callback import EnvironmentSource, EvaluationCallback
@@ -227,6 +227,7 @@ class PTRTrainer(GuardedTrainer):
             repeated = repeated_rows(batches[-1], self.accelerator)
             if repeated is not None:
                 batches[-1] = leave_out(batches[-1], repeated)
+                self.masked.discount(repeated)
         self._window_totals = None
         whole = self.args.normalize_over == "window" and len(batches) > 1 and self.policy.objective is not None
         self._window = batches if whole else None
@@ -271,6 +272,8 @@ class PTRTrainer(GuardedTrainer):
         rows, bad = self.screen.after(preprocess(batch, self.preprocessor, self.policy.config.layout), bad)
         episodes = rows["episode_index"][: len(bad)]
         self.nonfinite.add_frames("values" if self.policy.training else "evaluation", bad, episodes)
+        if self.policy.training and len(bad):
+            self.masked.add(batch["action_is_pad"].all(dim=1) | (bad != FINE))
         return rows
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:

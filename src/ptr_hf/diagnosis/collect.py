@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.datasets import check_cameras, check_dataset, episode_spans, open_dataset
 from ptr_hf.data.in_memory import collate_segments
+from ptr_hf.data.masked_segments import saying_masked
 from ptr_hf.method.draws import Draws
 from ptr_hf.method.evidence import Evidence, Weigher, Weighing
 from ptr_hf.modeling_ptr import PTRPolicy
@@ -100,7 +101,7 @@ def collect(
     objective.weigher.seen.clear()
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        for batch in tqdm(loader, desc="reading consequences", unit="batch", disable=not progress):
+        for batch in saying_masked(tqdm(loader, desc="reading consequences", unit="batch", disable=not progress)):
             on_device = {k: v.to(policy.config.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             policy.compute(preprocess(on_device, preprocessor, policy.config.layout))
     parts = objective.weigher.seen

@@ -1,0 +1,86 @@
+"""Says, once, where more than a few per cent of the segments that are read hold nothing to learn from, whatever the cause.
+
+LeRobot pads what lies past an episode's end, and an anchor never does: in a dataset in order no segment is wholly masked.
+"""
+
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from ptr_hf.data.segments import ACTION, PAD_SUFFIX
+
+MANY = 0.05
+"""Share of wholly masked segments from which on it is said."""
+
+logger = logging.getLogger(__name__)
+
+
+def many_masked(masked: int, segments: int, where: str) -> str | None:
+    """The sentence, where it has to be said.
+
+    Args:
+        masked: segments without an action that counts.
+        segments: of how many.
+        where: they were read, such as "up to step 50".
+    """
+    if masked < 2 or masked <= MANY * segments:
+        return None
+    return (
+        f"{masked} of the {segments} segments {where} are wholly masked: nothing is learned from them. Values that are not "
+        "finite or cannot be read do that, which are named where they are met; so do wrong bounds of episodes in meta/episodes."
+    )
+
+
+def saying_masked(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Pass the collated batches of one reading on; where many of their segments were wholly masked, warn at the end."""
+    masked = segments = 0
+    for batch in batches:
+        pads = batch[ACTION + PAD_SUFFIX]
+        masked, segments = masked + int(pads.all(dim=1).sum()), segments + len(pads)
+        yield batch
+    sentence = many_masked(masked, segments, "that were read")
+    if sentence is not None:
+        logger.warning("%s", sentence)
+
+
+class MaskedSegments:
+    """Counts wholly masked segments on the device; nothing leaves it before `read`."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Start anew, with a new run."""
+        self._counts: Int[Tensor, 2] | None = None
+        self._seen = (0, 0)
+        self._said = False
+
+    def add(self, masked: Bool[Tensor, " segments"]) -> None:
+        """Note a batch: which of its segments are wholly masked."""
+        self._add(torch.stack([masked.sum(), torch.full_like(masked.sum(), len(masked))]))
+
+    def discount(self, repeated: Bool[Tensor, " segments"]) -> None:
+        """Segments that are masked because the loader repeats them to fill a batch do not count."""
+        self._add(-repeated.sum().expand(2))
+
+    def _add(self, counts: Int[Tensor, "2"]) -> None:
+        # what a loader repeats is counted before it reaches the device
+        self._counts = counts if self._counts is None else self._counts.to(counts.device, non_blocking=True) + counts
+
+    def read(self, accelerator: Accelerator, step: int) -> str | None:
+        """The sentence, if it has not been said; a collective, at logging steps."""
+        if self._said:
+            return None
+        new = torch.zeros(2, dtype=torch.int64) if self._counts is None else self._counts
+        total = accelerator.reduce(new.to(accelerator.device), reduction="sum")
+        assert isinstance(total, Tensor)
+        masked, segments = total.tolist()
+        self._counts, self._seen = None, (self._seen[0] + masked, self._seen[1] + segments)
+        sentence = many_masked(*self._seen, f"read up to step {step}")
+        self._said = sentence is not None
+        return sentence
