@@ -32,12 +32,15 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.video_utils import decode_video_frames
 from lerobot.utils.constants import DEFAULT_FEATURES
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
+from ptr_hf.cli import interrupts
+from ptr_hf.cli.parser import OptionParser
+from ptr_hf.cli.refusals import refusals
 from ptr_hf.data.corruption import KINDS, CorruptionPlan, Episode, TruthRecord
 from ptr_hf.data.datasets import dataset_metadata, episode_spans, video_backend
 from ptr_hf.data.demonstrations import Truth, save_truth, truth_path, write_demonstrations
 
+PROGRAM = "corrupt_dataset.py"
 NUMBERS = ("float", "int", "uint", "bool")
 
 
@@ -215,13 +218,11 @@ def copy(arguments: CorruptionArguments) -> Truth:
 
 def main(argv: list[str]) -> None:
     """Parse, copy, say what was done."""
-    (arguments,) = HfArgumentParser(CorruptionArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    (arguments,) = OptionParser(CorruptionArguments, prog=PROGRAM, description=__doc__).parse(argv)
     av.logging.set_libav_level(av.logging.ERROR)
     warnings.filterwarnings("ignore", message="Cannot enable progress bars")
-    try:
+    with refusals(PROGRAM, vars(arguments)):
         truth = copy(arguments)
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"corrupt_dataset.py: {error}") from error
     counts = Counter(record.kind for record in truth.records)
     made = ", ".join(f"{kind.replace('_', ' ')} {count}" for kind, count in sorted(counts.items()))
     print(
@@ -230,4 +231,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    interrupts.end_quietly(PROGRAM)
     main(sys.argv[1:])

@@ -9,9 +9,7 @@ Without `--policy_path` a tiny policy with random weights looks at the data: qui
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +19,22 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import PolicyProcessorPipeline
 from rich.console import Console
 from torch import nn
-from transformers import HfArgumentParser
 
 from ptr_hf import PTRTrainingArguments
+from ptr_hf.cli import interrupts
+from ptr_hf.cli.parser import OptionParser
+from ptr_hf.cli.refusals import refusals
 from ptr_hf.data.datasets import dataset_metadata, video_backend
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
 from ptr_hf.diagnosis import advise, collect, diagnose, frozen_policy
 from ptr_hf.hub import is_ptr_source
+from ptr_hf.hyperparameters import require
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.policy_sources import resolve_policy
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
 from ptr_hf.report.diagnosis import DIAGNOSIS_FILE, show, write_diagnosis
+from ptr_hf.training.ranges import check_renames, check_structures
 
 TINY_CHUNK = 8
 
@@ -76,13 +78,20 @@ class DiagnosisArguments:
     use_cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})
 
 
-@contextmanager
-def refusals() -> Iterator[None]:
-    """What the library refuses ends the program with its sentence, without a traceback."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"diagnose.py: {error}") from error
+PROGRAM = "diagnose.py"
+OPTIONS = tuple(item.name for item in fields(DiagnosisArguments))
+
+
+def checked(given: DiagnosisArguments) -> dict[str, str]:
+    """The renames, where every option is in its range."""
+    for name in ("segment_length", "max_segments", "batch_size", "steps", "chunk_size"):
+        value = vars(given)[name]
+        require(value is None or value >= 1, name, value, "1 or more")
+    require(given.num_workers >= 0, "num_workers", given.num_workers, "0 or more")
+    check_structures(given, ["rename_map"])
+    renames = json.loads(given.rename_map) if (given.rename_map or "").lstrip().startswith("{") else given.rename_map
+    check_renames(renames)
+    return renames or {}
 
 
 def tiny_policy(folder: str, meta: LeRobotDatasetMetadata, chunk_size: int, seed: int, device: str) -> nn.Module:
@@ -121,13 +130,13 @@ def prepared(
 
 def main(argv: list[str]) -> None:
     """Parse, read, judge, report."""
-    (given,) = HfArgumentParser(DiagnosisArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    (given,) = OptionParser(DiagnosisArguments, prog=PROGRAM, description=__doc__).parse(argv)
     console = Console()
     bundled = given.dataset is None
     dataset = bundled_demonstrations("train") if bundled else given.dataset
     truth = given.truth or (dataset if bundled else None)
-    renames = json.loads(given.rename_map) if given.rename_map else {}
-    with refusals(), tempfile.TemporaryDirectory() as folder:
+    with refusals(PROGRAM, OPTIONS), tempfile.TemporaryDirectory() as folder:
+        renames = checked(given)
         meta = dataset_metadata(dataset, given.dataset_revision)
         kinds = {record.episode_index: record.kind for record in load_truth(Path(truth)).records} if truth else None
         policy, preprocessor = prepared(given, meta, renames, folder)
@@ -160,4 +169,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    interrupts.end_quietly(PROGRAM)
     main(sys.argv[1:])

@@ -14,8 +14,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,10 +24,12 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments
 from ptr_hf.checkpoints import last_complete
+from ptr_hf.cli.parser import OptionParser
+from ptr_hf.cli.refusals import refusals
 from ptr_hf.data.mixture import Mixture
 from ptr_hf.data.mixture_config import MixtureConfig
 from ptr_hf.data.mixture_metadata import MixtureMetadata
@@ -367,22 +368,14 @@ def _label(name: str) -> str:
     return short.replace("$", r"\$")
 
 
-@contextmanager
-def refusals() -> Iterator[None]:
-    """What the library refuses ends the program with its sentence, without a traceback."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"leave_one_source_out.py: {error}") from error
-
-
 def main(argv: list[str]) -> None:
     """Train, compare, show."""
-    parser = HfArgumentParser((LeaveOneOutArguments, PTRTrainingArguments), description=__doc__)
+    program = "leave_one_source_out.py"
+    parser = OptionParser((LeaveOneOutArguments, PTRTrainingArguments), prog=program, description=__doc__)
     parser.set_defaults(preset="ptr_calibrated", standardize_by="source")
     console = Console()
-    with refusals():
-        given, args = parser.parse_args_into_dataclasses(argv)
+    given, args = parser.parse(argv)
+    with refusals(program, vars(given) | vars(args)):
         if args.max_steps <= 0:
             raise ValueError("give --max_steps: runs are compared at a number of steps, not of epochs.")
         measured = run_all(given, args, console)

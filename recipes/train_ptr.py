@@ -20,19 +20,29 @@ The preset is `ptr_calibrated`, chosen by the benchmark in docs/corruption.md; `
 override the earlier ones, and options on the command line override them all. `recipes/experiments/` has ready ones.
 """
 
-import argparse
+# ruff: noqa: E402
+import sys
+from pathlib import Path
+
+from ptr_hf.cli import interrupts
+from ptr_hf.cli.first_look import first_look
+from ptr_hf.cli.refusals import refusals
+
+PROGRAM = "train_ptr.py"
+DEMO = Path(__file__).parent / "experiments" / "demo.yaml"
+if __name__ == "__main__":
+    # before the imports below, which take seconds
+    interrupts.end_quietly(PROGRAM, resumable=True)
+    with refusals(PROGRAM):
+        first_look(sys.argv[1:], DEMO)
+
 import copy
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import draccus
 import torch
-import yaml
 from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import get_policy_class
@@ -40,11 +50,12 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments, score_dataset
 from ptr_hf.artifacts.base_source import check_base
 from ptr_hf.checkpoints import checkpoints
+from ptr_hf.cli.parser import OptionParser
 from ptr_hf.configuration_ptr import chunk_settings
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
 from ptr_hf.data.mixture import Mixture
@@ -71,7 +82,6 @@ from ptr_hf.scoring import action_loss
 from ptr_hf.training_sources import DataSource, read_metadata
 
 PLAIN = SegmentLayout(None, (0,), 1, 1, None)
-DEMO = Path(__file__).parent / "experiments" / "demo.yaml"
 
 
 @dataclass
@@ -124,63 +134,23 @@ class RecipeArguments:
     )
 
 
-@contextmanager
-def refusals() -> Iterator[None]:
-    """What the library refuses before training ends the program with its sentence, without a traceback."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise SystemExit(f"train_ptr.py: {error}") from error
+OPTIONS = tuple(item.name for kind in (RecipeArguments, PTRTrainingArguments) for item in fields(kind))
 
 
 def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, PTRTrainingArguments]:
     """Command line over YAML files, the last file first, over defaults; without policy, dataset and YAML, the demo."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", nargs="+", action="extend")
-    for name in ("--policy_path", "--dataset", "--mixture"):
-        finder.add_argument(name)
-    given, _ = finder.parse_known_args(argv)
-    parser = HfArgumentParser((RecipeArguments, PTRTrainingArguments), description=__doc__)
-    demo = not (given.config or given.policy_path or given.dataset or given.mixture)
-    for file in map(Path, given.config or ([DEMO] if demo else [])):
-        parser.set_defaults(**read_options(file, parser))
-    with refusals():
-        recipe, args = parser.parse_args_into_dataclasses(argv)
-    if recipe.dataset is not None and recipe.mixture is not None:
-        parser.error("--dataset is one dataset and --mixture several: give one of the two.")
-    if recipe.policy_path is not None and recipe.dataset is None and recipe.mixture is None:
-        parser.error("--policy_path needs a --dataset or a --mixture; leave all out for the demo.")
-    if recipe.policy_path is None and recipe.dataset is not None:
-        parser.error("--dataset needs a --policy_path; leave both out for the demo.")
-    if recipe.only is not None and recipe.mixture is None:
-        parser.error("--only names a source of the --mixture, which is missing.")
-    if recipe.policy_overrides and recipe.policy_path is None:
-        parser.error("--policy_overrides change the policy of --policy_path, which is missing.")
-    if recipe.compare_sft and Path(str(args.resume_from_checkpoint)).is_dir():
-        parser.error("--compare_sft trains twice, each in its own folder: --resume_from_checkpoint last finds both.")
-    if args.output_dir is None:
-        parser.error("--output_dir is needed: the folder for the checkpoint, the logs and the report.")
+    with refusals(PROGRAM):
+        files = first_look(argv, DEMO)
+    parser = OptionParser((RecipeArguments, PTRTrainingArguments), prog=PROGRAM, description=__doc__)
+    recipe, args = parser.parse(argv, files)
     return recipe, args
-
-
-def read_options(file: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The options in a YAML file; one that is missing, no list of options or unknown ends the program."""
-    if not file.is_file():
-        parser.error(f"--config {file}: there is no such file.")
-    options = yaml.safe_load(file.read_text()) or {}
-    if not isinstance(options, dict):
-        parser.error(f"--config {file}: a YAML file of options has lines `name: value`; this one does not.")
-    unknown = sorted(set(options) - {action.dest for action in parser._actions} | set(options) & {"config", "help"})
-    if unknown:
-        parser.error(f"--config {file}: unknown options {', '.join(unknown)}; see --help.")
-    return options
 
 
 def read_mixture(recipe: RecipeArguments) -> MixtureConfig | None:
     """The mixture that the arguments name, or the one source of it that they ask for."""
     if recipe.mixture is None:
         return None
-    with refusals():
+    with refusals(PROGRAM, OPTIONS):
         mixture = MixtureConfig.from_yaml(recipe.mixture)
         return mixture if recipe.only is None else mixture.only(recipe.only)
 
@@ -253,7 +223,7 @@ def sft_arguments(args: PTRTrainingArguments, folder: Path) -> PTRTrainingArgume
 def train(model: Any, args: PTRTrainingArguments, dataset: Any) -> PTRTrainer:
     """One run, its checkpoint in `args.output_dir`."""
     set_seed(args.seed)
-    with refusals():
+    with refusals(PROGRAM, OPTIONS):
         trainer = PTRTrainer(model, args, dataset)
         checkpoint = trainer.choose_checkpoint(args.resume_from_checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -277,13 +247,14 @@ def main(argv: list[str]) -> None:
     recipe, args = parse_arguments(argv)
     console = Console()
     output = Path(args.output_dir)
+    interrupts.writes_to(output)
     mixture = read_mixture(recipe)
     demo = recipe.dataset is None and mixture is None
     dataset: Any = mixture or (bundled_demonstrations("train") if demo else recipe.dataset)
     heldout = bundled_demonstrations("heldout") if demo else recipe.eval_dataset
     truth = {record.episode_index: record.kind for record in load_truth(dataset).records} if demo else None
     model: Any = recipe.policy_path
-    with refusals():
+    with refusals(PROGRAM, OPTIONS):
         if recipe.policy_path is None:
             model = tiny_policy(output, dataset, args)
         elif recipe.policy_overrides:

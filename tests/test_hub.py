@@ -30,6 +30,7 @@ PLAIN = ("act", "smolvla")
 
 def settings_of(case: str) -> dict[str, Any]:
     return {
+        "preset": "ptr",
         "segment_length": 2,
         "num_belief_tokens": CASES[case],
         "scorer_warmup_steps": 0,

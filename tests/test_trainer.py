@@ -354,6 +354,11 @@ class TestModels:
         policy = ptr_policy("act", points, **SMALL)
         with pytest.raises(ValueError, match=r"alpha=0.5 was given, but the PTRPolicy brings alpha=1.0"):
             PTRTrainer(policy, arguments(tmp_path, alpha=0.5), train_dataset=points)
+        # also where they equal a default; the default preset was not given
+        hot = ptr_policy("act", points, temperature=0.2, **SMALL)
+        with pytest.raises(ValueError, match=r"temperature=0.12 was given, but the PTRPolicy brings temperature=0.2"):
+            PTRTrainer(hot, arguments(tmp_path, temperature=0.12), train_dataset=points)
+        PTRTrainer(hot, arguments(tmp_path, preset=None), train_dataset=points)
         PTRTrainer(policy, arguments(tmp_path, **SMALL), train_dataset=points)
 
 

@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ptr_hf.log_filters import shorten_decoder_warnings
+
 if TYPE_CHECKING:
     from ptr_hf.configuration_ptr import PTRConfig
     from ptr_hf.modeling_ptr import PTRPolicy
@@ -20,6 +22,8 @@ _HOMES = {
     "PTRTrainingArguments": "training_args",
     "score_dataset": "scoring",
 }
+
+shorten_decoder_warnings()
 
 
 def __getattr__(name: str) -> Any:

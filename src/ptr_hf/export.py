@@ -8,15 +8,17 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 from ptr_hf.artifact_processors import MAX_STATE_BYTES
 from ptr_hf.artifacts.regular_files import regular_file
+from ptr_hf.cli import interrupts
+from ptr_hf.cli.parser import OptionParser
+from ptr_hf.cli.refusals import refusals
 from ptr_hf.hub import PROCESSOR_FILES, resolve_folder
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.processor_embodiment import for_robot, robots_of
 from ptr_hf.processor_ptr import saved_processors
 
+PROGRAM = "ptr-export"
 PROCESSORS = tuple(Path(name).stem for name in PROCESSOR_FILES)
 
 
@@ -91,13 +93,10 @@ def _export_for_robot(policy: PTRPolicy, folder: Path, output: Path, robot: str 
 
 def main() -> None:
     """The command `ptr-export`."""
-    (arguments,) = HfArgumentParser(
-        ExportArguments, prog="ptr-export", description=__doc__
-    ).parse_args_into_dataclasses()
-    try:
+    interrupts.end_quietly(PROGRAM)
+    (arguments,) = OptionParser(ExportArguments, prog=PROGRAM, description=__doc__).parse(sys.argv[1:])
+    with refusals(PROGRAM, vars(arguments)):
         folder = export(**vars(arguments))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(str(error))
     kind = f"policy for {arguments.robot}" if arguments.robot else "plain policy"
     print(f"{folder} holds the {kind}: lerobot-eval --policy.path={folder} ...")
 

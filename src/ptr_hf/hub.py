@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import draccus
-from huggingface_hub import file_exists, snapshot_download
+import httpx
+from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import OfflineModeIsEnabled
 from lerobot.configs import PreTrainedConfig
 from lerobot.processor import PolicyProcessorPipeline
 from peft import PeftModel
@@ -33,6 +34,7 @@ from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.artifacts.regular_files import regular_file
 from ptr_hf.card_facts import BasePolicy, CardFacts
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
+from ptr_hf.hub_access import asking_the_hub
 from ptr_hf.model_card import library_versions, write_model_card
 from ptr_hf.peft_policies import (
     ADAPTER_CONFIG_NAME,
@@ -71,14 +73,22 @@ def is_ptr_source(source: str | Path, revision: str | None = None) -> bool:
     """Whether a folder or a Hub repo holds a PTR checkpoint.
 
     Raises:
-        ValueError: there is no such folder and no repo could have that name, or its configuration is no regular file.
+        ValueError: there is no such folder and no repo could have that name, the Hub cannot be asked and the cache does not
+            know, or its configuration is no regular file.
     """
     if Path(source).is_dir():
         return is_ptr_folder(source)
-    try:
-        return file_exists(str(source), PTR_CONFIG_NAME, revision=revision)
-    except HFValidationError as error:
-        raise ValueError(f"{source} is neither a folder nor the name of a repo on the Hub (user/name).") from error
+    with asking_the_hub("policy", source):
+        try:
+            return file_exists(str(source), PTR_CONFIG_NAME, revision=revision)
+        except (OfflineModeIsEnabled, httpx.TransportError):
+            cached = {
+                name: isinstance(try_to_load_from_cache(str(source), name, revision=revision), str)
+                for name in (PTR_CONFIG_NAME, CONFIG_NAME)
+            }
+            if not any(cached.values()):
+                raise
+            return cached[PTR_CONFIG_NAME]
 
 
 def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -243,11 +253,16 @@ def load_weights(policy: Any, folder: Path, trusted: Collection[str] = ()) -> No
 
 
 def resolve_folder(source: str | Path, **hub_kwargs: Any) -> Path:
-    """The local folder itself, or a snapshot of the Hub repo."""
+    """The local folder itself, or a snapshot of the Hub repo.
+
+    Raises:
+        ValueError: there is no such folder, and the repo cannot be had from the Hub.
+    """
     if Path(source).is_dir():
         return Path(source)
     known = {name: value for name, value in hub_kwargs.items() if name in HUB_KWARGS}
-    return Path(snapshot_download(str(source), allow_patterns=list(LOADED), **known))
+    with asking_the_hub("policy", source):
+        return Path(snapshot_download(str(source), allow_patterns=list(LOADED), **known))
 
 
 def resolve_processors(source: str | Path, revision: str | None = None, trusted: Collection[str] = ()) -> Path:

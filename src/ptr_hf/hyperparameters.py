@@ -252,9 +252,9 @@ class PTRHyperparameters:
         """Refuse values of another type or outside their range, naming field, value and range; done at construction."""
         for item in fields(PTRHyperparameters):
             check_type(item.name, vars(self)[item.name], item.type)
-        _require(0.0 <= self.alpha <= 1.0, "alpha", self.alpha, "in [0, 1]")
-        _require(self.weight_min > 0, "weight_min", self.weight_min, "positive")
-        _require(
+        require(0.0 <= self.alpha <= 1.0, "alpha", self.alpha, "in [0, 1]")
+        require(self.weight_min > 0, "weight_min", self.weight_min, "positive")
+        require(
             self.weight_min <= 1.0 <= self.weight_max,
             "weight_min, weight_max",
             (self.weight_min, self.weight_max),
@@ -262,49 +262,49 @@ class PTRHyperparameters:
         )
         least, most = WEIGHT_BOUNDS
         for name in ("weight_min", "weight_max"):
-            _require(least <= vars(self)[name] <= most, name, vars(self)[name], f"between {least:g} and {most:g}")
+            require(least <= vars(self)[name] <= most, name, vars(self)[name], f"between {least:g} and {most:g}")
         if self.queue_size:
-            _require(
+            require(
                 self.queue_negatives <= self.queue_size,
                 "queue_negatives",
                 self.queue_negatives,
                 f"at most queue_size={self.queue_size}, or queue_size=0 to do without a queue",
             )
         for name in ("queue_size", "queue_negatives", "num_belief_tokens", "scorer_warmup_steps"):
-            _require(vars(self)[name] >= 0, name, vars(self)[name], "0 or more")
+            require(vars(self)[name] >= 0, name, vars(self)[name], "0 or more")
         for name in ("controller_interval", "scorer_dim"):
-            _require(vars(self)[name] >= 1, name, vars(self)[name], "1 or more")
+            require(vars(self)[name] >= 1, name, vars(self)[name], "1 or more")
         lengths = ("segment_length", "chunk_size", "chunk_stride", "consequence_offset", "aggregation_frames")
         for name in (*lengths, "target_layer"):
             value = vars(self)[name]
-            _require(value is None or value >= 1, name, value, "1 or more, or left out")
+            require(value is None or value >= 1, name, value, "1 or more, or left out")
         for name, most in MOST.items():
             value = vars(self)[name]
-            _require(value is None or value <= most, name, value, f"at most {most}")
+            require(value is None or value <= most, name, value, f"at most {most}")
         for name in ("temperature", "beta", "belief_temperature", "logit_clamp", "target_eps"):
-            _require(vars(self)[name] > 0, name, vars(self)[name], "positive")
+            require(vars(self)[name] > 0, name, vars(self)[name], "positive")
         for low, start, high in (
             ("temperature_min", "temperature", "temperature_max"),
             ("beta_min", "beta", "beta_max"),
         ):
             values = (vars(self)[low], vars(self)[start], vars(self)[high])
-            _require(values[0] <= values[1] <= values[2], f"{low}, {start}, {high}", values, "in rising order")
+            require(values[0] <= values[1] <= values[2], f"{low}, {start}, {high}", values, "in rising order")
         for name in ("ema_decay", "controller_decay", "hard_negative_ratio_max", "consequence_discount"):
-            _require(0.0 <= vars(self)[name] <= 1.0, name, vars(self)[name], "in [0, 1]")
+            require(0.0 <= vars(self)[name] <= 1.0, name, vars(self)[name], "in [0, 1]")
         key = self.hard_negative_key
-        _require(key in HARD_NEGATIVE_KEYS, "hard_negative_key", repr(key), f"one of {', '.join(HARD_NEGATIVE_KEYS)}")
+        require(key in HARD_NEGATIVE_KEYS, "hard_negative_key", repr(key), f"one of {', '.join(HARD_NEGATIVE_KEYS)}")
         for name, known in (
             ("score", tuple(SCORES)),
             ("aggregation", AGGREGATIONS),
             ("weight_map", WEIGHT_MAPS),
             ("missing_future", MISSING_FUTURE),
         ):
-            _require(vars(self)[name] in known, name, repr(vars(self)[name]), f"one of {', '.join(known)}")
+            require(vars(self)[name] in known, name, repr(vars(self)[name]), f"one of {', '.join(known)}")
         for name in ("score_refresh_steps", "score_horizon", "head_dim"):
-            _require(vars(self)[name] >= 1, name, vars(self)[name], "1 or more")
+            require(vars(self)[name] >= 1, name, vars(self)[name], "1 or more")
         value = self.head_learning_rate
-        _require(value is None or value > 0, "head_learning_rate", value, "positive, or left out")
-        _require(
+        require(value is None or value > 0, "head_learning_rate", value, "positive, or left out")
+        require(
             self.aggregation != "sample" or self.weight_map == "paper",
             "aggregation, weight_map",
             (self.aggregation, self.weight_map),
@@ -381,6 +381,11 @@ def check_type(name: str, value: Any, hint: Any) -> None:
         raise ValueError(f"{name}={value} is out of range: it must be finite.")
 
 
-def _require(condition: bool, name: str, value: Any, expected: str) -> None:
+def require(condition: bool, name: str, value: Any, expected: str) -> None:
+    """Refuse a value out of its range.
+
+    Raises:
+        ValueError: `condition` does not hold; the sentence says what is expected.
+    """
     if not condition:
         raise ValueError(f"{name}={value} is out of range: it must be {expected}.")

@@ -41,6 +41,8 @@ from ptr_hf.processor_embodiment import for_robot
 from ptr_hf.processor_ptr import preprocess
 from ptr_hf.report import DYNAMICS_COLUMNS
 from ptr_hf.sharding import prepare_sharding, share_weights
+from ptr_hf.training.reporting import check_reporting
+from ptr_hf.training.seeding import seeded
 from ptr_hf.training_args import PTRTrainingArguments
 from ptr_hf.training_sources import (
     DataSource,
@@ -97,6 +99,7 @@ class PTRTrainer(GuardedTrainer):
     ) -> None:
         args = args or PTRTrainingArguments(output_dir="ptr_output")
         check_launch(args)
+        check_reporting(args)
         if args.device.type == "cpu":
             # there is no accelerator to pin memory for; PyTorch would warn about it
             args.dataloader_pin_memory = False
@@ -108,7 +111,8 @@ class PTRTrainer(GuardedTrainer):
                 metas[name] = read_metadata(source, args, like=metas.get("train"), widest=widest)
         meta = next(iter(metas.values()), None)
         self._mixtures = {name: known for name, known in metas.items() if isinstance(known, MixtureMetadata)}
-        policy = resolve_policy(model, args, meta, peft_config)
+        with seeded(args.seed):
+            policy = resolve_policy(model, args, meta, peft_config)
         if isinstance(meta, MixtureMetadata):
             policy.config.robots = list(meta.names)
         self.random_weights = isinstance(model, PreTrainedConfig)
@@ -122,7 +126,8 @@ class PTRTrainer(GuardedTrainer):
             opened[name] = open_data(given[name], known, policy.config, args, training=name == "train")
         if "train" in metas:
             self.training_data = described(train_dataset, metas["train"], args)
-            policy.set_episodes(episode_table(policy.config, metas["train"], args), args.seed)
+            with seeded(args.seed):
+                policy.set_episodes(episode_table(policy.config, metas["train"], args), args.seed)
         self.screen = Screen(
             layout, policy.config.input_features or {}, args.observation_renames, substitute=policy.objective is None
         )

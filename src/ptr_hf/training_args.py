@@ -7,6 +7,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from ptr_hf.hyperparameters import PTRHyperparameters, check_type
+from ptr_hf.training.ranges import check_ranges, check_renames, check_structures
 
 
 @dataclass
@@ -121,7 +122,10 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
     def __post_init__(self, _filled: Mapping[str, Any] | None) -> None:
         PTRHyperparameters.__post_init__(self, _filled)
         self._count_steps()
+        check_ranges(self)
+        check_structures(self, self._VALID_DICT_FIELDS)
         TrainingArguments.__post_init__(self)
+        check_renames(self.rename_map)
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns=True would drop what the policy reads; leave it at False.")
 

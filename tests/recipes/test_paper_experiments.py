@@ -155,7 +155,7 @@ def test_table6_is_what_the_library_calls_the_papers_defaults() -> None:
 
 
 def test_every_copy_is_one_of_the_papers_conditions(commands: Commands) -> None:
-    parser = corrupt_dataset.HfArgumentParser(corrupt_dataset.CorruptionArguments)
+    parser = corrupt_dataset.OptionParser(corrupt_dataset.CorruptionArguments)
     shares: dict[str, Any] = {}
     for call in commands.corrupt:
         (arguments,) = parser.parse_args_into_dataclasses(call)

@@ -4,6 +4,7 @@ import importlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,6 +22,7 @@ from ptr_hf.data.bookkeeping import mend_dataset, mend_metadata
 from ptr_hf.data.dataset_files import damaged_file
 from ptr_hf.data.frame_times import check_rate
 from ptr_hf.data.segments import ACTION, SegmentLayout
+from ptr_hf.hub_access import asking_the_hub
 
 EMPTY_CAMERA = "observation.images.empty_camera_"
 
@@ -75,9 +77,8 @@ def _mended_metadata(
     try:
         if folder is not None:
             _check_folder(folder)
-        meta = LeRobotDatasetMetadata(name, root=folder, revision=revision)
-    except HFValidationError as error:
-        raise ValueError(f"{source} is neither a folder nor the name of a dataset on the Hub (user/name).") from error
+        with asking_the_hub("dataset", source) if folder is None else nullcontext():
+            meta = LeRobotDatasetMetadata(name, root=folder, revision=revision)
     except (CompatibilityError, NotImplementedError) as error:
         raise ValueError(f"The dataset {source} has another format than LeRobot reads. {str(error).strip()}") from error
     except (ValueError, KeyError, TypeError, OSError, DatasetsError, pa.ArrowException) as error:

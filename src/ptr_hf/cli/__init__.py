@@ -1,0 +1,1 @@
+"""What the command lines share; `first_look`, `interrupts` and `option_names` import neither torch nor LeRobot."""

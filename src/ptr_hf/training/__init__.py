@@ -1,0 +1,1 @@
+"""What `PTRTrainer` is made of."""
