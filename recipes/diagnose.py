@@ -24,8 +24,10 @@ from ptr_hf import PTRTrainingArguments
 from ptr_hf.cli import interrupts
 from ptr_hf.cli.parser import OptionParser
 from ptr_hf.cli.refusals import refusals
-from ptr_hf.data.datasets import dataset_metadata, video_backend
+from ptr_hf.data.datasets import dataset_metadata, open_dataset, video_backend
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
+from ptr_hf.data.fit import renamed_features
+from ptr_hf.data.normalization import policy_statistics, with_statistics
 from ptr_hf.diagnosis import advise, collect, diagnose, frozen_policy
 from ptr_hf.hub import is_ptr_source
 from ptr_hf.hyperparameters import require
@@ -94,23 +96,32 @@ def checked(given: DiagnosisArguments) -> dict[str, str]:
     return renames or {}
 
 
-def tiny_policy(folder: str, meta: LeRobotDatasetMetadata, chunk_size: int, seed: int, device: str) -> nn.Module:
+def tiny_policy(
+    folder: str, meta: LeRobotDatasetMetadata, renames: dict[str, str], chunk_size: int, seed: int, device: str
+) -> nn.Module:
     """A tiny SmolVLA with random weights that fits the dataset, its vision features centred on a few frames."""
     vlm = write_tiny_vlm(folder, texts=list(meta.tasks.index))
     frames = LeRobotDataset(meta.repo_id, root=meta.root, video_backend=video_backend())
     shown = torch.linspace(0, len(frames) - 1, 32).long().tolist() if meta.camera_keys else []
     items = [frames[index] for index in shown]
-    images = {key: torch.stack([item[key] for item in items]) for key in meta.camera_keys}
-    return tiny_smolvla(meta.features, vlm, chunk_size=chunk_size, seed=seed, frames=images or None, device=device)
+    images = {renames.get(key, key): torch.stack([item[key] for item in items]) for key in meta.camera_keys}
+    features = renamed_features(meta.features, renames)
+    return tiny_smolvla(features, vlm, chunk_size=chunk_size, seed=seed, frames=images or None, device=device)
 
 
-def pretrained_policy(path: str, meta: LeRobotDatasetMetadata, given: DiagnosisArguments) -> nn.Module:
+def pretrained_policy(
+    path: str, meta: LeRobotDatasetMetadata, renames: dict[str, str], given: DiagnosisArguments
+) -> nn.Module:
     """The base policy in a LeRobot checkpoint, at this robot's sizes, or in a PTR checkpoint."""
     settings: dict[str, Any] = {"preset": "sft", "chunk_size": given.chunk_size}
     if is_ptr_source(path, given.model_revision):
         settings = {"chunk_size": given.chunk_size}
     args = PTRTrainingArguments(
-        output_dir=given.output_dir, use_cpu=given.use_cpu, model_revision=given.model_revision, **settings
+        output_dir=given.output_dir,
+        use_cpu=given.use_cpu,
+        model_revision=given.model_revision,
+        rename_map=renames,
+        **settings,
     )
     return resolve_policy(path, args, meta).base
 
@@ -118,14 +129,17 @@ def pretrained_policy(path: str, meta: LeRobotDatasetMetadata, given: DiagnosisA
 def prepared(
     given: DiagnosisArguments, meta: LeRobotDatasetMetadata, renames: dict[str, str], folder: str
 ) -> tuple[PTRPolicy, PolicyProcessorPipeline]:
-    """The frozen policy, and its preprocessor with the dataset's statistics."""
+    """The frozen policy, and its preprocessor with the dataset's statistics, computed where the dataset has none."""
     if given.policy_path is None:
         device = "cuda" if torch.cuda.is_available() and not given.use_cpu else "cpu"
-        base = tiny_policy(folder, meta, given.chunk_size or TINY_CHUNK, given.seed, device)
+        base = tiny_policy(folder, meta, renames, given.chunk_size or TINY_CHUNK, given.seed, device)
     else:
-        base = pretrained_policy(given.policy_path, meta, given)
+        base = pretrained_policy(given.policy_path, meta, renames, given)
     policy = frozen_policy(base, segment_length=given.segment_length)
-    return policy, make_ptr_pre_post_processors(policy.config, meta.stats, meta, renames)[0]
+    dataset = open_dataset(given.dataset or meta.root, policy.config.layout, revision=given.dataset_revision)
+    statistics = policy_statistics(policy.config.base_config, meta, dataset, renames)
+    meta = with_statistics(meta, statistics)
+    return policy, make_ptr_pre_post_processors(policy.config, statistics, meta, renames)[0]
 
 
 def main(argv: list[str]) -> None:

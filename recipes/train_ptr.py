@@ -58,6 +58,7 @@ from ptr_hf.checkpoints import checkpoints
 from ptr_hf.cli.parser import OptionParser
 from ptr_hf.configuration_ptr import chunk_settings
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
+from ptr_hf.data.fit import renamed_features
 from ptr_hf.data.mixture import Mixture
 from ptr_hf.data.mixture_config import MixtureConfig
 from ptr_hf.data.mixture_metadata import MixtureMetadata
@@ -181,7 +182,8 @@ def adapted_policy(path: str, overrides: list[str], data: DataSource, args: PTRT
         )
     except draccus.ParsingError as error:
         raise ValueError(f"policy_overrides={overrides} do not fit the policy {path}: {error}.") from error
-    robot = dataset_to_policy_features(read_metadata(data, args, widest=widest_vector(saved)).features)
+    described = read_metadata(data, args, widest=widest_vector(saved)).features
+    robot = dataset_to_policy_features(renamed_features(described, args.observation_renames))
     config.output_features = {key: feature for key, feature in robot.items() if feature.type is FeatureType.ACTION}
     config.input_features = {
         key: robot.get(key, feature) if feature.type is FeatureType.STATE else feature

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments
 from ptr_hf.data.screening import Screen, leave_out
-from ptr_hf.policy_sources import policy_processors
 from ptr_hf.processor_ptr import preprocess
+from ptr_hf.training.processors import policy_processors
 
 
 class LeavesOut(PTRTrainer):

@@ -29,6 +29,7 @@ from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.consequences import consequence_targets, samples_of
 from ptr_hf.data.bookkeeping import mend_metadata
 from ptr_hf.data.masked_segments import many_masked
+from ptr_hf.data.normalization import policy_statistics
 from ptr_hf.data.segments import (
     ACTION,
     PAD_SUFFIX,
@@ -90,6 +91,10 @@ class PTRPolicy(PreTrainedPolicy):
     def __init__(self, config: PTRConfig, base_policy: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(config)
         self.config: PTRConfig = config
+        meta = kwargs.get("dataset_meta")
+        if meta is not None:
+            # lerobot-train asks for the processors next, which would normalise by what there is
+            policy_statistics(config.base_config, meta, None)
         if base_policy is None:
             base_policy = build_base(config, **kwargs)
         self.base: PreTrainedPolicy = base_policy
@@ -119,7 +124,6 @@ class PTRPolicy(PreTrainedPolicy):
             )
         self.to(config.device)
         # LeRobot's factory tells which data the policy is for
-        meta = kwargs.get("dataset_meta")
         if meta is not None:
             _check_bookkeeping(meta)
             self.set_episodes(EpisodeTable.from_metadata(meta, config.standardize_by))

@@ -1,4 +1,4 @@
-"""Which policy and which processors the arguments of `PTRTrainer` stand for."""
+"""Which policy the arguments of `PTRTrainer` stand for."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.policies.factory import make_policy
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from peft import PeftConfig
 from torch import nn
@@ -14,19 +13,12 @@ from torch import nn
 from ptr_hf.artifacts.base_source import check_base
 from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.configuration_ptr import PTRConfig, chunk_settings
-from ptr_hf.data.in_memory import InMemorySegments
-from ptr_hf.data.mixture import Mixture
-from ptr_hf.data.mixture_metadata import MixtureMetadata
-from ptr_hf.data.screening import Screen, with_finite_statistics
-from ptr_hf.data.statistics import mixture_statistics
+from ptr_hf.data.fit import check_vectors, renamed_features
 from ptr_hf.hub import is_ptr_source
 from ptr_hf.modeling_ptr import PTRPolicy, build_base
 from ptr_hf.peft_policies import wrap_with_peft
 from ptr_hf.policies.hooks import unwrap
-from ptr_hf.processor_embodiment import check_robots, embodiment_steps
-from ptr_hf.processor_ptr import make_ptr_pre_post_processors, saved_processors
 from ptr_hf.training_args import PTRTrainingArguments
-from ptr_hf.training_sources import Metadata, TrainingSet
 
 type ModelSource = str | Path | PreTrainedConfig | nn.Module
 
@@ -76,10 +68,10 @@ def resolve_policy(
             raise ValueError(
                 "An adapter needs trained weights under it: give a policy's Hub id or folder with peft_config."
             )
-        return _fresh_policy(model, device, hyperparameters, meta)
+        return _fresh_policy(model, device, hyperparameters, meta, args.observation_renames)
     config = PTRConfig(device=device, base_path=str(model), base_revision=args.model_revision, **hyperparameters)
     if meta is not None:
-        _fit_to_robot(config, meta.features)
+        _fit_to_robot(config, renamed_features(meta.features, args.observation_renames), meta.repo_id)
     if not adapted:
         return PTRPolicy(config)
     trained = build_base(config)
@@ -103,11 +95,14 @@ def widest_vector(model: ModelSource, revision: str | None = None) -> int | None
     return min(widths, default=None)
 
 
-def _fit_to_robot(config: PTRConfig, features: dict[str, Any]) -> None:
+def _fit_to_robot(config: PTRConfig, features: dict[str, Any], where: str) -> None:
     """Give a pretrained policy this robot's action and state sizes, as LeRobot does; its cameras stay its own.
 
-    A released VLA was saved with another robot's sizes and pads every robot's to the same width.
+    A released VLA was saved with another robot's sizes and pads every robot's to the same width; others have to be of this
+    robot's sizes, since their weights are.
     """
+    if "max_action_dim" not in vars(config.base_config):
+        check_vectors(config.base_config, features, where)
     robot = dataset_to_policy_features(features)
     declared = config.base_config.input_features or {}
     config.output_features = {key: feature for key, feature in robot.items() if feature.type is FeatureType.ACTION}
@@ -129,51 +124,22 @@ def _check_hyperparameters(args: PTRTrainingArguments, config: PTRConfig) -> Non
 
 
 @no_foreign_code()
-def _fresh_policy(config: PreTrainedConfig, device: str, hyperparameters: dict[str, Any], meta: Any) -> PTRPolicy:
+def _fresh_policy(
+    config: PreTrainedConfig, device: str, hyperparameters: dict[str, Any], meta: Any, renames: dict[str, str]
+) -> PTRPolicy:
     if meta is None:
         raise ValueError("A policy configuration needs a dataset to take its features from: give train_dataset too.")
     config.device = device
+    described = renamed_features(meta.features, renames)
+    if not config.input_features:
+        features = dataset_to_policy_features(described)
+        config.input_features = {
+            key: feature for key, feature in features.items() if feature.type is not FeatureType.ACTION
+        }
+    check_vectors(config, described, meta.repo_id)
     if hyperparameters["chunk_size"] is not None:
         vars(config).update(
             chunk_settings(type(config), hyperparameters["chunk_size"], {"n_obs_steps": config.n_obs_steps})
         )
-    return PTRPolicy(PTRConfig(device=device, **hyperparameters), base_policy=make_policy(config, ds_meta=meta))
-
-
-def policy_processors(
-    policy: PTRPolicy,
-    meta: Metadata | None,
-    args: PTRTrainingArguments,
-    data: TrainingSet | None = None,
-    screen: Screen | None = None,
-) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
-    """The policy's own processors: a PTR checkpoint's as saved, otherwise with the statistics of the data.
-
-    Args:
-        policy: it runs before.
-        meta: of the training data; None keeps a pretrained policy's statistics.
-        args: of the run.
-        data, screen: the data, and what says which of its features are read: where their statistics are not finite, they are
-            computed anew.
-
-    Raises:
-        ValueError: a checkpoint that knows other robots than the mixture's.
-    """
-    config = policy.config
-    if config.pretrained_path is not None:
-        pipelines = saved_processors(
-            config, config.pretrained_path, config.pretrained_revision, args.observation_renames
-        )
-        if meta is not None:
-            check_robots(pipelines[0], meta)
-        return pipelines
-    if isinstance(meta, MixtureMetadata):
-        opened = data.datasets if isinstance(data, Mixture) else None
-        statistics = mixture_statistics(meta, config.normalization_mapping, opened)
-        return make_ptr_pre_post_processors(config, embodiments=embodiment_steps(meta, statistics))
-    if meta is not None and data is not None and screen is not None:
-        frames = data.dataset if isinstance(data, InMemorySegments) else data
-        meta = with_finite_statistics(meta, frames, [key for key in meta.features if screen.reads(key)])
-    return make_ptr_pre_post_processors(
-        config, None if meta is None else meta.stats, meta, rename_map=args.observation_renames
-    )
+    base = make_policy(config, ds_meta=meta, rename_map=renames)
+    return PTRPolicy(PTRConfig(device=device, **hyperparameters), base_policy=base)

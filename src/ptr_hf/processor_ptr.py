@@ -12,13 +12,34 @@ from typing import Any
 import torch
 from lerobot.configs import NormalizationMode
 from lerobot.policies.factory import make_pre_post_processors
-from lerobot.processor import EnvTransition, PolicyProcessorPipeline, ProcessorStep, RenameObservationsProcessorStep
+from lerobot.processor import (
+    EnvTransition,
+    NormalizerProcessorStep,
+    PolicyProcessorPipeline,
+    ProcessorStep,
+    ProcessorStepRegistry,
+    RenameObservationsProcessorStep,
+    UnnormalizerProcessorStep,
+)
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ptr_hf.artifact_files import read_json
 from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.configuration_ptr import PTRConfig
+from ptr_hf.data.fit import renamed_features
+from ptr_hf.data.normalizers import harmless
 from ptr_hf.data.segments import SegmentLayout, segment_rows
-from ptr_hf.hub import resolve_processors
+from ptr_hf.hub import PROCESSOR_FILES, resolve_processors
+
+RENAMING_STEP = "rename_observations_processor"
+NORMALIZING_STEPS = (
+    "normalizer_processor",
+    "unnormalizer_processor",
+    "ptr_embodiment_observation",
+    "ptr_embodiment_action",
+)
+"""Steps of saved processors that hold statistics."""
 
 
 def make_ptr_pre_post_processors(
@@ -34,7 +55,7 @@ def make_ptr_pre_post_processors(
 
     Args:
         config: of the PTR policy.
-        dataset_stats: LeRobot's statistics; None keeps the ones saved with `config.base_path`.
+        dataset_stats: LeRobot's statistics, by the policy's names; None keeps the ones saved with `config.base_path`.
         dataset_meta: handed on to base policies whose processors read it.
         rename_map: dataset key -> policy key, for observations named differently.
         embodiments: of a mixture (`ptr_hf.processor_embodiment`); they normalise in the place of the base policy's steps.
@@ -46,13 +67,20 @@ def make_ptr_pre_post_processors(
     if embodiments is not None:
         preprocessor.steps = [embodiments[0], *preprocessor.steps]
         postprocessor.steps = [*postprocessor.steps, embodiments[1]]
+    preprocessor = harmless(
+        preprocessor, None if dataset_meta is None else renamed_features(dataset_meta.features, rename_map or {})
+    )
     preprocessor.to_transition = partial(_of_rows, preprocessor.to_transition, layout=config.layout)
     return preprocessor, postprocessor
 
 
 @no_foreign_code()
 def saved_processors(
-    config: PTRConfig, source: str | Path, revision: str | None = None, rename_map: dict[str, str] | None = None
+    config: PTRConfig,
+    source: str | Path,
+    revision: str | None = None,
+    rename_map: dict[str, str] | None = None,
+    dataset_stats: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     """The processors of a checkpoint, as saved, on the policy's device.
 
@@ -61,15 +89,64 @@ def saved_processors(
         source: folder or Hub id.
         revision: on the Hub.
         rename_map: dataset key -> policy key; None keeps the one that was saved.
+        dataset_stats: LeRobot's statistics, by the policy's names; None keeps the ones that were saved.
     """
+    folder = resolve_processors(source, revision)
     overrides: dict[str, Any] = {"device_processor": {"device": config.device}}
     if rename_map is not None:
         overrides["rename_observations_processor"] = {"rename_map": rename_map}
-    return make_pre_post_processors(
+    of_actions: dict[str, Any] = {}
+    if dataset_stats is not None:
+        names = {step.get("registry_name") for file in PROCESSOR_FILES for step in saved_steps(folder, file)}
+        for part, name in ((overrides, "normalizer_processor"), (of_actions, "unnormalizer_processor")):
+            if name in names:
+                part[name] = {"stats": dataset_stats}
+    preprocessor, postprocessor = make_pre_post_processors(
         config.base_config,
-        pretrained_path=str(resolve_processors(source, revision)),
+        pretrained_path=str(folder),
         preprocessor_overrides=overrides,
+        postprocessor_overrides=of_actions,
     )
+    return harmless(preprocessor), postprocessor
+
+
+def saved_steps(folder: Path, file: str) -> list[dict[str, Any]]:
+    """The steps of a saved pre- or postprocessor as its file names them; none where there is no such file."""
+    path = folder / file
+    return read_json(path)["steps"] if path.is_file() else []
+
+
+def saved_renames(source: str | Path, revision: str | None = None) -> dict[str, str]:
+    """Dataset key -> policy key, as a checkpoint's preprocessor was saved with; empty without one."""
+    steps = saved_steps(resolve_processors(source, revision), PROCESSOR_FILES[0])
+    maps = [step["config"].get("rename_map") for step in steps if step.get("registry_name") == RENAMING_STEP]
+    return {key: name for renames in maps if renames for key, name in renames.items()}
+
+
+def keep_statistics(pipeline: PolicyProcessorPipeline, folder: Path, file: str) -> bool:
+    """Give the steps of a run's pre- or postprocessor the statistics of one of its checkpoints; whether they had others.
+
+    Args:
+        pipeline: of the run that goes on; its steps change.
+        folder: of the checkpoint.
+        file: of the pipeline there.
+    """
+    changed = False
+    for step, saved in zip(pipeline.steps, saved_steps(folder, file), strict=False):
+        name = saved.get("registry_name")
+        if name not in NORMALIZING_STEPS or "state_file" not in saved:
+            continue
+        if type(step) is not ProcessorStepRegistry.get(name):
+            continue
+        before, kept = step.state_dict(), load_file(folder / saved["state_file"])
+        if before.keys() == kept.keys() and all(torch.equal(before[key], kept[key]) for key in kept):
+            continue
+        changed = True
+        if isinstance(step, NormalizerProcessorStep | UnnormalizerProcessorStep):
+            # what was given explicitly stays, by LeRobot's rule
+            step._stats_explicitly_provided = False
+        step.load_state_dict(kept)
+    return changed
 
 
 def preprocess(batch: dict[str, Any], preprocessor: PolicyProcessorPipeline, layout: SegmentLayout) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Look at a dataset through a trained scorer: T, weight and policy loss of every chunk; and the action loss of a policy."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,12 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from ptr_hf.data.datasets import check_cameras, check_dataset, episode_spans, open_dataset
+from ptr_hf.data.datasets import check_dataset, episode_spans, open_dataset
+from ptr_hf.data.fit import check_fit, check_vectors, renamed_features
 from ptr_hf.data.in_memory import InMemorySegments, collate_segments
 from ptr_hf.data.masked_segments import saying_masked
 from ptr_hf.data.mixture import Mixture
 from ptr_hf.data.mixture_config import MixtureConfig
 from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.normalizers import check_normalizers, far_from, renames_in, with_renames
 from ptr_hf.data.segments import SegmentLayout, split_segment
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.policy_sources import widest_vector
@@ -26,6 +29,8 @@ from ptr_hf.processor_embodiment import check_robots
 from ptr_hf.processor_ptr import preprocess, saved_processors
 from ptr_hf.report import ChunkScores
 from ptr_hf.scores import EpisodeTable, ScoreWeigher, SlotMemory
+
+logger = logging.getLogger(__name__)
 
 type ScoredSource = str | Path | LeRobotDataset | InMemorySegments | Mixture | MixtureConfig | Mapping | Sequence
 """A dataset as `score_dataset` takes it."""
@@ -36,6 +41,7 @@ def score_dataset(
     dataset: ScoredSource,
     *,
     preprocessor: PolicyProcessorPipeline | None = None,
+    rename_map: Mapping[str, str] | None = None,
     episodes: Sequence[int] | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -50,7 +56,9 @@ def score_dataset(
         policy: a trained `PTRPolicy`, or the folder or Hub id of one.
         dataset: a LeRobotDataset, its folder or its Hub id, or one that a trainer has read into memory; or the mixture that the
             policy was trained on, or one of the same sources.
-        preprocessor: the policy's own; by default the one saved with the checkpoint, which then must be named.
+        preprocessor: the policy's own; by default the one saved with the checkpoint, which then must be named. Its statistics
+            are those of the training data, and so they are here.
+        rename_map: dataset key -> policy key, where cameras or states are called otherwise than in the training data.
         episodes: a subset of episodes.
         batch_size: segments per batch; the number of candidates grows with it.
         seed: of the order, the policy's noise and the queue draws.
@@ -67,10 +75,11 @@ def score_dataset(
         raise ValueError("This policy has no scorer (preset='sft'), so it cannot score data; train with preset='ptr'.")
     layout = policy.config.layout
     opened, segments = _opened(dataset, policy, layout, episodes)
+    if rename_map:
+        preprocessor = with_renames(preprocessor, rename_map)
+    _check(policy, preprocessor, opened, rename_map)
     if isinstance(opened, LeRobotDataset):
-        check_cameras(policy.config.base_config, opened.meta.features, _rename_map(preprocessor))
         check_dataset(opened, layout)
-    check_robots(preprocessor, opened.meta)
     anchors = _anchors(opened, layout)
     first_frame = dict(zip(range(opened.meta.total_episodes), opened.meta.episodes["dataset_from_index"], strict=True))
     columns: dict[str, list[np.ndarray]] = {}
@@ -169,7 +178,7 @@ def action_loss(
     """
     layout = layout or policy.config.layout
     opened, segments = _opened(dataset, policy, layout)
-    check_robots(preprocessor, opened.meta)
+    _check(policy, preprocessor, opened)
     return _mean_loss(policy, segments, _anchors(opened, layout), preprocessor, layout, batch_size, repeats, seed)
 
 
@@ -263,12 +272,24 @@ def _load(
     return loaded, preprocessor
 
 
-def _rename_map(preprocessor: PolicyProcessorPipeline) -> dict[str, str]:
-    for step in preprocessor.steps:
-        config = step.get_config()
-        if "rename_map" in config:
-            return dict(config["rename_map"])
-    return {}
+def _check(
+    policy: PTRPolicy,
+    preprocessor: PolicyProcessorPipeline,
+    opened: LeRobotDataset | Mixture,
+    asked: Mapping[str, str] | None = None,
+) -> None:
+    """Refuse data that do not fit the policy, and say where they lie far from what it was trained on."""
+    check_robots(preprocessor, opened.meta)
+    config = policy.config.base_config
+    if isinstance(opened, Mixture):
+        check_vectors(config, opened.meta.features, opened.meta.repo_id)
+        return
+    features = opened.meta.features
+    renames = {key: name for key, name in renames_in(preprocessor).items() if key in features or key in (asked or {})}
+    check_fit(config, features, renames, opened.meta.repo_id, given=bool(asked))
+    check_normalizers(preprocessor, renamed_features(features, renames), padded=config.type == "evo1")
+    for sentence in far_from(preprocessor, opened, renames):
+        logger.warning("%s", sentence)
 
 
 def _to_device(batch: dict[str, Any], policy: PTRPolicy) -> dict[str, Any]:

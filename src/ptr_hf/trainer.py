@@ -4,9 +4,11 @@ The algorithm is `compute_loss`: per-chunk losses and weights come from the poli
 put together here, and after every optimiser step the policy moves its moving average, queue and controller.
 """
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,15 +34,17 @@ from ptr_hf.data.streaming_mixture import StreamingMixture
 from ptr_hf.evaluation_callback import EnvironmentSource, EvaluationCallback
 from ptr_hf.global_batches import TensorsOnly, has_batch_statistics, instructions_of, repeated_rows, with_instructions
 from ptr_hf.guarded_trainer import GuardedTrainer
+from ptr_hf.hub import PROCESSOR_FILES
 from ptr_hf.launch import check_launch, check_same_everywhere, run_facts
 from ptr_hf.metrics import MetricsWindow
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.nonfinite import BadFrame
-from ptr_hf.policy_sources import ModelSource, policy_processors, resolve_policy, widest_vector
+from ptr_hf.policy_sources import ModelSource, resolve_policy, widest_vector
 from ptr_hf.processor_embodiment import for_robot
-from ptr_hf.processor_ptr import preprocess
+from ptr_hf.processor_ptr import keep_statistics, preprocess
 from ptr_hf.report import DYNAMICS_COLUMNS
 from ptr_hf.sharding import prepare_sharding, share_weights
+from ptr_hf.training.processors import checked_preprocessor, observation_renames, policy_processors
 from ptr_hf.training.reporting import check_reporting
 from ptr_hf.training.seeding import seeded
 from ptr_hf.training_args import PTRTrainingArguments
@@ -53,6 +57,8 @@ from ptr_hf.training_sources import (
     open_data,
     read_metadata,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class PTRTrainer(GuardedTrainer):
@@ -69,7 +75,8 @@ class PTRTrainer(GuardedTrainer):
             modules does so too.
         eval_env: a LeRobot environment (its type, a dict with `type`, or its configuration) in which the policy is evaluated in
             the course of training; by default `args.eval_env`, or none.
-        preprocessor, postprocessor: LeRobot pipelines; by default the policy's own, with the dataset's statistics.
+        preprocessor, postprocessor: LeRobot pipelines; by default the policy's own, with the statistics that
+            `args.statistics` says (docs/statistics.md).
         callbacks, optimizers: as for `transformers.Trainer`.
 
     Raises:
@@ -121,19 +128,22 @@ class PTRTrainer(GuardedTrainer):
         if args.torch_compile:
             policy.compile_base(**_compile_options(args))
         layout = policy.config.layout
+        renames = observation_renames(policy.config, meta, args, preprocessor)
         opened: dict[str, TrainingSet] = {}
         for name, known in metas.items():
-            opened[name] = open_data(given[name], known, policy.config, args, training=name == "train")
+            opened[name] = open_data(given[name], known, policy.config, args, name == "train", renames)
         if "train" in metas:
             self.training_data = described(train_dataset, metas["train"], args)
             with seeded(args.seed):
                 policy.set_episodes(episode_table(policy.config, metas["train"], args), args.seed)
-        self.screen = Screen(
-            layout, policy.config.input_features or {}, args.observation_renames, substitute=policy.objective is None
-        )
+        self.screen = Screen(layout, policy.config.input_features or {}, renames, substitute=policy.objective is None)
+        first = next(iter(opened.values()), None)
+        if preprocessor is not None:
+            preprocessor = checked_preprocessor(preprocessor, policy.config, meta, renames, first)
         if preprocessor is None or postprocessor is None:
-            first = next(iter(opened.values()), None)
-            preprocessor, postprocessor = policy_processors(policy, meta, args, first, self.screen)
+            own = policy_processors(policy, meta, args, first, renames)
+            preprocessor = own[0] if preprocessor is None else preprocessor
+            postprocessor = own[1] if postprocessor is None else postprocessor
         self.preprocessor, self.postprocessor = preprocessor, postprocessor
         self.window = MetricsWindow(
             policy.config,
@@ -361,6 +371,17 @@ class PTRTrainer(GuardedTrainer):
             steps = math.ceil(len(self.train_dataset) / per_step * self.args.num_train_epochs)
         self.policy.set_run_length(steps)
         return super().train(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Also keep the statistics that the run was started with, should those of the data have changed since."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        pipelines = zip((self.preprocessor, self.postprocessor), PROCESSOR_FILES, strict=True)
+        changed = [keep_statistics(pipeline, folder, file) for pipeline, file in pipelines]
+        if any(changed):
+            logger.warning(
+                "The run keeps the statistics of %s, with which it was started, not the data's of now.", folder
+            )
 
     def located(self, frame: BadFrame) -> BadFrame:
         """A frame of a mixture by its source, episode and dataset index there."""

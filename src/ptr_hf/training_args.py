@@ -69,6 +69,13 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
     rename_map: dict[str, str] | str | None = field(
         default=None, metadata={"help": "Dataset key -> policy key, as JSON, for cameras and states named differently."}
     )
+    statistics: Literal["data", "policy"] = field(
+        default="data",
+        metadata={
+            "help": "What normalises states, actions and pictures: the statistics of the training data, as in lerobot-train, or "
+            "those saved with the policy, to go on exactly as it was trained. A resumed run keeps its own."
+        },
+    )
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of the dataset on the Hub."})
     in_memory: bool = field(
         default=False,
@@ -161,5 +168,5 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
 
     @property
     def observation_renames(self) -> dict[str, str]:
-        """`rename_map` as the dict that transformers has parsed it to; empty without one."""
+        """`rename_map` as a dict; empty without one."""
         return self.rename_map if isinstance(self.rename_map, dict) else {}

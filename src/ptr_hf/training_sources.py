@@ -9,8 +9,9 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from ptr_hf.card_facts import TrainingData
 from ptr_hf.configuration_ptr import PTRConfig
-from ptr_hf.data.datasets import check_cameras, check_dataset, dataset_metadata, open_dataset
+from ptr_hf.data.datasets import check_dataset, dataset_metadata, open_dataset
 from ptr_hf.data.demonstrations import load_truth
+from ptr_hf.data.fit import check_fit, check_mixture_fit
 from ptr_hf.data.in_memory import InMemorySegments
 from ptr_hf.data.mixture import Mixture
 from ptr_hf.data.mixture_config import MixtureConfig
@@ -58,7 +59,12 @@ def read_metadata(
 
 
 def open_data(
-    given: DataSource, meta: Metadata, config: PTRConfig, args: PTRTrainingArguments, training: bool = True
+    given: DataSource,
+    meta: Metadata,
+    config: PTRConfig,
+    args: PTRTrainingArguments,
+    training: bool = True,
+    renames: Mapping[str, str] | None = None,
 ) -> TrainingSet:
     """The data, ready to be read at the policy's segment layout.
 
@@ -68,15 +74,15 @@ def open_data(
         config: of the policy.
         args: how it is read.
         training: whether it may be a stream, which has no end.
+        renames: dataset key -> policy key; by default the arguments' own.
 
     Raises:
-        ValueError: there is nothing to learn from, or a camera is missing.
+        ValueError: there is nothing to learn from, or the data do not fit the policy.
     """
     layout = config.layout
     if isinstance(meta, MixtureMetadata):
         _check_widths(config, meta)
-        for source in meta.sources:
-            check_cameras(config.base_config, source.cameras.values(), lacks_some=True)
+        check_mixture_fit(config.base_config, meta)
         if meta.config.streaming and training:
             return StreamingMixture(meta, layout, seed=args.seed if args.data_seed is None else args.data_seed)
         return Mixture(
@@ -87,8 +93,9 @@ def open_data(
             frames_cache=args.frames_cache,
         )
     assert isinstance(given, str | Path | LeRobotDataset)
+    renames = args.observation_renames if renames is None else renames
+    check_fit(config.base_config, meta.features, renames, meta.repo_id, given=training and bool(args.rename_map))
     dataset = open_dataset(given, layout, revision=args.dataset_revision)
-    check_cameras(config.base_config, dataset.meta.features, args.observation_renames)
     check_dataset(dataset, layout)
     # what its data files set right, which for a dataset on the Hub are here only now
     meta.episodes, meta.tasks, meta.info = dataset.meta.episodes, dataset.meta.tasks, dataset.meta.info

@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 import torch
 from bad_frames import EPISODES, spoiled
-from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import make_pre_post_processors
 from small_policies import FAMILIES, base_policy, stats_of
 from torch.utils.data import default_collate
 
 from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.in_memory import InMemorySegments
-from ptr_hf.data.screening import FINE, Screen, leave_out, with_finite_statistics
+from ptr_hf.data.screening import FINE, Screen, leave_out
 from ptr_hf.data.segments import FUTURE_PAD, PAD_SUFFIX, SegmentLayout, segment_rows, split_segment
 from ptr_hf.processor_ptr import preprocess
 
@@ -188,37 +187,3 @@ class TestAfterThePreprocessor:
                 assert rows["index"][row] == plain["index"][row], "it is still named by its own place"
         good = (frames == FINE).repeat(2)
         assert all(torch.equal(value[good], plain[key][good]) for key, value in floats(rows).items())
-
-
-class TestStatistics:
-    def test_lerobot_writes_statistics_that_are_not_finite(self, points: Path, tmp_path: Path) -> None:
-        root = spoiled(points, tmp_path / "bad", BAD, with_statistics=True)
-        meta = LeRobotDatasetMetadata("tests/points", root=root)
-        assert np.isnan(meta.stats["observation.state"]["mean"]).any()
-        assert not np.isfinite(meta.stats["action"]["std"]).all()
-
-    def test_they_are_computed_anew_over_finite_frames(
-        self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        root = spoiled(points, tmp_path / "bad", BAD, with_statistics=True)
-        dataset = open_dataset(root, LAYOUTS["plain"])
-        renewed = with_finite_statistics(dataset.meta, dataset, ["observation.state", "action", "observation.image"])
-        state = np.stack(dataset.hf_dataset.with_format("numpy")[:]["observation.state"])
-        finite = np.delete(state, [29, 40], axis=0)
-        assert np.allclose(renewed.stats["observation.state"]["mean"], finite.mean(axis=0), atol=1e-6)
-        assert np.allclose(renewed.stats["observation.state"]["std"], finite.std(axis=0), atol=1e-5)
-        assert all(np.isfinite(value).all() for value in renewed.stats["action"].values())
-        assert np.isnan(dataset.meta.stats["observation.state"]["mean"]).any(), "the metadata given is as it was"
-        assert "2 of its 112 frames" in caplog.text
-        assert "observation.state" in caplog.text
-
-    def test_finite_ones_are_left_alone(self, points: Path) -> None:
-        dataset = open_dataset(points, LAYOUTS["plain"])
-        assert with_finite_statistics(dataset.meta, dataset, list(dataset.meta.features)) is dataset.meta
-
-    def test_a_feature_without_a_finite_frame_is_refused(self, points: Path, tmp_path: Path) -> None:
-        values = {("observation.state", frame): np.nan for frame in range(112)}
-        dataset = open_dataset(spoiled(points, tmp_path / "bad", values, with_statistics=True), LAYOUTS["plain"])
-        with pytest.raises(ValueError, match=r"No frame of .* has a finite 'observation.state'"):
-            with_finite_statistics(dataset.meta, dataset, ["observation.state"])
-        assert with_finite_statistics(dataset.meta, dataset, ["action"]) is dataset.meta, "what is not read may be bad"

@@ -267,6 +267,11 @@ def _check_same_robots(config: MixtureConfig, robots: Sequence[EmbodimentLayout]
 def _check_renames(source: SourceConfig, meta: LeRobotDatasetMetadata, tasks: Collection[str]) -> None:
     for what, given, known in (("rename", source.rename, meta.camera_keys), ("tasks", source.tasks, tasks)):
         unknown = sorted(set(given) - set(known))
+        if unknown and what == "rename" and given[unknown[0]] in known:
+            raise ValueError(
+                f"rename of the source {source.called} maps {unknown[0]!r} onto {given[unknown[0]]!r}, but it goes from the "
+                f"dataset's name to the policy's: write {{{given[unknown[0]]}: {unknown[0]}}}."
+            )
         if unknown:
             raise ValueError(
                 f"{what} of the source {source.called} names {', '.join(map(repr, unknown))}, which the dataset lacks; it has "

@@ -5,18 +5,12 @@ the backward pass. So a sample with such a value is made finite and marked as pa
 nobody's candidate, and enters no statistic. Nothing here waits for the device.
 """
 
-import copy
-import logging
 from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from lerobot.datasets import LeRobotDatasetMetadata
-from lerobot.datasets.compute_stats import get_feature_stats
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
 
 from ptr_hf.data.segments import ACTION, FUTURE_PAD, IMAGE_PREFIX, PAD_SUFFIX, SegmentLayout, is_rows
@@ -24,8 +18,6 @@ from ptr_hf.data.segments import ACTION, FUTURE_PAD, IMAGE_PREFIX, PAD_SUFFIX, S
 FINE = -1
 """Stands for "no frame" where frames are named."""
 _NEVER = 1 << 40
-
-logger = logging.getLogger(__name__)
 
 
 def leave_out(batch: dict[str, Any], left_out: Bool[Tensor, " samples"]) -> dict[str, Any]:
@@ -145,55 +137,6 @@ class Screen:
             if isinstance(value, Tensor) and value.ndim and len(value) % total == 0:
                 substituted[key] = value.unflatten(0, (total, -1)).index_select(0, taken).flatten(0, 1)
         return substituted
-
-
-def with_finite_statistics(
-    meta: LeRobotDatasetMetadata, dataset: LeRobotDataset, features: Collection[str]
-) -> LeRobotDatasetMetadata:
-    """Metadata whose statistics are finite for these features: one NaN in one frame makes LeRobot's NaN for the whole dataset.
-
-    Statistics that hold NaN or Inf are computed anew over the frames that are finite, and a warning says so; neither the files
-    nor the given metadata change.
-
-    Args:
-        meta: of the dataset.
-        dataset: open; where it was opened with some episodes, theirs are the frames.
-        features: keys that are read, as the dataset names them.
-
-    Raises:
-        ValueError: no frame of such a feature is finite, or they are the statistics of pictures.
-    """
-    statistics = dict(meta.stats or {})
-    broken = [
-        key for key in features if not all(np.isfinite(values).all() for values in statistics.get(key, {}).values())
-    ]
-    for key in broken:
-        if key in meta.camera_keys:
-            raise ValueError(
-                f"The statistics of {key!r} in meta/stats.json of {meta.repo_id} are not finite: renew them."
-            )
-        column = np.asarray(dataset.hf_dataset.with_format("numpy").select_columns(key)[:][key])
-        column = column.reshape(len(column), -1)
-        finite = column[np.isfinite(column).all(axis=1)]
-        if not len(finite):
-            raise ValueError(
-                f"No frame of {meta.repo_id} has a finite {key!r}, so there is nothing to learn from it: record it again, or "
-                "leave the feature out of the policy."
-            )
-        logger.warning(
-            "The statistics of %r in meta/stats.json of %s are not finite, as %d of its %d frames are not: the policy's "
-            "processors get statistics of the others.",
-            key,
-            meta.repo_id,
-            len(column) - len(finite),
-            len(column),
-        )
-        # LeRobot sums squares, which large values overflow in single precision
-        statistics[key] = get_feature_stats(finite.astype(np.float64), axis=0, keepdims=False)
-    if broken:
-        meta = copy.copy(meta)
-        meta.stats = statistics
-    return meta
 
 
 def _is_floating(value: Any) -> bool:

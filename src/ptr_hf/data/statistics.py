@@ -5,7 +5,6 @@ One form serves all of LeRobot's normalisation modes, and a row of a batch needs
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ptr_hf.data.mixture_metadata import MixtureMetadata, Source
-from ptr_hf.data.screening import with_finite_statistics
+from ptr_hf.data.normalization import READS, Stats, constant, sound_statistics
 from ptr_hf.data.segments import ACTION
-
-Stats = Mapping[str, Any]
-"""LeRobot's statistics of one feature: mean, std, min, max, count and quantiles."""
-
-_QUANTILES = {NormalizationMode.QUANTILES: ("q01", "q99"), NormalizationMode.QUANTILE10: ("q10", "q90")}
 
 
 @dataclass(frozen=True)
@@ -107,9 +101,7 @@ def affine(
         ValueError: the statistics lack what the mode reads.
     """
     values = placed.values
-    low, high = _QUANTILES.get(mode, ("min", "max"))
-    needed = {NormalizationMode.IDENTITY: (), NormalizationMode.MEAN_STD: ("mean", "std")}.get(mode, (low, high))
-    missing = [name for name in needed if name not in values]
+    missing = [name for name in READS[mode] if name not in values]
     if missing:
         raise ValueError(
             f"The policy normalises {what} by {mode.value}, and its statistics have no {', '.join(missing)}: renew the "
@@ -117,13 +109,14 @@ def affine(
         )
     shape = next(iter(values.values())).shape
     if mode is NormalizationMode.IDENTITY:
-        offset, scale = np.zeros(shape), np.ones(shape)
-    elif mode is NormalizationMode.MEAN_STD:
-        offset, scale = values["mean"], values["std"]
+        return torch.zeros(shape), torch.ones(shape)
+    first, second = (values[name] for name in READS[mode])
+    if mode is NormalizationMode.MEAN_STD:
+        offset, scale = first, second
     else:
-        offset, scale = (values[low] + values[high]) / 2, (values[high] - values[low]) / 2
-    unused, constant = ~np.isfinite(offset), ~(scale > 0)
-    offset, scale = np.where(unused, 0.0, offset), np.where(unused | constant, 1.0, scale)
+        offset, scale = (first + second) / 2, (second - first) / 2
+    unused = ~np.isfinite(offset)
+    offset, scale = np.where(unused, 0.0, offset), np.where(unused | constant(values, mode), 1.0, scale)
     return torch.from_numpy(offset).float(), torch.from_numpy(scale).float()
 
 
@@ -137,30 +130,27 @@ def mixture_statistics(
     Args:
         meta: of the mixture; its configuration says over whom statistics are pooled.
         modes: the policy's normalization_mapping.
-        datasets: open, by source; where one's statistics are not finite they are computed anew from it.
+        datasets: open, by source; where one's statistics are not right they are computed anew from it.
 
     Raises:
-        ValueError: statistics that a mode needs are missing.
+        ValueError: statistics that a mode needs are missing or wrong, and cannot be computed.
     """
-    metas = [
-        source.meta
-        if datasets is None
-        else with_finite_statistics(source.meta, datasets[source.number], _read_keys(source))
+    by_kind = {FeatureType(kind): NormalizationMode(mode) for kind, mode in modes.items()}
+    sound = [
+        sound_statistics(source.meta, None if datasets is None else datasets[source.number], _modes_of(source, by_kind))
         for source in meta.sources
     ]
     groups: dict[str, list[int]] = {}
     for source in meta.sources:
         key = {"source": source.name, "embodiment": source.robot.name, "pooled": ""}[meta.config.statistics]
         groups.setdefault(key, []).append(source.number)
-    by_kind = {FeatureType(kind): mode for kind, mode in modes.items()}
     tensors: dict[str, Tensor] = {}
     for key in meta.features:
         kind = {ACTION: FeatureType.ACTION, OBS_STATE: FeatureType.STATE}.get(key, FeatureType.VISUAL)
         mode = by_kind.get(kind, NormalizationMode.IDENTITY)
         of: dict[int, Placed] = {}
         size = len(meta.space if key == ACTION else meta.state_space)
-        for source, recorded in zip(meta.sources, metas, strict=True):
-            stats = recorded.stats or {}
+        for source, stats in zip(meta.sources, sound, strict=True):
             if kind is FeatureType.VISUAL:
                 own = next((name for name, called in source.cameras.items() if called == key), None)
                 if own is not None and own in stats:
@@ -170,7 +160,7 @@ def mixture_statistics(
         if mode is NormalizationMode.IDENTITY and kind is FeatureType.VISUAL:
             continue
         shape = (3, 1, 1) if kind is FeatureType.VISUAL else (size,)
-        offset, scale = torch.zeros(len(metas), *shape), torch.ones(len(metas), *shape)
+        offset, scale = torch.zeros(len(sound), *shape), torch.ones(len(sound), *shape)
         for members in groups.values():
             having = [number for number in members if number in of]
             if having:
@@ -183,5 +173,10 @@ def mixture_statistics(
     return tensors
 
 
-def _read_keys(source: Source) -> list[str]:
-    return [key for key in (ACTION, OBS_STATE) if key in source.meta.features]
+def _modes_of(source: Source, by_kind: Mapping[FeatureType, NormalizationMode]) -> dict[str, NormalizationMode]:
+    """How the features of a source are normalised, those that are not left out."""
+    kinds = dict.fromkeys(source.cameras, FeatureType.VISUAL) | {ACTION: FeatureType.ACTION}
+    if source.state:
+        kinds[OBS_STATE] = FeatureType.STATE
+    modes = {key: by_kind.get(kind, NormalizationMode.IDENTITY) for key, kind in kinds.items()}
+    return {key: mode for key, mode in modes.items() if mode is not NormalizationMode.IDENTITY}

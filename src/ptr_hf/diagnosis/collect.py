@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from ptr_hf.configuration_ptr import PTRConfig
-from ptr_hf.data.datasets import check_cameras, check_dataset, episode_spans, open_dataset
+from ptr_hf.data.datasets import check_dataset, episode_spans, open_dataset
+from ptr_hf.data.fit import check_fit
 from ptr_hf.data.in_memory import collate_segments
 from ptr_hf.data.masked_segments import saying_masked
 from ptr_hf.method.draws import Draws
@@ -89,7 +90,7 @@ def collect(
     assert objective is not None
     assert isinstance(objective.weigher, Recorder)
     opened = open_dataset(dataset, layout, revision=revision)
-    check_cameras(policy.config.base_config, opened.meta.features, renames or {})
+    check_fit(policy.config.base_config, opened.meta.features, renames or {}, opened.meta.repo_id)
     check_dataset(opened, layout)
     step = layout.segment_length * layout.chunk_stride
     anchors = np.asarray([first + at for _, first, length in episode_spans(opened) for at in range(0, length, step)])
