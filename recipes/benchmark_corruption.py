@@ -29,11 +29,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MUJOCO_GL", "egl")
 
 from corruption_run import SETTINGS, Cell, prepare, run
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from ptr_hf.cli.console import PlainConsole
 from ptr_hf.data.benchmark_data import CONDITIONS
 from ptr_hf.hyperparameters import PRESETS
 
@@ -214,7 +214,7 @@ def main(argv: list[str]) -> None:
                 failures += 1
                 tqdm.write(f"{cell.key} failed:\n{traceback.format_exc()}")
             bar.update()
-    Console().print(summary(results) if results.is_file() else "There are no results.")
+    PlainConsole().print(summary(results) if results.is_file() else "There are no results.")
     if failures:
         raise SystemExit(f"benchmark_corruption.py: {failures} runs failed; the same command tries them again.")
 

@@ -36,10 +36,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MUJOCO_GL", "egl")  # mujoco chooses its GL when it is first imported
 
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Column, Table
 from tqdm import tqdm
 
+from ptr_hf.cli.console import PlainConsole
 from ptr_hf.report.style import (
     BLUE,
     FAINT,
@@ -268,7 +268,7 @@ def main(argv: list[str]) -> None:
     given = parser().parse_args(argv)
     results = given.results or Path("outputs/embodiment_smoke.csv" if given.smoke else "results/embodiment.csv")
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    console = Console(width=WIDE if piped else None)
+    console = PlainConsole(width=WIDE if piped else None)
     if not given.report:
         run_grid(given, results)
     rows = read(results)

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from speed_frames import decoded_frames
 from speed_probes import Case, paired_steps, spread, training_run
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from ptr_hf.cli.console import PlainConsole
 from ptr_hf.data.demonstrations import bundled_demonstrations
 from ptr_hf.data.segments import SegmentLayout
 
@@ -129,7 +129,7 @@ def measure_frames(arguments: SpeedArguments, dataset: Path, chunk_size: int = 1
 
 def show(result: dict[str, Any]) -> None:
     """The result as tables."""
-    console = Console()
+    console = PlainConsole()
     steps = _table("Step time, PTR to SFT on the same chunks", "step", "SFT CPU s", "PTR CPU s", "ratio", "wall")
     for row in result["step_time"]:
         label = Case(*(row[name] for name in Case.__dataclass_fields__)).label

@@ -17,11 +17,11 @@ import torch
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import PolicyProcessorPipeline
-from rich.console import Console
 from torch import nn
 
 from ptr_hf import PTRTrainingArguments
 from ptr_hf.cli import interrupts
+from ptr_hf.cli.console import PlainConsole
 from ptr_hf.cli.parser import OptionParser
 from ptr_hf.cli.refusals import refusals
 from ptr_hf.data.datasets import dataset_metadata, open_dataset, video_backend
@@ -145,7 +145,7 @@ def prepared(
 def main(argv: list[str]) -> None:
     """Parse, read, judge, report."""
     (given,) = OptionParser(DiagnosisArguments, prog=PROGRAM, description=__doc__).parse(argv)
-    console = Console()
+    console = PlainConsole()
     bundled = given.dataset is None
     dataset = bundled_demonstrations("train") if bundled else given.dataset
     truth = given.truth or (dataset if bundled else None)
@@ -153,6 +153,12 @@ def main(argv: list[str]) -> None:
         renames = checked(given)
         meta = dataset_metadata(dataset, given.dataset_revision)
         kinds = {record.episode_index: record.kind for record in load_truth(Path(truth)).records} if truth else None
+        unknown = sorted(set(range(meta.total_episodes)) - kinds.keys()) if kinds is not None else []
+        if unknown:
+            raise ValueError(
+                f"The truth of {truth} says nothing about {len(unknown)} episodes of {dataset} (the first is {unknown[0]}): "
+                "give the one that belongs to this dataset."
+            )
         policy, preprocessor = prepared(given, meta, renames, folder)
         evidence = collect(
             policy,
@@ -177,7 +183,10 @@ def main(argv: list[str]) -> None:
         )
     advice = advise(found)
     show(found, advice, console)
-    page = write_diagnosis(found, advice, given.output_dir)
+    try:
+        page = write_diagnosis(found, advice, given.output_dir)
+    except OSError as error:
+        raise SystemExit(f"diagnose.py: the page could not be written to {given.output_dir}: {error}") from error
     console.print(f"page (open in a browser)    {page}", soft_wrap=True)
     console.print(f"figures and numbers         {page.with_name(DIAGNOSIS_FILE)}", soft_wrap=True)
 

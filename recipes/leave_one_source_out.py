@@ -22,12 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 from transformers import set_seed
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments
 from ptr_hf.checkpoints import last_complete
+from ptr_hf.cli.console import PlainConsole
 from ptr_hf.cli.parser import OptionParser
 from ptr_hf.cli.refusals import refusals
 from ptr_hf.data.mixture import Mixture
@@ -36,6 +36,7 @@ from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.evaluation_callback import EVALUATION_FILE
 from ptr_hf.report.files import replacing
 from ptr_hf.report.style import BLUE, INK, TEXT_SIZE, TICK_SIZE, VERMILION, board, name_axes, save_figure
+from ptr_hf.report.text import drawable, visible
 from ptr_hf.scoring import action_loss_by_source
 
 ALL = "(none)"
@@ -191,7 +192,7 @@ def train(
     return {LOSS: heldout_losses(trainer, heldout), SUCCESS: successes(output)}
 
 
-def run_all(given: LeaveOneOutArguments, args: PTRTrainingArguments, console: Console) -> list[Measured]:
+def run_all(given: LeaveOneOutArguments, args: PTRTrainingArguments, console: PlainConsole) -> list[Measured]:
     """Every run that is not finished yet; then everything that was measured."""
     whole = MixtureConfig.from_yaml(given.mixture)
     if whole.statistics != "source":
@@ -353,7 +354,8 @@ def write_csv(path: Path, rows: Sequence[Any]) -> None:
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(type(rows[0])._fields)
-        writer.writerows(rows)
+        # names come from outside: no control or direction characters
+        writer.writerows([visible(cell) if isinstance(cell, str) else cell for cell in row] for row in rows)
 
 
 def _folder(left_out: str, names: Sequence[str]) -> str:
@@ -364,8 +366,7 @@ def _folder(left_out: str, names: Sequence[str]) -> str:
 
 
 def _label(name: str) -> str:
-    short = name if len(name) <= 22 else f"{name[:21]}…"
-    return short.replace("$", r"\$")
+    return drawable(name, 22)
 
 
 def main(argv: list[str]) -> None:
@@ -373,7 +374,7 @@ def main(argv: list[str]) -> None:
     program = "leave_one_source_out.py"
     parser = OptionParser((LeaveOneOutArguments, PTRTrainingArguments), prog=program, description=__doc__)
     parser.set_defaults(preset="ptr_calibrated", standardize_by="source")
-    console = Console()
+    console = PlainConsole()
     given, args = parser.parse(argv)
     with refusals(program, vars(given) | vars(args)):
         if args.max_steps <= 0:

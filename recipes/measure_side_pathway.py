@@ -20,10 +20,11 @@ from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pi0.configuration_pi0 import PI0Config
 from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import HfArgumentParser
+
+from ptr_hf.cli.console import PlainConsole
 
 sys.path.insert(0, str(Path(__file__).parent))
 from speed_probes import write_real_vlm
@@ -151,7 +152,7 @@ def main() -> None:
             f"{extra['training_bytes'] / 1e6:.1f}",
             f"{extra['checkpoint_share']:.1%}",
         )
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 if __name__ == "__main__":

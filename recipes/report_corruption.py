@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
-from rich.console import Console
 from transformers import HfArgumentParser
 
+from ptr_hf.cli.console import PlainConsole
 from ptr_hf.data.benchmark_data import CONDITIONS, Condition
 from ptr_hf.report import Dynamics, read_dynamics
 from ptr_hf.report.corruption import read_runs, write_corruption_report
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"report_corruption.py: {error}") from error
     count = sum(len(runs.items) for runs in tracks)
-    Console().print(f"{page} and {arguments.markdown} are written ({count} runs).", soft_wrap=True)
+    PlainConsole().print(f"{page} and {arguments.markdown} are written ({count} runs).", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ if __name__ == "__main__":
 
 import copy
 import json
+import shutil
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -47,16 +48,17 @@ from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import get_policy_class
 from lerobot.utils.feature_utils import dataset_to_policy_features
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import set_seed
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments, score_dataset
 from ptr_hf.artifacts.base_source import check_base
-from ptr_hf.checkpoints import checkpoints
+from ptr_hf.checkpoints import SaveError, checkpoints
+from ptr_hf.cli.console import PlainConsole
 from ptr_hf.cli.parser import OptionParser
 from ptr_hf.configuration_ptr import chunk_settings
+from ptr_hf.data.datasets import dataset_metadata
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
 from ptr_hf.data.fit import renamed_features
 from ptr_hf.data.mixture import Mixture
@@ -69,6 +71,8 @@ from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.policy_sources import widest_vector
 from ptr_hf.publish import PushError
 from ptr_hf.report import (
+    DYNAMICS_FILE,
+    REPORT_FILE,
     SCORES_FILE,
     Dynamics,
     detection,
@@ -79,9 +83,12 @@ from ptr_hf.report import (
     write_report,
     write_scores,
 )
+from ptr_hf.report.files import beside_the_run
+from ptr_hf.report.page import has_curves
 from ptr_hf.scoring import action_loss
 from ptr_hf.training_sources import DataSource, read_metadata
 
+RESULTS_FILE = "results.json"
 PLAIN = SegmentLayout(None, (0,), 1, 1, None)
 
 
@@ -229,7 +236,10 @@ def train(model: Any, args: PTRTrainingArguments, dataset: Any) -> PTRTrainer:
         trainer = PTRTrainer(model, args, dataset)
         checkpoint = trainer.choose_checkpoint(args.resume_from_checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    try:
+        trainer.save_model()
+    except SaveError as error:
+        raise SystemExit(f"train_ptr.py: {error}") from error
     return trainer
 
 
@@ -247,7 +257,7 @@ def comparison_table(results: dict[str, dict[str, float]]) -> Table:
 def main(argv: list[str]) -> None:
     """Parse, train, compare, report."""
     recipe, args = parse_arguments(argv)
-    console = Console()
+    console = PlainConsole()
     output = Path(args.output_dir)
     interrupts.writes_to(output)
     mixture = read_mixture(recipe)
@@ -257,6 +267,13 @@ def main(argv: list[str]) -> None:
     truth = {record.episode_index: record.kind for record in load_truth(dataset).records} if demo else None
     model: Any = recipe.policy_path
     with refusals(PROGRAM, OPTIONS):
+        if recipe.eval_dataset is not None:
+            # read after training; whether it is there shows now
+            several = MixtureConfig.of(recipe.eval_dataset)
+            if several is None:
+                dataset_metadata(recipe.eval_dataset)
+            else:
+                MixtureMetadata.read(several)
         if recipe.policy_path is None:
             model = tiny_policy(output, dataset, args)
         elif recipe.policy_overrides:
@@ -281,52 +298,79 @@ def main(argv: list[str]) -> None:
     if not main_trainer.is_world_process_zero():
         return
 
-    results: dict[str, dict[str, float]] = {run: {} for run in trainers}
-    if heldout is not None:
-        layout = main_trainer.policy.config.layout
-        for run, trainer in trainers.items():
-            loss = action_loss(trainer.policy, heldout, trainer.preprocessor, layout=layout, seed=args.seed)
-            results[run]["action loss, held-out clean episodes"] = loss
-    dynamics = Dynamics.join(
-        *(read_dynamics(Path(t.args.output_dir) / "ptr_dynamics.parquet") for t in trainers.values())
-    )
-    scores = None
-    if recipe.score_after and main_trainer.policy.objective is not None:
-        scores = score_dataset(main_trainer.policy, dataset, preprocessor=main_trainer.preprocessor, seed=args.seed)
-        for place in {output, folder}:
-            write_scores(scores, place / SCORES_FILE)
-        results[name]["identification accuracy, end of training"] = dynamics.tail("accuracy", name)
-        results[name]["chance accuracy, 1 / |Y|"] = 1 / dynamics.tail("candidates", name)
-        if truth is not None:
-            results[name] |= weights_by_truth(scores, truth)
-    candidates = dynamics.tail("candidates", name)
-    chance = 1 / candidates if candidates > 0 else None
-    report = write_report(
-        output,
-        dynamics=dynamics,
-        scores=scores,
-        truth=truth if scores is not None else None,
-        hyperparameters=main_trainer.policy.config.hyperparameters(),
-        results=results,
-        chance=chance,
-    )
-    save_figure(summary_figure(dynamics, scores, truth, chance), output / "summary.png")
-
-    (output / "results.json").write_text(json.dumps({"seed": args.seed, **results}, indent=2) + "\n")
+    results = look_back(recipe, args, trainers, dataset, heldout, truth, output)
     console.print(comparison_table(results))
     if args.push_to_hub:
         try:
             console.print(f"{'published':28}{main_trainer.push_to_hub()}", soft_wrap=True)
-        except PushError as error:
+        except (PushError, SaveError) as error:
             console.print(str(error), soft_wrap=True)
     for label, path in (
         ("checkpoint", folder),
-        ("report (open in a browser)", report),
+        ("report (open in a browser)", output / REPORT_FILE),
         ("figures", output / "figures"),
         ("picture", output / "summary.png"),
-        ("TensorBoard", f"tensorboard --logdir {output}"),
     ):
-        console.print(f"{label:28}{path}", soft_wrap=True)
+        if path.exists():
+            console.print(f"{label:28}{path}", soft_wrap=True)
+    console.print(f"{'TensorBoard':28}tensorboard --logdir {output}", soft_wrap=True)
+
+
+def look_back(
+    recipe: RecipeArguments,
+    args: PTRTrainingArguments,
+    trainers: dict[str, PTRTrainer],
+    dataset: Any,
+    heldout: Any,
+    truth: dict[int, str] | None,
+    output: Path,
+) -> dict[str, dict[str, float]]:
+    """What the finished runs are measured by, written into `output`; a part that fails is reported and costs itself alone."""
+    # a PTR checkpoint keeps its own preset, and its rows are logged under that name
+    trainers = {trainer.policy.config.preset: trainer for trainer in trainers.values()}
+    name, main_trainer = list(trainers.items())[-1]
+    folder = Path(main_trainer.args.output_dir)
+    results: dict[str, dict[str, float]] = {run: {} for run in trainers}
+    if heldout is not None:
+        layout = main_trainer.policy.config.layout
+        for run, trainer in trainers.items():
+            with beside_the_run(f"The action loss of {run} on held-out episodes is missing"):
+                loss = action_loss(trainer.policy, heldout, trainer.preprocessor, layout=layout, seed=args.seed)
+                results[run]["action loss, held-out clean episodes"] = loss
+    scores = dynamics = chance = None
+    with beside_the_run("The report is missing"):
+        dynamics = Dynamics.join(*(read_dynamics(Path(t.args.output_dir) / DYNAMICS_FILE) for t in trainers.values()))
+        chance = dynamics.chance(name)
+    if recipe.score_after and main_trainer.policy.objective is not None:
+        with beside_the_run("The scores of the dataset are missing"):
+            scores = score_dataset(main_trainer.policy, dataset, preprocessor=main_trainer.preprocessor, seed=args.seed)
+            for place in {output, folder}:
+                write_scores(scores, place / SCORES_FILE)
+        if dynamics is not None and chance is not None:
+            results[name]["identification accuracy, end of training"] = dynamics.tail("accuracy", name)
+            results[name]["chance accuracy, 1 / |Y|"] = chance
+        if truth is not None and scores is not None:
+            results[name] |= weights_by_truth(scores, truth)
+    if dynamics is not None:
+        with beside_the_run("The report is missing"):
+            report = write_report(
+                output,
+                dynamics=dynamics,
+                scores=scores,
+                truth=truth if scores is not None else None,
+                hyperparameters=main_trainer.policy.config.hyperparameters(),
+                results=results,
+                chance=chance,
+            )
+            if folder != output:
+                # it is published from there
+                shutil.copyfile(report, folder / REPORT_FILE)
+        if has_curves(dynamics):
+            with beside_the_run("The picture of the run is missing"):
+                save_figure(summary_figure(dynamics.identified, scores, truth, chance), output / "summary.png")
+    with beside_the_run(f"{RESULTS_FILE} is missing"):
+        (output / RESULTS_FILE).write_text(json.dumps({"seed": args.seed, **results}, indent=2) + "\n")
+    return results
 
 
 def weights_by_truth(scores: Any, truth: dict[int, str]) -> dict[str, float]:

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shlex
-import unicodedata
 from functools import cache
 from importlib import resources
 from pathlib import Path, PureWindowsPath
@@ -18,6 +17,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from ptr_hf.report.evaluation import number
+from ptr_hf.report.text import visible
 
 LONGEST_TEXT = 1000
 """Characters; no sentence of ours is longer, and a name that is would fill the card."""
@@ -63,9 +63,7 @@ def _template(name: str) -> str:
 
 def plain(value: object) -> str:
     """One line of visible text: no control or direction characters, at most `LONGEST_TEXT` characters."""
-    kept = (" " if unicodedata.category(sign) == "Cc" else sign for sign in str(value))
-    text = "".join(sign for sign in kept if unicodedata.category(sign) not in ("Cf", "Cs", "Co", "Cn"))
-    text = " ".join(text.split()) or "(no name)"
+    text = visible(value) or "(no name)"
     return text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 1]}…"
 
 

@@ -36,6 +36,7 @@ from ptr_hf.checkpoints import (
 )
 from ptr_hf.metrics import MetricsWindow
 from ptr_hf.publishing_trainer import PublishingTrainer
+from ptr_hf.report.text import without_local_paths
 
 TRAINING_ARGS_NAME = "training_args.json"
 WINDOW_LOSS, WINDOW_TOTAL, WINDOW_LOGGED = "trainer.loss", "trainer.total_loss", "trainer.last_logged"
@@ -131,9 +132,8 @@ class CheckpointingTrainer(PublishingTrainer):
         failed = torch.tensor([reason is not None], dtype=torch.int32, device=self.args.device)
         if reason is not None:
             good, _ = last_complete(target.parent)
-            free = shutil.disk_usage(target.parent).free / 1e6
             logger.error(
-                f"{target} could not be written: {reason} ({free:.1f} MB are free on that disk). Training goes on, and the next "
+                f"{target} could not be written: {reason}{_free(target)}. Training goes on, and the next "
                 f"save tries again; until then the last good checkpoint is {good or 'none'}. Make room on that disk, or set "
                 "save_total_limit to keep fewer."
             )
@@ -169,7 +169,14 @@ class CheckpointingTrainer(PublishingTrainer):
                     states[name].append(callback.state())
                 else:
                     states[name] = callback.state()
-        self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        # a checkpoint of this run by its name alone: `last-checkpoint` is published, and a run's folder may be moved
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == Path(self.args.output_dir):
+            self.state.best_model_checkpoint = Path(best).name
+        try:
+            self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        finally:
+            self.state.best_model_checkpoint = best
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Also remember the best before, for a new best that cannot be written."""
@@ -177,7 +184,7 @@ class CheckpointingTrainer(PublishingTrainer):
         return super()._determine_best_metric(metrics, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Write policy, processors and arguments, all or none; the arguments as JSON, without a token and without pickle.
+        """Write policy, processors and arguments, all or none; the arguments as JSON, without tokens, local paths and pickle.
 
         Raises:
             SaveError: a file could not be written; those that stood there before still do.
@@ -189,7 +196,8 @@ class CheckpointingTrainer(PublishingTrainer):
                 self.preprocessor.save_pretrained(aside, config_filename="policy_preprocessor.json")
                 self.postprocessor.save_pretrained(aside, config_filename="policy_postprocessor.json")
                 arguments = {name: value for name, value in self.args.to_dict().items() if not name.endswith("_token")}
-                (aside / TRAINING_ARGS_NAME).write_text(json.dumps(arguments, indent=2, default=str) + "\n")
+                text = json.dumps(without_local_paths(arguments), indent=2, default=str)
+                (aside / TRAINING_ARGS_NAME).write_text(text + "\n")
         except WRITE_ERRORS as error:
             reason = write_failure(error)
             if reason is None:
@@ -205,6 +213,10 @@ class CheckpointingTrainer(PublishingTrainer):
 class RecoveringTensorBoard(TensorBoardCallback):
     """TensorBoard, whose writer is given up when its disk is full; the next row opens a new one."""
 
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Open the writer."""
+        self._try(super().on_train_begin, *args, **kwargs)
+
     def on_log(self, *args: Any, **kwargs: Any) -> None:
         """Write the row, or report that it could not be written."""
         self._try(super().on_log, *args, **kwargs)
@@ -217,8 +229,18 @@ class RecoveringTensorBoard(TensorBoardCallback):
         try:
             write(*args, **kwargs)
         except OSError as error:
-            logger.error(f"TensorBoard's row could not be written ({error}); training goes on.")
+            logger.error(
+                f"TensorBoard's row could not be written ({error}); training goes on, and the next row tries again."
+            )
             self.tb_writer = None
+
+
+def _free(target: Path) -> str:
+    """The room on the disk where a folder would be written, for a message; nothing where that disk does not say."""
+    with suppress(OSError):
+        there = next(folder for folder in target.absolute().parents if folder.exists())
+        return f" ({shutil.disk_usage(there).free / 1e6:.1f} MB are free on that disk)"
+    return ""
 
 
 def window_name(rank: int) -> str:

@@ -28,9 +28,10 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ptr_hf.data.benchmark_env import PTRMetaworldConfig
+from ptr_hf.envs.headless import draw_without_display
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.processor_embodiment import for_robot, robots_of
-from ptr_hf.report.files import replacing
+from ptr_hf.report.files import beside_the_run, put_aside, replacing
 
 EVALUATION_FILE = "ptr_evaluation.json"
 DEFAULT_ENVIRONMENT = "ptr_metaworld"
@@ -129,17 +130,25 @@ class EvaluationCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Keep what a resumed run had measured, and build the environments: what is missing shows before time is spent."""
+        """Keep what a resumed run had measured, and build and reset the environments: what is missing shows at once."""
         if not state.is_world_process_zero:
             return
-        rows = read_evaluations(args.output_dir) if state.global_step else []
+        path, rows = Path(args.output_dir) / EVALUATION_FILE, []
+        if state.global_step:
+            try:
+                rows = read_evaluations(args.output_dir)
+            except (ValueError, OSError) as error:
+                put_aside(path, error)
         self._rows = [row for row in rows if row["step"] <= state.global_step]
-        if self._rows:
-            self._write(args)
-        else:
-            (Path(args.output_dir) / EVALUATION_FILE).unlink(missing_ok=True)
+        with beside_the_run(f"{path} of an earlier run could not be replaced"):
+            if self._rows:
+                self._write(args)
+            else:
+                path.unlink(missing_ok=True)
         with self._forgiven(), _undisturbed(self.trainer.policy, self.seed):
-            self._open()
+            # one task is enough to see whether the simulator runs and draws; others may start their processes when they are asked
+            _, env = next(_tasks(self._open()))
+            env.reset(seed=list(range(self.seed, self.seed + env.num_envs)))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate every `steps` steps."""
@@ -204,6 +213,7 @@ class EvaluationCallback(TrainerCallback):
 
     def _open(self) -> Environments:
         if not self._environments:
+            draw_without_display()
             self._environments = make_env(self.config, n_envs=self.num_envs)
         return self._environments
 
@@ -229,10 +239,11 @@ class EvaluationCallback(TrainerCallback):
                 logger.error(
                     f"The evaluation in '{kind}' failed ({type(error).__name__}: {error}), so its results are missing; "
                     "training goes on, and later evaluations try again without another message. Check the environment's "
-                    "installation, its task and that it shows what the policy observes, then evaluate the checkpoints with "
-                    f"`lerobot-eval --policy.path=<folder> --env.type={kind}`. must_succeed=True stops the training instead.",
-                    exc_info=error,
+                    "installation (to draw without a display: MUJOCO_GL=egl or osmesa, and its library), its task and that it "
+                    "shows what the policy observes, then evaluate the checkpoints with "
+                    f"`lerobot-eval --policy.path=<folder> --env.type={kind}`. must_succeed=True stops the training instead."
                 )
+                logger.debug("The evaluation in '%s' failed", kind, exc_info=error)
 
 
 def resolve_environment(source: EnvironmentSource, policy: PTRPolicy) -> EnvConfig:
@@ -322,9 +333,14 @@ def read_evaluations(folder: str | Path) -> list[dict[str, Any]]:
     """
     path = Path(folder) / EVALUATION_FILE
     try:
-        return json.loads(path.read_text()) if path.is_file() else []
-    except ValueError as error:
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        if not isinstance(rows, list) or not all(
+            isinstance(row, dict) and type(row.get("step")) is int for row in rows
+        ):
+            raise ValueError("it is no list of evaluations, each with its step")
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): remove it, or restore it from a backup.") from error
+    return rows
 
 
 def _tasks(environments: Environments) -> Iterator[tuple[str, gym.vector.VectorEnv]]:

@@ -11,6 +11,7 @@ Nothing that is read can execute: JSON and safetensors only, every key and every
 
 import copy
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Sequence
@@ -33,6 +34,7 @@ from ptr_hf.artifact import PTR_SCORER_NAME, check_artifact, check_processors, c
 from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.artifacts.regular_files import regular_file
 from ptr_hf.card_facts import BasePolicy, CardFacts
+from ptr_hf.card_text import named_source
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
 from ptr_hf.hub_access import asking_the_hub
 from ptr_hf.model_card import library_versions, write_model_card
@@ -45,7 +47,9 @@ from ptr_hf.peft_policies import (
     source_of,
 )
 from ptr_hf.policies.hooks import unwrap
-from ptr_hf.publish import Destination
+from ptr_hf.publish import Destination, local_needs
+
+logger = logging.getLogger(__name__)
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 PROCESSOR_FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
@@ -116,7 +120,7 @@ def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None 
     policy.config.base = draccus.encode(base.config, PreTrainedConfig)
     shown = policy.config if policy.config.needs_ptr_hf else base.config
     for name, config in ((PTR_CONFIG_NAME, policy.config), (CONFIG_NAME, shown)):
-        _write_json(folder / name, draccus.encode(config, PreTrainedConfig) | {"pretrained_path": None})
+        _write_json(folder / name, _recorded(draccus.encode(config, PreTrainedConfig)))
     if state_dict is None:
         if not adapter_alone:
             save_model(base, str(folder / SAFETENSORS_SINGLE_FILE))
@@ -173,6 +177,8 @@ def push_policy(
         repo_id=destination.repo_id,
     )
     write_model_card(facts, folder)
+    for sentence in local_needs(folder):
+        logger.warning("%s", sentence)
     address = str(destination.push(folder, message, tags=tags).commit_url)
     shutil.rmtree(folder, ignore_errors=True)
     return address
@@ -311,6 +317,15 @@ def _load_side(policy: Any, path: Path) -> None:
     if starts_average:
         tower = dict(policy.adapter.tower_parameters(policy.target_layer))
         policy.target_encoder.tower.load_state_dict(tower, strict=True)
+
+
+def _recorded(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration whose records of where weights came from name Hub ids and, of local folders, the last part alone."""
+    base = config.get("base", {})
+    for content, key in ((config, "base_path"), (base, "pretrained_path")):
+        if content.get(key):
+            content[key] = named_source(content[key]).name
+    return config | {"pretrained_path": None}
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ datasets, environments) is escaped when a template prints it, and a local folder
 
 import math
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import fields
 from functools import partial
 from importlib import metadata
@@ -35,7 +35,8 @@ from ptr_hf.report import (
 )
 from ptr_hf.report.dynamics import DYNAMICS_COLUMNS
 from ptr_hf.report.evaluation import main_run, number
-from ptr_hf.report.page import DYNAMICS_CAPTION, HISTOGRAM_CAPTION
+from ptr_hf.report.files import beside_the_run
+from ptr_hf.report.page import DYNAMICS_CAPTION, HISTOGRAM_CAPTION, has_curves
 from ptr_hf.report.panels import clip_panel, loss_panel
 from ptr_hf.report.sources import SOURCES_CAPTION
 from ptr_hf.report.style import board
@@ -141,8 +142,13 @@ class Trend(NamedTuple):
     last: str
 
 
-def model_card(facts: CardFacts) -> ModelCard:
-    """The card of a policy; it refers to the pictures that `draw_pictures` writes beside it."""
+def model_card(facts: CardFacts, pictures: Collection[str] | None = None) -> ModelCard:
+    """The card of a policy; it refers to the pictures that `draw_pictures` writes beside it.
+
+    Args:
+        facts: of its run.
+        pictures: names of the files that are there; None, all that the facts allow.
+    """
     base, config = named_source(facts.base.source), facts.config
     results = [_eval_result(result) for result in facts.measured]
     title = facts.repo_id.split("/")[-1] if facts.repo_id else f"{facts.base.policy_type} post-trained by ptr_hf"
@@ -179,7 +185,7 @@ def model_card(facts: CardFacts) -> ModelCard:
             controller=_controller(dynamics, config) if dynamics else "",
             sources=_sources(dynamics, facts) if dynamics else [],
             share_bounds=share_bound(*config.weight_range),
-            pictures=_pictures(facts),
+            pictures=[picture for picture in _pictures(facts) if pictures is None or picture.file in pictures],
         )
     )
 
@@ -197,15 +203,22 @@ def scored_dataset_card(facts: ScoredDatasetFacts) -> DatasetCard:
 
 
 def draw_pictures(facts: CardFacts, folder: str | Path) -> list[Path]:
-    """Write the card's pictures as PNG files into a folder; without dynamics there are none."""
-    return [save_figure(picture.draw(), Path(folder) / picture.file, dpi=120) for picture in _pictures(facts)]
+    """Write the card's pictures as PNG files into a folder; without dynamics there are none.
+
+    A picture that cannot be drawn is left out with a warning.
+    """
+    drawn = []
+    for picture in _pictures(facts):
+        with beside_the_run(f"The picture {picture.file} is missing in the card"):
+            drawn.append(save_figure(picture.draw(), Path(folder) / picture.file, dpi=120))
+    return drawn
 
 
 def write_model_card(facts: CardFacts, folder: str | Path) -> Path:
     """Write README.md and its pictures into a folder and return the card's path."""
-    draw_pictures(facts, folder)
+    pictures = [path.name for path in draw_pictures(facts, folder)]
     path = Path(folder) / constants.REPOCARD_NAME
-    model_card(facts).save(path)
+    model_card(facts, pictures).save(path)
     return path
 
 
@@ -274,7 +287,10 @@ def _dynamics(facts: CardFacts) -> Dynamics | None:
     """The rows of the run that the card is about."""
     found = facts.dynamics
     if isinstance(found, str | Path):
-        found = read_dynamics(found) if Path(found).is_file() else None
+        path, found = Path(found), None
+        if path.is_file():
+            with beside_the_run(f"The card says nothing of {path.name}"):
+                found = read_dynamics(path)
     if found is None or not found.runs:
         return None
     run = facts.config.preset if facts.config.preset in found.runs else main_run(found)
@@ -283,12 +299,11 @@ def _dynamics(facts: CardFacts) -> Dynamics | None:
         # zeros of a belief that is not there
         place = table.column_names.index("belief_entropy")
         table = table.set_column(place, table.schema.field(place), pa.nulls(len(table), pa.float64()))
-    return Dynamics(table)
+    return Dynamics(table).identified
 
 
 def _chance(dynamics: Dynamics, config: PTRHyperparameters) -> float | None:
-    candidates = dynamics.tail("candidates", main_run(dynamics)) if config.reads_posterior else math.nan
-    return 1.0 / candidates if candidates >= 1.0 else None
+    return dynamics.chance(main_run(dynamics)) if config.reads_posterior else None
 
 
 def _statements(dynamics: Dynamics, config: PTRHyperparameters) -> list[str]:
@@ -331,7 +346,7 @@ def _sources(dynamics: Dynamics, facts: CardFacts) -> list[tuple[GroupShare, int
 
 def _pictures(facts: CardFacts) -> list[Picture]:
     dynamics, config = _dynamics(facts), facts.config
-    if dynamics is None:
+    if dynamics is None or not has_curves(dynamics):
         return []
     run = main_run(dynamics)
     weighed = config.scorer and dynamics.logged("effective_sample_size", run)

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from ptr_hf.data.screening import FINE
 from ptr_hf.method import ObjectiveOutput
-from ptr_hf.report.files import replacing
+from ptr_hf.report.files import beside_the_run, put_aside, replacing
+from ptr_hf.report.text import visible
 
 NONFINITE_FILE = "ptr_nonfinite.json"
 PATIENCE = 10
@@ -176,12 +177,26 @@ class NonFiniteRecord:
         self.frames: Counter[BadFrame] = Counter()
         self.gradients = 0
         if resumed and path.is_file():
-            kept = json.loads(path.read_text())
-            self.gradients = kept["gradients"]
-            for row in kept["frames"]:
-                self.frames[BadFrame(row["kind"], row["index"], row["episode"], row.get("source", ""))] = row["times"]
+            self._read()
         elif writes:
-            path.unlink(missing_ok=True)
+            with beside_the_run(f"{path} of an earlier run could not be removed"):
+                path.unlink(missing_ok=True)
+
+    def _read(self) -> None:
+        """Go on with the file that is there; one that cannot be read is put aside."""
+        try:
+            kept = json.loads(self._path.read_text(encoding="utf-8"))
+            frames = Counter(
+                {BadFrame(**{"source": "", **row}): times for row, times in map(_taken_apart, kept["frames"])}
+            )
+            if not all(type(number) is int for number in (kept["gradients"], *frames.values())):
+                raise ValueError("it has counts that are no numbers")
+        # JSON of another kind has other types where these keys are
+        except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
+            if self._writes:
+                put_aside(self._path, error)
+            return
+        self.frames, self.gradients = frames, kept["gradients"]
 
     def add(self, window: NonFiniteWindow) -> dict[Kind, list[BadFrame]]:
         """Keep a window's frames and write the file; returns those that are new, by kind."""
@@ -196,15 +211,27 @@ class NonFiniteRecord:
             text = json.dumps({"frames": rows, "gradients": self.gradients}, indent=2)
             try:
                 with replacing(self._path) as temporary:
-                    temporary.write_text(text + "\n")
+                    temporary.write_text(text + "\n", encoding="utf-8")
             except OSError as error:
                 logger.error(f"{self._path} could not be written ({error}); the next one found is written with these.")
         return {kind: frames for kind in KINDS if (frames := [frame for frame in new if frame.kind == kind])}
 
 
+def _taken_apart(row: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """A row of the file as the fields of a frame, and how often it was met."""
+    fields = {name: value for name, value in row.items() if name != "times"}
+    numbers = all(type(fields[name]) is int for name in ("index", "episode"))
+    if fields["kind"] not in KINDS or not numbers or type(fields.get("source", "")) is not str:
+        raise ValueError("it has a frame without kind, index and episode")
+    return fields, row["times"]
+
+
 def describe(kind: Kind, frames: Sequence[BadFrame]) -> str:
     """A sentence that names bad frames and says what they mean and what to do."""
-    places = (f"episode {frame.episode}" + (f" of {frame.source}" if frame.source else "") for frame in frames[:NAMED])
+    places = (
+        f"episode {frame.episode}" + (f" of {visible(frame.source)}" if frame.source else "")
+        for frame in frames[:NAMED]
+    )
     named = ", ".join(f"{frame.index} ({place})" for frame, place in zip(frames, places, strict=False))
     more = f" and {len(frames) - NAMED} more" if len(frames) > NAMED else ""
     count = "1 frame" if len(frames) == 1 else f"{len(frames)} frames"

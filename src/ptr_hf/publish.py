@@ -15,6 +15,9 @@ import httpx
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
+from ptr_hf.report.files import DAMAGED
+from ptr_hf.report.text import without_local_paths
+
 NEVER_PUBLISHED = (
     "checkpoint-*",
     "*.bin",
@@ -24,14 +27,19 @@ NEVER_PUBLISHED = (
     "optimizer*",
     "scheduler*",
     "rng_state*",
+    "trainer_state.json",
     "ptr_checkpoint.json",
     "ptr_window_*",
+    f"*{DAMAGED}",
     ".*",
+    "*/.*",
     "runs/*",
 )
 """What a policy's repo has no use for: trainer state, logs, and anything pickled."""
 REFUSALS = (400, 401, 403, 404)
 """Answers that stay the same however often one asks."""
+STAGED = ".push_"
+"""How the folders that `stage` makes begin."""
 PAUSES = (1.0, 4.0)
 """Seconds before a push is tried again. The client itself repeats uploads of large files, but neither the commit nor the creation
 of a repo; repeating the whole is safe, and what has arrived is not sent twice."""
@@ -189,15 +197,51 @@ def stage(sources: Iterable[Path], parent: Path) -> Path:
     Returns:
         The new folder; its name begins with a dot.
     """
-    folder = Path(tempfile.mkdtemp(prefix=".push_", dir=parent))
-    for source in sources:
-        target = folder / source.name
-        target.unlink(missing_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
+    folder = Path(tempfile.mkdtemp(prefix=STAGED, dir=parent))
+    try:
+        for source in sources:
+            target = folder / source.name
+            target.unlink(missing_ok=True)
+            try:
+                os.link(source, target)
+            except OSError:
+                shutil.copyfile(source, target)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder
+
+
+def remove_staged(parent: Path) -> None:
+    """Delete the folders of `stage` that a killed run has left, which hold files of checkpoints that are gone."""
+    for folder in parent.glob(f"{STAGED}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def local_needs(folder: Path) -> list[str]:
+    """A sentence about every local folder that a policy's files name and that it cannot be loaded without.
+
+    A vision-language model, a tokenizer or an adapter's base policy that is no repo on the Hub is looked for where it lay when
+    the policy was saved, so such a path stays in the files.
+    """
+    found: dict[str, list[str]] = {}
+    for name in ("config.json", "policy_preprocessor.json", "adapter_config.json"):
+        if (folder / name).is_file():
+            for value in _strings(json.loads((folder / name).read_text(encoding="utf-8"))):
+                if without_local_paths(value) != value:
+                    found.setdefault(value, []).append(name)
+    return [
+        f"The published {' and '.join(dict.fromkeys(names))} name the local folder {path}, without which the policy cannot be "
+        "loaded, and which nobody else has: publish that folder as a repo of its own and train from its Hub id."
+        for path, names in found.items()
+    ]
+
+
+def _strings(content: object) -> Iterator[str]:
+    if isinstance(content, str):
+        yield content
+    for item in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        yield from _strings(item)
 
 
 def published_files(folder: Path) -> list[Path]:

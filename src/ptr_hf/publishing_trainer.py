@@ -4,7 +4,6 @@ transformers' Trainer would push a card about another kind of model, leave the s
 during training, and upload its pickled arguments with the token in them.
 """
 
-import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -17,28 +16,29 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SchedulerType
 
 from ptr_hf.card_facts import BasePolicy, CardFacts, Evaluation, TrainingData, TrainingRun
-from ptr_hf.evaluation_callback import EVALUATION_FILE
+from ptr_hf.evaluation_callback import EVALUATION_FILE, read_evaluations
 from ptr_hf.model_card import library_versions, write_model_card
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.peft_policies import source_of
 from ptr_hf.policies.hooks import unwrap
-from ptr_hf.publish import Destination, PushError, published_files, stage
+from ptr_hf.publish import Destination, PushError, local_needs, published_files, stage
 from ptr_hf.report import (
     DYNAMICS_FILE,
+    REPORT_FILE,
     SCORES_FILE,
+    Dynamics,
     effective_sample_share,
     read_dynamics,
     read_scores,
     weight_shares,
     write_report,
 )
+from ptr_hf.report.files import beside_the_run
 from ptr_hf.training_args import PTRTrainingArguments
 
 CARD_FILE = "README.md"
 PATIENCE = 600
 """Seconds that the end of training waits for a push in the background: the client itself waits for an answer for ever."""
-FIRST_ROWS = 2
-"""Dynamics rows below which there is nothing to draw."""
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +70,13 @@ class PublishingTrainer(Trainer):
         base = unwrap(self.policy.base).config
         shares: dict[str, Any] = {}
         if (output / SCORES_FILE).is_file():
-            scores = read_scores(output / SCORES_FILE)
-            shares = {
-                "task_shares": weight_shares(scores, "task"),
-                "source_shares": weight_shares(scores, "source"),
-                "effective_sample_size": effective_sample_share(scores),
-            }
+            with beside_the_run(f"The card leaves {SCORES_FILE} out"):
+                scores = read_scores(output / SCORES_FILE)
+                shares = {
+                    "task_shares": weight_shares(scores, "task"),
+                    "source_shares": weight_shares(scores, "source"),
+                    "effective_sample_size": effective_sample_share(scores),
+                }
         source = config.base_path or (None if base.pretrained_path is None else str(base.pretrained_path))
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return CardFacts(
@@ -99,7 +100,7 @@ class PublishingTrainer(Trainer):
                 precision=args.mixed_precision if args.mixed_precision != "no" else "float32",
                 seed=args.seed,
             ),
-            dynamics=output / DYNAMICS_FILE,
+            dynamics=self._dynamics(),
             evaluations=self._evaluations(),
             versions=library_versions(),
             license=args.license,
@@ -107,25 +108,36 @@ class PublishingTrainer(Trainer):
             **shares,
         )
 
+    def _dynamics(self) -> Dynamics | None:
+        path = Path(self.args.output_dir) / DYNAMICS_FILE
+        with beside_the_run("Card and report say nothing of the training's dynamics"):
+            return read_dynamics(path) if path.is_file() else None
+        return None
+
     def _evaluations(self) -> list[Evaluation]:
-        path = Path(self.args.output_dir) / EVALUATION_FILE
-        if not path.is_file():
-            return []
         names = ("environment", "task", "episodes", "success", "standard_error", "step")
-        return [Evaluation(**{name: row.get(name) for name in names}) for row in json.loads(path.read_text())]
+        with beside_the_run("The card leaves the evaluations out"):
+            rows = read_evaluations(self.args.output_dir)
+            return [Evaluation(**{name: row.get(name) for name in names}) for row in rows]
+        return []
 
     def write_card(self, folder: Path) -> None:
-        """Write README.md with its pictures, and the run's report, into a folder; a figure that fails costs the figure alone."""
-        output = Path(self.args.output_dir)
-        write_model_card(self.card_facts(self._destination.repo_id if self._destination else None), folder)
-        if self._has_dynamics:
-            report = write_report(folder, dynamics=read_dynamics(output / DYNAMICS_FILE))
-            logger.info("report written to %s", report)
+        """Write README.md with its pictures, and the run's report, into a folder; a figure that fails costs the figure alone.
 
-    @property
-    def _has_dynamics(self) -> bool:
-        path = Path(self.args.output_dir) / DYNAMICS_FILE
-        return path.is_file() and len(read_dynamics(path).table) >= FIRST_ROWS
+        A report in the folder that is newer than the dynamics and the scores stays: whoever wrote it may have known more, such as
+        results, the truth about the data or another run beside this one.
+        """
+        with beside_the_run("The card could not be written"):
+            write_model_card(self.card_facts(self._destination.repo_id if self._destination else None), folder)
+        dynamics = self._dynamics()
+        if dynamics is not None and dynamics.runs and not self._is_reported(folder):
+            with beside_the_run("The report could not be written"):
+                logger.info("report written to %s", write_report(folder, dynamics=dynamics))
+
+    def _is_reported(self, folder: Path) -> bool:
+        report, output = folder / REPORT_FILE, Path(self.args.output_dir)
+        drawn = [path.stat().st_mtime_ns for name in (DYNAMICS_FILE, SCORES_FILE) if (path := output / name).is_file()]
+        return report.is_file() and report.stat().st_mtime_ns >= max(drawn, default=0)
 
     # ---- pushes ------------------------------------------------------------------------------------------------------
 
@@ -200,6 +212,8 @@ class PublishingTrainer(Trainer):
         )
         self._destination = destination.create(output)
         self.write_card(output)
+        for sentence in local_needs(output):
+            logger.warning("%s", sentence)
         self.callback_handler.on_push_begin(args, self.state, self.control)
         names = [tags] if isinstance(tags, str) else list(tags or ())
         return str(self._destination.push(output, commit_message, tags=names).commit_url)

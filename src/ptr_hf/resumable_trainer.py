@@ -6,6 +6,7 @@ a step too many after the last one.
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ptr_hf.checkpointing_trainer import (
 )
 from ptr_hf.checkpoints import Manifest, checkpoints, fault, last_complete, remove_leftovers, step_of
 from ptr_hf.hub import is_ptr_folder
+from ptr_hf.publish import remove_staged
 from ptr_hf.report import DYNAMICS_FILE, DynamicsLog
 from ptr_hf.sharding import restore_weights
 
@@ -76,6 +78,8 @@ class ResumableTrainer(CheckpointingTrainer):
         self.window.clear()
         if self.args.should_save:
             remove_leftovers(output)
+            self._finish_current_push()
+            remove_staged(output)
             later = [folder.name for folder in checkpoints(output) if step_of(folder) > self._resumed_step]
             if later:
                 logger.warning(
@@ -220,10 +224,13 @@ class ResumableTrainer(CheckpointingTrainer):
             if self._dynamics_log is None:
                 path = Path(self.args.output_dir) / DYNAMICS_FILE
                 if not self._resumed_step:
-                    path.unlink(missing_ok=True)
+                    # what cannot be removed is replaced with the first row
+                    with suppress(OSError):
+                        path.unlink(missing_ok=True)
                 self._dynamics_log = DynamicsLog(path, self.policy.config.preset, self._resumed_step)
             self._dynamics_log.append(row)
-        except OSError as error:
+        # the run is worth more than its log, whatever it stumbles over
+        except Exception as error:
             logger.error(f"{DYNAMICS_FILE} could not be written ({error}); its rows are written with the next one.")
 
 

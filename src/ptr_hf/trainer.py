@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from ptr_hf.data.in_memory import collate_segments
 from ptr_hf.data.mixture import Mixture, MixtureSampler
@@ -393,6 +394,12 @@ class PTRTrainer(GuardedTrainer):
         return BadFrame(frame.kind, int(indices[0]), int(episodes[0]), str(names[0]))
 
     # ---- logs ------------------------------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """The last step is always logged, so that a run of fewer steps than `logging_steps` has a row too."""
+        if self.control.should_training_stop and self.args.logging_strategy != IntervalStrategy.NO:
+            self.control.should_log = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the method's metrics of the window, averaged over steps and ranks, and write `ptr_dynamics.parquet`."""

@@ -16,7 +16,7 @@ from small_policies import base_policy, observation, ptr_policy, stats_of, tenso
 
 from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments, score_dataset
 from ptr_hf.publish import PushError
-from ptr_hf.report import write_scores
+from ptr_hf.report import write_report, write_scores
 
 REPO = "lab/policy"
 SMALL = {"segment_length": 2, "queue_size": 16, "queue_negatives": 4, "scorer_warmup_steps": 0}
@@ -93,6 +93,38 @@ class TestPush:
         assert online.seen("/api/validate-yaml", "POST"), "the card is validated by the hub"
         assert [ref.name for ref in HfApi().list_repo_refs(REPO).tags] == ["v1"]
 
+    def test_a_better_report_stays_and_no_path_goes_out(
+        self, online: LoopbackHub, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        local = tmp_path / "somewhere" / "my_base"
+        policy = base_policy("act", points)
+        policy.save_pretrained(local)
+        for processor in make_pre_post_processors(policy.config, dataset_stats=stats_of(points)):
+            processor.save_pretrained(local)
+        first = trainer_for(points, tmp_path / "run")
+        trainer = PTRTrainer(local, first.args, points)
+        trainer.train()
+        output = tmp_path / "run"
+        name = trainer.policy.config.preset
+        write_report(output, results={name: {"success of the whole": 0.625}}, chance=0.125)
+        (output / "trainer_state.json").write_text("{}")
+        (output / "ptr_nonfinite.json.damaged").write_text("{")
+        caplog.set_level(logging.WARNING, logger="ptr_hf")
+        trainer.push_to_hub()
+        files = files_of(online)
+        assert b"success of the whole" in files["ptr_report.html"]
+        assert not [file for file, content in files.items() if str(tmp_path).encode() in content]
+        assert not {"trainer_state.json", "ptr_nonfinite.json.damaged"} & files.keys()
+        loaded = PTRPolicy.from_pretrained(REPO)
+        assert tensors_equal(loaded.state_dict(), trainer.policy.state_dict())
+        assert loaded.config.base_path == "my_base"
+        assert json.loads(files["training_args.json"])["output_dir"] == "run"
+        assert "name the local folder" not in caplog.text
+        # what was trained since is reported anew
+        trainer.train()
+        trainer.push_to_hub()
+        assert b"success of the whole" not in files_of(online)["ptr_report.html"]
+
     def test_no_file_holds_the_token(self, online: LoopbackHub, points: Path, tmp_path: Path) -> None:
         trainer = trainer_for(points, tmp_path / "run", hub_token=online.token)
         trainer.train()
@@ -157,7 +189,11 @@ class TestDuringTraining:
             save_steps=2,
             save_total_limit=1,
         )
+        left = tmp_path / "run" / ".push_of_a_killed_run"
+        left.mkdir(parents=True)
+        (left / "model.safetensors").write_bytes(b"of a checkpoint that is gone")
         trainer.train()
+        assert not left.exists()
         commits = list(online.repo(REPO).commits.values())
         if strategy == "end":
             assert len(commits) == 1, "nothing but the new repo"
@@ -166,6 +202,7 @@ class TestDuringTraining:
         assert whole
         for commit in whole:
             assert commit.files.keys() >= COMPLETE
+            assert "trainer_state.json" not in commit.files
         assert tensors_equal(PTRPolicy.from_pretrained(REPO).state_dict(), trainer.policy.state_dict())
         resumable = {"checkpoint": "last-checkpoint", "all_checkpoints": "checkpoint-4"}.get(strategy)
         if resumable:

@@ -14,6 +14,8 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.envs.utils import freeze_after_episode_end
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 
+from ptr_hf.envs.headless import draw_without_display
+
 
 @EnvConfig.register_subclass("ptr_metaworld")
 @dataclass
@@ -66,6 +68,7 @@ class PTRMetaworldConfig(EnvConfig):
         Raises:
             ValueError: without a task, or for one that does not exist.
         """
+        draw_without_display()
         from ptr_hf.data.benchmark_tasks import BenchmarkScene
 
         tasks = [name.strip() for name in (self.task or "").split(",") if name.strip()]

@@ -333,7 +333,8 @@ def _weights(
     table = EpisodeTable.from_metadata(meta, options.standardize_by)
     group = table.group[torch.from_numpy(episodes)].unique(return_inverse=True)[1]
     weight = weigher.slot_weights(values, group).double().numpy()
-    return weight / weight.mean()
+    mean = weight.mean()
+    return weight / mean if mean > 0.0 else np.ones_like(weight)
 
 
 def _effect(

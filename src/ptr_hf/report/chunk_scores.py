@@ -85,11 +85,19 @@ class ChunkScores:
 
 
 def read_scores(path: str | Path) -> ChunkScores:
-    """Read a scores file. Raises FileNotFoundError without one, ValueError when it is another kind of file."""
+    """Read a scores file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or another kind of file.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"There are no chunk scores at {path}, score the dataset first.")
-    return ChunkScores.from_table(pq.ParquetFile(path).read())
+    try:
+        return ChunkScores.from_table(pq.ParquetFile(path).read())
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path} holds no chunk scores, or is damaged: {error} Score the dataset again.") from error
 
 
 def write_scores(scores: ChunkScores, path: str | Path) -> Path:

@@ -11,13 +11,14 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table as TerminalTable
+from rich.text import Text as Words
 
 from ptr_hf.diagnosis import RULES, Advice, Diagnosis, Interval
 from ptr_hf.diagnosis.diagnose import ACTIONS, INSTRUCTIONS, LOSS
 from ptr_hf.report.corruption.document import Block, Picture, Points, Section, Table, Text
 from ptr_hf.report.files import replacing
+from ptr_hf.report.page import shown
 from ptr_hf.report.style import (
     BLUE,
     FAINT,
@@ -31,6 +32,7 @@ from ptr_hf.report.style import (
     name_axes,
     save_figure,
 )
+from ptr_hf.report.text import visible
 
 DIAGNOSIS_FILE, PAGE_FILE = "diagnosis.json", "diagnosis.html"
 LOWEST = 10
@@ -97,6 +99,7 @@ def write_diagnosis(diagnosis: Diagnosis, advice: Advice, output_dir: str | Path
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.finalize = shown
     title = f"Will reweighting help on {diagnosis.source}?"
     text = environment.get_template("corruption.html.j2").render(title=title, sections=page, pictures=pictures)
     with replacing(folder / PAGE_FILE) as temporary:
@@ -109,7 +112,7 @@ def show(diagnosis: Diagnosis, advice: Advice, console: Console) -> None:
     for section in sections(diagnosis, advice):
         if section.level > 2:
             continue
-        console.rule(escape(section.title), align="left")
+        console.rule(_words(section.title), align="left")
         for block in section.blocks:
             _show(block, console)
 
@@ -117,17 +120,22 @@ def show(diagnosis: Diagnosis, advice: Advice, console: Console) -> None:
 def _show(block: Block, console: Console) -> None:
     match block:
         case Text():
-            console.print(escape(block.text))
+            console.print(_words(block.text))
         case Points():
             for item in block.items:
-                console.print(f"• {escape(item)}")
+                console.print(_words(f"• {item}"))
         case Table():
-            table = TerminalTable(*block.header[:1], title=block.caption or None, title_justify="left")
-            for name in block.header[1:]:
-                table.add_column(name, justify="left" if block.words else "right")
+            table = TerminalTable(title=_words(block.caption) if block.caption else None, title_justify="left")
+            for place, name in enumerate(block.header):
+                table.add_column(_words(name), justify="left" if block.words or place == 0 else "right")
             for row in block.rows:
-                table.add_row(*map(escape, row))
+                table.add_row(*map(_words, row))
             console.print(table)
+
+
+def _words(text: str) -> Words:
+    """Text for a terminal as it is: brackets are no markup, and control characters are left out."""
+    return Words(visible(text))
 
 
 def _identifiability(diagnosis: Diagnosis) -> Table:
@@ -222,7 +230,8 @@ def _shares(diagnosis: Diagnosis, preset: str) -> Table:
 
 IDENTIFIABILITY_CAPTION = (
     "Left: the typical episode with its 95 % interval, on its own label and future, under another chunk's future, and on a "
-    "label that is not its own. Right: every episode; the farther left or down, the less its label fits what followed."
+    "label that is not its own. Right: every episode; the farther left (and down, unless that is its length), the less its label "
+    "fits what followed."
 )
 WEIGHTS_CAPTION = (
     "Left: weights of the episodes under each preset, lowest first. Right: weights by the episodes' length."
@@ -246,10 +255,12 @@ def identifiability_figure(diagnosis: Diagnosis) -> Figure:
     left.set_xlim(-0.6, len(diagnosis.identifiability) - 0.4)
     left.axhline(0.0, color=INK, linewidth=0.8)
     legend(left)
-    down = INSTRUCTIONS if INSTRUCTIONS in diagnosis.identifiability else LOSS
+    # one instruction and an untrained policy leave T_a as the only score
+    down = next((name for name in (INSTRUCTIONS, LOSS) if name in diagnosis.episodes[0].z), "length")
     name_axes(right, "Episodes within their task", "robust z", NAMED[ACTIONS])
-    right.set_ylabel(NAMED.get(down, LABELS[down]), fontsize=TEXT_SIZE, color=INK)
-    x, y = (np.array([row.z[name] for row in diagnosis.episodes]) for name in (ACTIONS, down))
+    right.set_ylabel("frames" if down == "length" else NAMED.get(down, LABELS[down]), fontsize=TEXT_SIZE, color=INK)
+    x = np.array([row.z[ACTIONS] for row in diagnosis.episodes])
+    y = np.array([row.z.get(down, row.frames) for row in diagnosis.episodes], dtype=np.float64)
     right.axhline(0.0, color=FAINT)
     right.axvline(0.0, color=FAINT)
     out = np.isin([row.episode for row in diagnosis.episodes], diagnosis.standing_out)

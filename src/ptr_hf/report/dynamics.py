@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
-from ptr_hf.report.files import replacing
+from ptr_hf.report.files import put_aside, replacing
 
 DYNAMICS_FILE = "ptr_dynamics.parquet"
 
@@ -143,6 +143,21 @@ class Dynamics:
         values = values[np.isfinite(values)]
         return float(values.mean()) if len(values) else float("nan")
 
+    @property
+    def identified(self) -> "Dynamics":
+        """The same without accuracy, margin and score where nothing was compared, which are logged as zeros there."""
+        table, alone = self.table, pc.fill_null(pc.less(self.table["candidates"], 1.0), False)
+        for name in ("accuracy", "margin", "score"):
+            place = table.column_names.index(name)
+            known = pc.if_else(alone, pa.scalar(None, pa.float64()), table[name])
+            table = table.set_column(place, table.schema.field(place), known)
+        return Dynamics(table)
+
+    def chance(self, run: str) -> float | None:
+        """Identification accuracy of guessing at the end of training, 1 / |Y|; None where nothing was compared."""
+        candidates = self.tail("candidates", run)
+        return 1.0 / candidates if candidates >= 1.0 else None
+
     def groups(self, name: str, run: str) -> list[list[dict[str, Any]] | None]:
         """Every row's `sources` or `tasks`, each a list of `GROUP_FIELDS`; None where a row logged none."""
         return self._of(run)[name].to_pylist()
@@ -154,7 +169,7 @@ class Dynamics:
         """
         table = self._of(run)
         varied = self.column("weight_max", run) > self.column("weight_min", run)
-        rows = [row for row, keep in zip(table.to_pylist(), varied, strict=True) if keep and row["weight_histogram"]]
+        rows = [row for row, keep in zip(table.to_pylist(), varied, strict=True) if keep and _has_histogram(row)]
         if not rows:
             return None
         size = max(1, round(share * len(rows)))
@@ -179,7 +194,7 @@ class DynamicsLog:
     """Appends the rows of one run to a dynamics file; after every call the file on disk is complete.
 
     Rows of other runs in the file stay. Rows of this run stay up to `start_step` (a resumed run logs the later ones
-    again); with the default 0 the run starts anew. Only one process may write: the main one.
+    again); with the default 0 the run starts anew. A damaged file is put aside. Only one process may write: the main one.
 
     Example:
         log = DynamicsLog(output_dir / DYNAMICS_FILE, run="ptr")
@@ -193,7 +208,11 @@ class DynamicsLog:
         self._last_step = -1
         if not self.path.exists():
             return
-        table = read_dynamics(self.path).table
+        try:
+            table = read_dynamics(self.path).table
+        except ValueError as error:
+            put_aside(self.path, error)
+            return
         mine = pc.equal(table["run"], run)
         # Step 0 resumes nothing, so a fresh run keeps none of an earlier run's rows.
         kept = pc.less_equal(table["step"], start_step if start_step > 0 else -1)
@@ -238,19 +257,34 @@ class DynamicsLog:
 
 
 def read_dynamics(path: str | Path) -> Dynamics:
-    """Read a dynamics file. Raises FileNotFoundError without one, ValueError when columns are missing."""
+    """Read a dynamics file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or another kind of file.
+    """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"No training dynamics at {path}: train first, or give the run's output folder.")
-    # A single file, not a dataset: a folder named run=... above it must not become a column.
-    table = pq.ParquetFile(path).read()
-    for name in _ADDED:
-        if name not in table.column_names:
-            table = table.append_column(name, pa.nulls(len(table), DYNAMICS_COLUMNS[name].kind))
-    missing = [name for name in DYNAMICS_COLUMNS if name not in table.column_names]
-    if missing:
-        raise ValueError(f"{path} is not a PTR dynamics file: the columns {missing} are missing.")
-    return Dynamics(table.select(list(DYNAMICS_COLUMNS)).cast(DYNAMICS_SCHEMA))
+    try:
+        # A single file, not a dataset: a folder named run=... above it must not become a column.
+        table = pq.ParquetFile(path).read()
+        for name in _ADDED:
+            if name not in table.column_names:
+                table = table.append_column(name, pa.nulls(len(table), DYNAMICS_COLUMNS[name].kind))
+        missing = [name for name in DYNAMICS_COLUMNS if name not in table.column_names]
+        if missing:
+            raise ValueError(f"the columns {missing} are missing")
+        table = table.select(list(DYNAMICS_COLUMNS)).cast(DYNAMICS_SCHEMA)
+        empty = [name for name in ("step", "run") if table[name].null_count]
+        if empty:
+            raise ValueError(f"the columns {empty} have empty rows")
+    # pyarrow raises its own errors, OSError and ValueError for what it cannot decode
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{path} is not a PTR dynamics file, or is damaged: {error}. Remove it, or restore it."
+        ) from error
+    return Dynamics(table)
 
 
 def _plain(value: Any, kind: pa.DataType) -> Any:
@@ -263,6 +297,11 @@ def _plain(value: Any, kind: pa.DataType) -> Any:
         convert = int if pa.types.is_integer(kind.value_type) else float
         return [convert(entry) for entry in value]
     return int(value) if pa.types.is_integer(kind) else float(value)
+
+
+def _has_histogram(row: Mapping[str, Any]) -> bool:
+    counts, edges = row["weight_histogram"], row["weight_bin_edges"]
+    return bool(counts) and edges is not None and len(edges) == len(counts) + 1
 
 
 def _count(rows: Sequence[Mapping[str, Any]]) -> WeightCounts:

@@ -192,7 +192,7 @@ def summary_table(dynamics: Dynamics, results: Mapping[str, Mapping[str, float]]
     """SFT beside the other runs: the results a recipe measured (run → name → value), then the end of the dynamics.
 
     The dynamics are means over the last tenth of the logged rows; metrics that no run logged are left out.
-    Raises ValueError when `results` names a run that has no dynamics.
+    Raises ValueError when `results` names a run that has no dynamics, or nothing was logged.
     """
     runs = ordered_runs(dynamics)
     unknown = sorted(set(results or {}) - set(runs))
@@ -217,7 +217,15 @@ def ordered_runs(dynamics: Dynamics) -> tuple[str, ...]:
 
 
 def main_run(dynamics: Dynamics) -> str:
-    """The run a report is about: `ptr`, else the last one with a scorer, else the last one."""
+    """The run a report is about: `ptr`, else the last one with a scorer, else the last one.
+
+    Raises:
+        ValueError: nothing was logged.
+    """
+    if not dynamics.runs:
+        raise ValueError(
+            "No step was logged, so there is nothing to report: set logging_steps to the run's length or below."
+        )
     if "ptr" in dynamics.runs:
         return "ptr"
     scored = [run for run in dynamics.runs if dynamics.logged("accuracy", run)]
@@ -233,6 +241,8 @@ def number(value: float) -> str:
     """A value for a table: four significant digits at most, a dash for NaN."""
     if math.isnan(value):
         return "–"
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
     return f"{value:,.0f}" if value == int(value) and abs(value) >= 1000 else f"{value:.3g}"
 
 

@@ -18,6 +18,7 @@ from ptr_hf.report.panels import (
     weight_histogram_panel,
 )
 from ptr_hf.report.style import INK, TITLE_SIZE, board, save_figure
+from ptr_hf.report.text import drawable
 
 __all__ = ["dynamics_figure", "save_figure", "summary_figure", "weight_histogram_figure", "weights_by_quality_figure"]
 
@@ -28,7 +29,7 @@ def dynamics_figure(dynamics: Dynamics, chance: float | None = None) -> Figure:
     `chance` is the identification accuracy of guessing, 1 / |Y|; with it the chance line and T's upper bound log |Y|
     are drawn. Columns that no run logged leave a panel that says so.
     """
-    _check_chance(chance)
+    check_chance(chance)
     figure, axes = board(3, 3, 11.0, 8.4)
     accuracy_panel(axes[0], dynamics, chance)
     score_panel(axes[1], dynamics, chance)
@@ -70,10 +71,10 @@ def summary_figure(
 
     The last panel shows the weights by quality where `scores` and `truth` are given, the belief's entropy otherwise.
     """
-    _check_chance(chance)
+    check_chance(chance)
     figure, axes = board(2, 3, 11.0, 6.0)
     if title:
-        figure.suptitle(title, fontsize=TITLE_SIZE + 2.0, color=INK, fontweight="bold")
+        figure.suptitle(drawable(title), fontsize=TITLE_SIZE + 2.0, color=INK, fontweight="bold")
     accuracy_panel(axes[0], dynamics, chance)
     score_panel(axes[1], dynamics, chance)
     loss_panel(axes[2], dynamics)
@@ -86,6 +87,7 @@ def summary_figure(
     return figure
 
 
-def _check_chance(chance: float | None) -> None:
+def check_chance(chance: float | None) -> None:
+    """Raise ValueError unless the chance of a right guess lies in (0, 1]."""
     if chance is not None and not 0.0 < chance <= 1.0:
         raise ValueError(f"The chance of a right guess is 1 / |Y| in (0, 1], got {chance}.")

@@ -1,9 +1,15 @@
-"""Files that are either the old one or the new one, never half of either."""
+"""Files beside a run: whole or not there, and never a reason for the run to end."""
 
+import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+DAMAGED = ".damaged"
+"""Ending of a file that could not be read and was put aside; such files are not published."""
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -22,3 +28,27 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def beside_the_run(what: str) -> Iterator[None]:
+    """What is written or read beside a run may fail, the run may not: an error is reported in a sentence.
+
+    Args:
+        what: went wrong, as the beginning of that sentence, e.g. "The report could not be written".
+    """
+    try:
+        yield
+    # figures, fonts, parquet and JSON raise whatever a damaged input makes them stumble over
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        logger.warning("%s (%s: %s); everything else goes on.", what, type(error).__name__, reason)
+        logger.debug("%s", what, exc_info=error)
+
+
+def put_aside(path: Path, reason: object) -> None:
+    """Keep a file that cannot be read under another name, say so, and let a new one be begun in its place."""
+    kept = path.with_name(path.name + DAMAGED)
+    with suppress(OSError):
+        os.replace(path, kept)
+    logger.warning("%s cannot be read (%s). It is kept as %s, and a new one is begun.", path, reason, kept.name)

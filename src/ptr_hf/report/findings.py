@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterator, Mapping
 
+import numpy as np
+
 from ptr_hf.report.chunk_scores import ChunkScores
 from ptr_hf.report.dynamics import Dynamics
-from ptr_hf.report.evaluation import corruption_kinds, detection, main_run, run_label
+from ptr_hf.report.evaluation import corruption_kinds, detection, main_run, number, run_label
 from ptr_hf.report.sources import group_shares, logged_share_bound
 
 # An AUC this close to 0.5 is not told apart from chance by a few dozen episodes.
@@ -37,7 +39,12 @@ def findings(
 def _scorer(dynamics: Dynamics, run: str, chance: float | None) -> Iterator[str]:
     accuracy, score = dynamics.tail("accuracy", run), dynamics.tail("score", run)
     if math.isnan(accuracy):
-        yield f"{run_label(run)} trained without a scorer, so every chunk counted the same."
+        weighed = dynamics.logged("effective_sample_size", run)
+        yield (
+            f"{run_label(run)} weighed its chunks without comparing their consequences."
+            if weighed
+            else f"{run_label(run)} trained without a scorer, so every chunk counted the same."
+        )
         return
     guessing = f" (guessing: {chance:.1%})" if chance is not None else ""
     yield (
@@ -49,7 +56,7 @@ def _scorer(dynamics: Dynamics, run: str, chance: float | None) -> Iterator[str]
     if not math.isnan(score):
         yield (
             f"The mean score T is {score:.2f} nats: on (geometric) average the true consequence was "
-            f"{math.exp(score):.1f} times as likely as a uniform guess."
+            f"{np.exp(score):.1f} times as likely as a uniform guess."
         )
 
 
@@ -107,12 +114,13 @@ def _futures(scores: ChunkScores) -> Iterator[str]:
     if not without.any() or not scores.usable.any():
         return
     mean, rest = float(scores.weight[scores.usable].mean()), float(scores.weight[without].mean())
+    ratio = rest / mean if mean > 0.0 else math.inf
     yield (
         f"{without.mean():.1%} of the chunks have no recorded future. They carry weight {rest:.2f}, "
         f"the others {mean:.2f} on average"
         + (
-            f", so these chunks, mostly the ends of episodes, count {rest / mean:.2f} times as much as the rest."
-            if abs(rest / mean - 1.0) > 0.25
+            f", so these chunks, mostly the ends of episodes, count {number(ratio)} times as much as the rest."
+            if abs(ratio - 1.0) > 0.25
             else "."
         )
     )

@@ -3,11 +3,13 @@
 import base64
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ptr_hf.report.chunk_scores import SCORES_FILE, ChunkScores, read_scores
@@ -23,19 +25,26 @@ from ptr_hf.report.evaluation import (
     weight_shares,
 )
 from ptr_hf.report.figures import (
+    check_chance,
     dynamics_figure,
     save_figure,
     summary_figure,
     weight_histogram_figure,
     weights_by_quality_figure,
 )
-from ptr_hf.report.files import replacing
+from ptr_hf.report.files import beside_the_run, replacing
 from ptr_hf.report.findings import findings
 from ptr_hf.report.sources import SOURCES_CAPTION, group_shares, logged_share_bound, sources_figure
+from ptr_hf.report.text import visible, without_local_paths
 
 REPORT_FILE = "ptr_report.html"
 CONFIG_FILE = "ptr_config.json"
 FIGURES_FOLDER = "figures"
+SOURCES_NAME = "ptr_sources"
+NO_CURVES = (
+    "One step was logged, step {step}, so there are no curves over training: for those, log more often (logging_steps), or train "
+    "for longer."
+)
 
 SUMMARY_CAPTION = (
     "The run at a glance: does the scorer learn to recognise consequences, does the policy learn, where did the "
@@ -84,7 +93,8 @@ def write_report(
 ) -> Path:
     """Write `ptr_report.html` and `figures/*.png` into a run's output folder and return the page's path.
 
-    What is not given is read from the folder: the dynamics (needed), the chunk scores and `ptr_config.json` (if there).
+    What is not given is read from the folder: the dynamics (needed), the chunk scores and `ptr_config.json` (if there). Those
+    two, where they are damaged, and a figure that cannot be drawn are left out with a warning.
     To set an SFT run of another folder beside this one, give `Dynamics.join(read_dynamics(a), read_dynamics(b))`.
 
     Args:
@@ -94,23 +104,31 @@ def write_report(
 
     Raises:
         FileNotFoundError: no dynamics were given and the folder holds none.
-        ValueError: a truth without scores, or one that leaves out scored episodes.
+        ValueError: dynamics that are damaged or hold no step, a truth without scores, or one that leaves out scored episodes.
     """
+    check_chance(chance)
     folder = Path(output_dir)
-    dynamics = read_dynamics(folder / DYNAMICS_FILE) if dynamics is None else dynamics
+    dynamics = (read_dynamics(folder / DYNAMICS_FILE) if dynamics is None else dynamics).identified
     if scores is None and (folder / SCORES_FILE).exists():
-        scores = read_scores(folder / SCORES_FILE)
+        with beside_the_run(f"The report leaves {SCORES_FILE} out"):
+            scores = read_scores(folder / SCORES_FILE)
     if truth is not None and scores is None:
         raise ValueError(f"A truth needs chunk scores: give scores, or write {SCORES_FILE} to {folder}.")
     if hyperparameters is None and (folder / CONFIG_FILE).exists():
-        hyperparameters = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    drawn = [
-        ("ptr_summary", summary_figure(dynamics, scores, truth, chance), SUMMARY_CAPTION),
-        ("ptr_dynamics", dynamics_figure(dynamics, chance), DYNAMICS_CAPTION),
-        ("ptr_weights", weight_histogram_figure(dynamics), HISTOGRAM_CAPTION),
-    ]
+        with beside_the_run(f"The report leaves {CONFIG_FILE} out"):
+            hyperparameters = dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    run, curves = main_run(dynamics), has_curves(dynamics)
+    figures: list[tuple[str, Callable[[], Figure | None], str]] = []
+    if curves:
+        figures += [
+            ("ptr_summary", partial(summary_figure, dynamics, scores, truth, chance), SUMMARY_CAPTION),
+            ("ptr_dynamics", partial(dynamics_figure, dynamics, chance), DYNAMICS_CAPTION),
+        ]
+    figures.append(("ptr_weights", partial(weight_histogram_figure, dynamics), HISTOGRAM_CAPTION))
     if scores is not None and truth is not None:
-        drawn.append(("ptr_weights_by_quality", weights_by_quality_figure(scores, truth), QUALITY_CAPTION))
+        figures.append(("ptr_weights_by_quality", partial(weights_by_quality_figure, scores, truth), QUALITY_CAPTION))
+    sources = _page_figure(folder, SOURCES_NAME, partial(sources_figure, dynamics), SOURCES_CAPTION) if curves else None
+    drawn = [_page_figure(folder, *figure) for figure in figures]
     environment = Environment(
         loader=PackageLoader("ptr_hf.report"),
         autoescape=True,
@@ -118,17 +136,17 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.finalize = shown
     environment.filters |= {"number": number, "run_label": run_label, "auc": _auc, "percent": _percent}
-    run, drawn_sources = main_run(dynamics), sources_figure(dynamics)
     page = environment.get_template("report.html.j2").render(
         title=title,
         run=run,
         findings=findings(dynamics, scores, truth, chance),
         summary=summary_table(dynamics, results),
-        figures=[_page_figure(folder, name, figure, caption) for name, figure, caption in drawn],
-        sources_figure=(
-            _page_figure(folder, "ptr_sources", drawn_sources, SOURCES_CAPTION) if drawn_sources is not None else None
-        ),
+        figures=[figure for figure in drawn if figure is not None],
+        narrow=("ptr_weights.png", "ptr_weights_by_quality.png"),
+        no_curves="" if curves else NO_CURVES.format(step=int(dynamics.steps(run)[-1])),
+        sources_figure=sources,
         source_groups=group_shares(dynamics, run, "sources"),
         task_groups=group_shares(dynamics, run, "tasks"),
         most_tasks=MOST_TASKS,
@@ -136,7 +154,9 @@ def write_report(
         tasks=weight_shares(scores, "task") if scores is not None else (),
         sources=weight_shares(scores, "source") if scores is not None else (),
         detections=_detections(scores, truth),
-        hyperparameters=sorted((name, _readable(value)) for name, value in (hyperparameters or {}).items()),
+        hyperparameters=sorted(
+            (str(name), _readable(value)) for name, value in without_local_paths(dict(hyperparameters or {})).items()
+        ),
     )
     path = folder / REPORT_FILE
     with replacing(path) as temporary:
@@ -144,9 +164,25 @@ def write_report(
     return path
 
 
-def _page_figure(folder: Path, name: str, figure: Figure, caption: str) -> PageFigure:
-    path = save_figure(figure, folder / FIGURES_FOLDER / f"{name}.png")
-    return PageFigure(path.name, caption, base64.b64encode(path.read_bytes()).decode("ascii"))
+def has_curves(dynamics: Dynamics) -> bool:
+    """Whether some run logged more than one step: a single one is a dot, which says less than a sentence."""
+    return any(len(dynamics.steps(run)) > 1 for run in dynamics.runs)
+
+
+def shown(value: object) -> object:
+    """What a page prints of a value: text without control and direction characters."""
+    return visible(value) if type(value) is str else value
+
+
+def _page_figure(folder: Path, name: str, draw: Callable[[], Figure | None], caption: str) -> PageFigure | None:
+    """Draw and save a figure; one that fails is left out, and said so in the log."""
+    with beside_the_run(f"The figure {name} is missing in the report"):
+        figure = draw()
+        if figure is None:
+            return None
+        path = save_figure(figure, folder / FIGURES_FOLDER / f"{name}.png")
+        return PageFigure(path.name, caption, Markup(base64.b64encode(path.read_bytes()).decode("ascii")))
+    return None
 
 
 def _detections(scores: ChunkScores | None, truth: Mapping[int, str] | None) -> list[DetectionRow]:

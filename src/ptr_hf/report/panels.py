@@ -38,7 +38,9 @@ from ptr_hf.report.style import (
     say_absent,
     step_axis,
 )
+from ptr_hf.report.text import drawable
 
+LONGEST_NAME = 30
 SETTINGS = ("temperature", "beta", "hard_negative_ratio")
 
 
@@ -52,7 +54,7 @@ def metric_panel(ax: Axes, dynamics: Dynamics, column: str, title: str, unit: st
     for run in runs:
         colour, line = run_style(run, dynamics.runs)
         steps = dynamics.steps(run).astype(np.float64)
-        label = run_label(run) if len(runs) > 1 else None
+        label = drawable(run_label(run)) if len(runs) > 1 else None
         curve(ax, steps, dynamics.column(column, run), colour, label, line, smooth=column not in SETTINGS)
     if percent:
         ax.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
@@ -104,7 +106,8 @@ def controller_panel(ax: Axes, dynamics: Dynamics) -> None:
     ):
         values = dynamics.column(column, run)
         finite = values[np.isfinite(values)]
-        if len(finite):
+        # relative to a start of 0 there is nothing to draw
+        if len(finite) and (finite[0] or not relative):
             label = f"{symbol}  ({finite[0]:.2g} → {finite[-1]:.2g})"
             curve(ax, steps, values / finite[0] if relative else values, colour, label, line, smooth=False)
     ax.set_ylim(bottom=-0.03)
@@ -199,7 +202,7 @@ def weight_axis(ax: Axes, lower: float, upper: float, below: bool = False) -> No
 
 
 def _kind_label(scores: ChunkScores, truth: Mapping[int, str], kind: str, compact: bool) -> str:
-    readable = kind.replace("_", " ")
+    readable = drawable(kind.replace("_", " "), LONGEST_NAME)
     if kind == CLEAN:
         return f"{readable}\n{detection(scores, truth).clean} episodes"
     found = detection(scores, truth, kind=kind)

@@ -28,6 +28,7 @@ from ptr_hf.report.style import (
     running_mean,
     step_axis,
 )
+from ptr_hf.report.text import drawable
 
 Kind = Literal["sources", "tasks"]
 COLOURS = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, GREY, INK)
@@ -129,7 +130,7 @@ def _ratio_panel(ax: Axes, series: "dict[str, _Series]", bound: float) -> None:
     lowest, highest = 0.8, 1.25
     for (name, (steps, share, weight_share)), colour in zip(series.items(), COLOURS, strict=False):
         ratio = weight_share / np.where(share > 0.0, share, np.nan)
-        curve(ax, steps, ratio, colour, _short(name))
+        curve(ax, steps, ratio, colour, drawable(name, LONGEST_NAME))
         smooth = running_mean(ratio, max(1, len(ratio) // 25))
         if np.isfinite(smooth).any():
             lowest, highest = min(lowest, float(np.nanmin(smooth))), max(highest, float(np.nanmax(smooth)))
@@ -159,7 +160,7 @@ def _share_panel(
     bound: float,
     colour: str,
 ) -> None:
-    name_axes(ax, _short(name))
+    name_axes(ax, drawable(name, LONGEST_NAME))
     if math.isfinite(bound):
         level = running_mean(share, max(1, len(share) // 25))
         high = np.minimum(1.0, level * bound)
@@ -197,10 +198,3 @@ def _names(rows: list[list[dict[str, Any]]]) -> list[str]:
 def _mean(values: list[tuple[float | None, int]]) -> float:
     known = [(value, count) for value, count in values if value is not None and count]
     return sum(value * count for value, count in known) / sum(count for _, count in known) if known else math.nan
-
-
-def _short(name: str) -> str:
-    """A name as matplotlib draws it letter by letter: no formula, and no label that a legend would leave out."""
-    text = " ".join(name.split())
-    text = text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…"
-    return (f" {text}" if text.startswith("_") else text).replace("$", r"\$")

@@ -1,0 +1,1 @@
+"""What simulated environments need around them."""
