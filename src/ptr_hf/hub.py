@@ -48,6 +48,7 @@ from ptr_hf.peft_policies import (
 )
 from ptr_hf.policies.hooks import unwrap
 from ptr_hf.publish import Destination, local_needs
+from ptr_hf.report.files import beside_the_run
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,8 @@ def push_policy(
         license=license,
         repo_id=destination.repo_id,
     )
-    write_model_card(facts, folder)
+    with beside_the_run("The card could not be written"):
+        write_model_card(facts, folder)
     for sentence in local_needs(folder):
         logger.warning("%s", sentence)
     address = str(destination.push(folder, message, tags=tags).commit_url)
