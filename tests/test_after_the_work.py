@@ -127,9 +127,15 @@ def test_held_out_data_that_is_not_there_is_said_before_training(
 
 
 def test_an_output_folder_that_is_gone_costs_no_training(
-    points: Path, folder_policy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    points: Path,
+    folder_policy: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A file in the folder's place: nothing can be written there again, whoever tries."""
+    """A file in the folder's place: nothing can be written there again, whoever tries; nor where TensorBoard should."""
+    (tmp_path / "no_folder").touch()
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "no_folder" / "board"))
 
     def lose(output: Path) -> None:
         shutil.rmtree(output)
@@ -137,13 +143,18 @@ def test_an_output_folder_that_is_gone_costs_no_training(
 
     output = tmp_path / "runs" / "out"
     trainer = new_trainer(
-        *(folder_policy, points, output, At(1, lose)), save_strategy="steps", save_steps=1, logging_steps=1
+        *(folder_policy, points, output, At(1, lose)),
+        save_strategy="steps",
+        save_steps=1,
+        logging_steps=1,
+        report_to="tensorboard",
     )
     with caplog.at_level(logging.ERROR, logger="ptr_hf"):
         trainer.train()
     assert trainer.state.global_step == 3
     assert "checkpoint-3 could not be written" in caplog.text
     assert "MB are free on that disk" in caplog.text
+    assert "TensorBoard's row could not be written" in caplog.text
     assert output.read_text() == "somebody else's"
 
 

@@ -33,6 +33,7 @@ from ptr_hf.report import (
     weight_shares,
     write_report,
 )
+from ptr_hf.report.evaluation import main_run
 from ptr_hf.report.files import beside_the_run
 from ptr_hf.training_args import PTRTrainingArguments
 
@@ -132,7 +133,13 @@ class PublishingTrainer(Trainer):
         dynamics = self._dynamics()
         if dynamics is not None and dynamics.runs and not self._is_reported(folder):
             with beside_the_run("The report could not be written"):
-                logger.info("report written to %s", write_report(folder, dynamics=dynamics))
+                report = write_report(
+                    folder,
+                    dynamics=dynamics,
+                    hyperparameters=self.policy.config.hyperparameters(),
+                    chance=dynamics.chance(main_run(dynamics)),
+                )
+                logger.info("report written to %s", report)
 
     def _is_reported(self, folder: Path) -> bool:
         report, output = folder / REPORT_FILE, Path(self.args.output_dir)

@@ -216,7 +216,9 @@ class ResumableTrainer(CheckpointingTrainer):
         if found is None:
             self.state.best_metric = self.state.best_global_step = None
         if found is None and self.is_world_process_zero():
-            logger.warning(f"The best checkpoint so far, {recorded}, is gone: the best is looked for from here on.")
+            # of this run it is recorded by its name alone
+            place = Path(self.args.output_dir) / recorded
+            logger.warning(f"The best checkpoint so far, {place}, is gone: the best is looked for from here on.")
 
     def _log_dynamics(self, row: Mapping[str, Any]) -> None:
         """Add a row to `ptr_dynamics.parquet`; one that a full disk refuses is written with the next one."""

@@ -101,7 +101,7 @@ class TestPush:
         policy.save_pretrained(local)
         for processor in make_pre_post_processors(policy.config, dataset_stats=stats_of(points)):
             processor.save_pretrained(local)
-        first = trainer_for(points, tmp_path / "run")
+        first = trainer_for(points, tmp_path / "run", logging_steps=4)
         trainer = PTRTrainer(local, first.args, points)
         trainer.train()
         output = tmp_path / "run"
