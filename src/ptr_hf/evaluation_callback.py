@@ -148,7 +148,7 @@ class EvaluationCallback(TrainerCallback):
         with self._forgiven(), _undisturbed(self.trainer.policy, self.seed):
             # one task is enough to see whether the simulator runs and draws; others may start their processes when they are asked
             _, env = next(_tasks(self._open()))
-            env.reset(seed=list(range(self.seed, self.seed + env.num_envs)))
+            env.reset(seed=self.seed)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Evaluate every `steps` steps."""

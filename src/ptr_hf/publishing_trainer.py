@@ -119,7 +119,8 @@ class PublishingTrainer(Trainer):
         names = ("environment", "task", "episodes", "success", "standard_error", "step")
         with beside_the_run("The card leaves the evaluations out"):
             rows = read_evaluations(self.args.output_dir)
-            return [Evaluation(**{name: row.get(name) for name in names}) for row in rows]
+            known: list[dict[str, Any]] = [{name: row.get(name) for name in names} for row in rows]
+            return [Evaluation(**row) for row in known]
         return []
 
     def write_card(self, folder: Path) -> None:
