@@ -13,7 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +73,31 @@ class Run:
                 raise TimeoutError(f"The run came to step {self.step} and no further: {''.join(self._text)}")
             time.sleep(0.001)
 
+    @contextmanager
+    def stopped(self, rank: int) -> Iterator[None]:
+        """Let a rank stand still for the block, in which the others may wait for it."""
+        os.kill(self.pids[rank], signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.pids[rank], signal.SIGCONT)
+
     def kill(self, ranks: Sequence[int]) -> None:
         """SIGKILL, in this order."""
         for rank in ranks:
             os.kill(self.pids[rank], signal.SIGKILL)
+
+    @property
+    def text(self) -> str:
+        """What was printed so far."""
+        return "".join(self._text)
+
+    def ended(self) -> str:
+        """Wait until no rank is left that could print, and return all that was printed: for ranks without their launcher."""
+        self._reader.join(PATIENCE)
+        if self._reader.is_alive():
+            raise TimeoutError(f"A rank is left at step {self.step}.")
+        return "".join(self._text)
 
     def wait(self) -> tuple[list[int], str]:
         """Exit codes (minus the signal that ended a process) and all that was printed."""
@@ -89,7 +112,8 @@ class Runs:
     def __init__(self, points: Path, folder: Path) -> None:
         self._points, self._folder = points, folder
         self._started = 0
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "ACCELERATE_USE_CPU": "true"}
+        path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, "ACCELERATE_USE_CPU": "true"}
         self._server = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -108,7 +132,8 @@ class Runs:
             folder: its output_dir.
             ranks: number of processes.
             resume: `resume_from_checkpoint`.
-            options: `settings`, changes of SETTINGS; the others are those of `train`.
+            options: `settings`, changes of SETTINGS; `launcher`, True for ranks that are started as torchrun does, by a process
+                that stands first in `pids`; the others are those of `train`.
         """
         self._started += 1
         name = self._folder / f"run-{self._started}"
@@ -195,29 +220,57 @@ def serve() -> None:
             codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in order["pids"]]
             print(json.dumps(codes), flush=True)
             continue
-        ranks, points = order.pop("ranks"), Path(order.pop("points"))
+        points = Path(order.pop("points"))
         # built before the fork, so that every process has the same folder for its tokenizer
         policy = small_policies.base_policy("smolvla", points)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        pids = []
-        for rank in range(ranks):
-            pid = os.fork()
-            if pid == 0:
-                _become(rank, ranks, port, order.pop("fifo"))
-                try:
-                    train(policy, points, **order)
-                except BaseException:
-                    import traceback
+        print(json.dumps(_start(partial(train, policy, points), **order)), flush=True)
 
-                    traceback.print_exc()
-                    sys.stderr.flush()
-                    os._exit(1)
-                sys.stdout.flush()
-                os._exit(0)
-            pids.append(pid)
-        print(json.dumps(pids), flush=True)
+
+def _start(train: Callable[..., None], *, ranks: int, fifo: str, launcher: bool = False, **options: Any) -> list[int]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def rank_of_run(rank: int) -> None:
+        _become(rank, ranks, port, fifo)
+        train(**options)
+
+    def start_all() -> list[int]:
+        return [_forked(partial(rank_of_run, rank)) for rank in range(ranks)]
+
+    if not launcher:
+        return start_all()
+    reading, writing = os.pipe()
+
+    def launch() -> None:
+        os.environ["TORCHELASTIC_RUN_ID"] = "none"
+        pids = start_all()
+        os.write(writing, json.dumps([os.getpid(), *pids]).encode())
+        for pid in pids:
+            os.waitpid(pid, 0)
+
+    _forked(launch)
+    pids: list[int] = json.loads(os.read(reading, 1000))
+    os.close(reading)
+    os.close(writing)
+    return pids
+
+
+def _forked(work: Callable[[], None]) -> int:
+    """The process that does it and ends."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        sys.stdout.flush()
+        os._exit(0)
+    return pid
 
 
 def _become(rank: int, ranks: int, port: int, fifo: str) -> None:

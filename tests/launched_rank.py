@@ -1,4 +1,4 @@
-"""What test_launch.py starts with Accelerate's launcher: a check of the launch, or two steps of PTRTrainer."""
+"""What test_launch.py starts with Accelerate's launcher: a check of the launch, or two steps of PTRTrainer (`--long`: many)."""
 
 import json
 import sys
@@ -14,7 +14,8 @@ folder = Path(sys.argv[1])
 args = PTRTrainingArguments(
     preset="ptr",
     output_dir=str(folder / "run"),
-    max_steps=2,
+    max_steps=10**6 if "--long" in sys.argv else 2,
+    logging_steps=1,
     per_device_train_batch_size=2,
     segment_length=2,
     scorer_warmup_steps=0,
@@ -22,7 +23,7 @@ args = PTRTrainingArguments(
     save_strategy="no",
     report_to="none",
     disable_tqdm=True,
-    use_cpu=sys.argv[3:] == ["--use_cpu"],
+    use_cpu="--use_cpu" in sys.argv,
 )
 check_launch(args)
 if sys.argv[2] != "none":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from small_policies import ptr_policy
+from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from ptr_hf.artifact import PTR_SCORER_NAME
@@ -28,6 +29,7 @@ from ptr_hf.checkpoints import (
     write_failure,
     written_aside,
 )
+from ptr_hf.training.checkpoint_contents import BLOCK, checksums
 
 
 def manifest(step: int, resumable: bool = True) -> Manifest:
@@ -40,7 +42,7 @@ def sound(points: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("runs") / "checkpoint-4"
     partial = partial_folder(target)
     ptr_policy("smolvla", points, segment_length=2, num_belief_tokens=0).save_pretrained(partial)
-    (partial / "trainer_state.json").write_text("{}")
+    TrainerState(global_step=4, max_steps=200, epoch=0.5).save_to_json(str(partial / "trainer_state.json"))
     (partial / "shards").mkdir()
     (partial / "shards" / "optimizer.pt").write_bytes(bytes(100))
     commit(target, manifest(4))
@@ -52,10 +54,33 @@ def output(sound: Path, tmp_path: Path) -> Path:
     """A run's folder with the complete checkpoints of steps 4, 20 and 100."""
     for step in (4, 20, 100):
         shutil.copytree(sound, tmp_path / f"checkpoint-{step}")
-        named = json.loads((sound / MANIFEST_NAME).read_text())
-        text = json.dumps(named | {"step": step})
-        (tmp_path / f"checkpoint-{step}" / MANIFEST_NAME).write_text(text)
+        edit_manifest(tmp_path / f"checkpoint-{step}", step=step)
+        edit_state(tmp_path / f"checkpoint-{step}", global_step=step)
     return tmp_path
+
+
+def edit_manifest(folder: Path, **changes: object) -> None:
+    path = folder / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_state(folder: Path, without: str = "", **changes: object) -> None:
+    """As if it had been written so: the manifest agrees."""
+    path = folder / "trainer_state.json"
+    content = json.loads(path.read_text()) | changes
+    content.pop(without, None)
+    path.write_text(json.dumps(content))
+    agree(folder, path.name)
+
+
+def agree(folder: Path, name: str) -> None:
+    """Let the manifest say of a file what it is now."""
+    known = Manifest.read(folder)
+    edit_manifest(
+        folder,
+        files=known.files | {name: (folder / name).stat().st_size},
+        checksums=known.checksums | checksums(folder, [name]),
+    )
 
 
 class TestCommit:
@@ -165,9 +190,23 @@ def swap_header(folder: Path) -> None:
         file.write(bytes(8))
 
 
-def edit_manifest(folder: Path, **changes: object) -> None:
-    path = folder / MANIFEST_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def flip(path: Path) -> None:
+    """Change one bit in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replace_by_link(path: Path) -> None:
+    """A symlink to the very same bytes, elsewhere."""
+    outside = path.parents[1] / "outside"
+    path.rename(outside)
+    path.symlink_to(outside)
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -182,7 +221,60 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "numbers that are none": (lambda folder: edit_manifest(folder, files={"x": "big"}), r"no counts"),
     "weights alone": (lambda folder: edit_manifest(folder, resumable=False), r"save_only_model"),
-    "no state": (lambda folder: edit_manifest(folder, files={}), r"does not list trainer_state.json"),
+    "no state": (
+        lambda folder: edit_manifest(folder, files={}, checksums={}),
+        r"does not list trainer_state.json",
+    ),
+    "one bit of the weights": (
+        lambda folder: flip(folder / "model.safetensors"),
+        r"model.safetensors: damaged since it was written",
+    ),
+    "one bit of what torch wrote": (
+        lambda folder: flip(folder / "shards" / "optimizer.pt"),
+        r"shards/optimizer.pt: damaged since it was written",
+    ),
+    "a checksum for a file that is not listed": (
+        lambda folder: edit_manifest(folder, checksums={"../x": "00000000"}),
+        r"checksums of files that it does not list",
+    ),
+    "a file outside": (
+        lambda folder: edit_manifest(folder, files={**Manifest.read(folder).files, "../checkpoint-20/config.json": 1}),
+        r"\.\./checkpoint-20/config.json is missing",
+    ),
+    "a symlink": (
+        lambda folder: replace_by_link(folder / PTR_SCORER_NAME),
+        r"ptr_scorer.safetensors is a symlink that leads out",
+    ),
+    "a folder that is a symlink": (
+        lambda folder: replace_by_link(folder / "shards"),
+        r"shards is a symlink that leads out",
+    ),
+    "a named pipe": (
+        lambda folder: replace_by_pipe(folder / "shards" / "optimizer.pt"),
+        r"optimizer.pt is a named pipe",
+    ),
+    "a manifest that is a named pipe": (
+        lambda folder: replace_by_pipe(folder / MANIFEST_NAME),
+        r"ptr_checkpoint.json is a named pipe",
+    ),
+    "another step than its name": (lambda folder: edit_manifest(folder, step=99), r"says that it is of step 99"),
+    "state of another step": (lambda folder: edit_state(folder, global_step=10**9), r"cannot be|is of step 1000000000"),
+    "a negative step": (lambda folder: edit_state(folder, global_step=-1), r"global_step cannot be -1"),
+    "a step that is no number": (lambda folder: edit_state(folder, global_step="100"), r"global_step cannot be '100'"),
+    "no step": (lambda folder: edit_state(folder, without="global_step"), r"trainer_state.json .*lacks global_step"),
+    "an end before its step": (
+        lambda folder: edit_state(folder, max_steps=99),
+        r"max_steps is 99, but it is of step 100",
+    ),
+    "an epoch that is none": (lambda folder: edit_state(folder, epoch=float("inf")), r"epoch cannot be inf"),
+    "a log that is none": (lambda folder: edit_state(folder, log_history={"loss": 1}), r"log_history cannot be"),
+    "a best metric that is none": (lambda folder: edit_state(folder, best_metric="good"), r"best_metric cannot be"),
+    "a best step to come": (lambda folder: edit_state(folder, best_global_step=101), r"best_global_step is 101"),
+    "a field of something else": (lambda folder: edit_state(folder, surprise=1), r"another transformers.*surprise"),
+    "a state that is no JSON": (
+        lambda folder: ((folder / "trainer_state.json").write_text("[" * 10**5), agree(folder, "trainer_state.json")),
+        r"trainer_state.json does not parse as JSON",
+    ),
 }
 
 
@@ -202,6 +294,32 @@ class TestChoice:
         assert skipped[0].startswith(f"{output / 'checkpoint-100'} is skipped: ")
         with pytest.raises(AssertionError, match=reason):
             raise AssertionError(skipped[0])
+
+    def test_sizes_alone_are_compared_where_no_checksum_is_known_or_asked_for(self, output: Path) -> None:
+        flip(output / "checkpoint-100" / "shards" / "optimizer.pt")
+        assert fault(output / "checkpoint-100", contents=False) is None
+        # as earlier versions wrote it
+        edit_manifest(output / "checkpoint-100", checksums={})
+        assert last_complete(output) == (output / "checkpoint-100", [])
+
+    def test_the_policy_alone(self, output: Path) -> None:
+        edit_manifest(output / "checkpoint-4", resumable=False)
+        assert fault(output / "checkpoint-4", to_resume=False) is None
+        flip(output / "checkpoint-4" / "model.safetensors")
+        assert "model.safetensors" in str(fault(output / "checkpoint-4", to_resume=False))
+
+    def test_checksums_see_every_block(self, tmp_path: Path) -> None:
+        (tmp_path / "large").touch()
+        (tmp_path / "empty").touch()
+        os.truncate(tmp_path / "large", BLOCK + 6)
+        found = [checksums(tmp_path, ["large", "empty"])]
+        for place in (BLOCK - 1, BLOCK + 5):
+            with (tmp_path / "large").open("r+b") as file:
+                file.seek(place)
+                file.write(b"\1")
+            found.append(checksums(tmp_path, ["large", "empty"]))
+        assert len({sums["large"] for sums in found}) == 3
+        assert {sums["empty"] for sums in found} == {"00000000"}
 
     def test_none_left(self, output: Path) -> None:
         for path in checkpoints(output):

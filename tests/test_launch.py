@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ptr_hf.launch import launch_arguments, processes_asked_for
+from ptr_hf.launch import is_launcher, launch_arguments, processes_asked_for
+from ptr_hf.report import DYNAMICS_FILE
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "recipes" / "accelerate"
@@ -110,6 +112,44 @@ def test_a_launch_that_starts_one_process_for_two(tmp_path: Path) -> None:
         f"{REFUSED}. On CPUs start with `accelerate launch --multi_gpu --num_processes 2 launched_rank.py" in outputs[0]
     )
     assert one.returncode == 0, outputs[1][-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--config_file", str(CONFIGS / "cpu.yaml"), "--main_process_port", "0"],
+        ["--cpu", "--num_processes", "1"],
+    ],
+    ids=["two processes", "one process"],
+)
+def test_ranks_whose_launcher_is_killed(points: Path, tmp_path: Path, options: list[str]) -> None:
+    """The output ends, so none of them is left."""
+    run = start(tmp_path / "run", [*LAUNCH, *options], "--use_cpu", "--long", points=str(points))
+    while not (tmp_path / "run" / "run" / DYNAMICS_FILE).is_file():
+        assert run.poll() is None, run.communicate()[0][-3000:]
+        time.sleep(0.1)
+    run.kill()
+    output, _ = run.communicate(timeout=120)
+    assert f"The launcher of this run (process {run.pid}) was killed: rank 0" in output
+
+
+@pytest.mark.parametrize(
+    ("command", "is_one"),
+    [
+        ("/usr/bin/python3 /opt/bin/torchrun --nproc_per_node 2 train.py", True),
+        ("python -u -m torch.distributed.run --nproc_per_node 2 train.py", True),
+        ("/opt/bin/python3.12 /opt/bin/accelerate launch train.py", True),
+        ("deepspeed train.py", True),
+        ("bash -c torchrun train.py", False),
+        ("python train.py torchrun", False),
+        ("slurmstepd: [4711.0]", False),
+        ("/sbin/init", False),
+        ("", False),
+    ],
+)
+def test_which_parent_is_a_launcher(command: str, is_one: bool) -> None:
+    assert is_launcher(command.split()) is is_one
 
 
 @pytest.mark.parametrize(

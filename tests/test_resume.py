@@ -105,6 +105,48 @@ class TestKilled:
         assert [event.step for event in reader.Scalars("train/score")][:3] == [1, 2, 3]
 
 
+class TestTwoRunsInOneFolder:
+    def test_the_second_is_refused_and_a_dead_one_replaced(
+        self, runs: Runs, undisturbed: Undisturbed, tmp_path: Path
+    ) -> None:
+        killed = runs.start(tmp_path / "run")
+        killed.until(lambda run: run.step >= 1)
+        killed.kill([0])
+        killed.wait()
+        first = runs.start(tmp_path / "run")
+        first.until(lambda run: run.step >= 1)
+        with first.stopped(0):
+            for resume in (None, "last"):
+                (code,), text = runs.start(tmp_path / "run", resume=resume).wait()
+                assert code == 1
+                assert f"{tmp_path / 'run'} is being written by another run: process {first.pids[0]} on " in text
+                assert "Wait until it ends, or give this run another output_dir." in text
+            codes, text = runs.start(tmp_path / "run", 2).wait()
+            assert codes == [1, 1]
+            assert text.count(f"ValueError: {tmp_path / 'run'} is being written by another run") == 2
+        codes, text = first.wait()
+        assert codes == [0]
+        assert f"was being written by process {killed.pids[0]} on " in text
+        assert "which ended early: its lock is taken over" in text
+        assert_same_run(undisturbed(1), tmp_path / "run")
+        assert unfinished(tmp_path / "run") == []
+
+
+def test_ranks_end_with_their_launcher(runs: Runs, tmp_path: Path) -> None:
+    """Also one that waits for another, which is stopped here, in a collective."""
+    run = runs.start(tmp_path / "run", 2, launcher=True, settings={"max_steps": 10_000, "save_total_limit": 2})
+    run.until(lambda run: run.step >= 4)
+    with run.stopped(2):
+        run.kill([0])
+        run.until(lambda run: f"The launcher of this run (process {run.pids[0]}) was killed: rank 0" in run.text)
+    assert "ends without writing anything more" in run.ended()
+    assert runs.ask({"do": "wait", "pids": run.pids[:1]}) == [-signal.SIGKILL]
+    # nobody holds the folder any more
+    text = runs.finish(tmp_path / "run", 2, "last", settings={"max_steps": run.step + 3})
+    assert f"was being written by process {run.pids[1]} on " in text
+    assert [fault(path) for path in checkpoints(tmp_path / "run")] == [None] * len(checkpoints(tmp_path / "run"))
+
+
 class TestNoSpace:
     def test_a_full_disk_at_every_file(self, runs: Runs, undisturbed: Undisturbed, tmp_path: Path) -> None:
         """A real disk that is full from the second save on, each time in the middle of another file."""

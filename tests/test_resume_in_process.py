@@ -1,6 +1,8 @@
 """Runs that are resumed in this process: to the bit whatever the settings, from the right checkpoint, in the right place."""
 
+import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from starved_runs import Grades
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments
-from ptr_hf.checkpoints import PARTIAL, checkpoints, fault, step_of
+from ptr_hf.checkpoints import MANIFEST_NAME, PARTIAL, Manifest, SaveError, checkpoints, fault, step_of
 from ptr_hf.report import DYNAMICS_FILE, read_dynamics
+from ptr_hf.training.checkpoint_contents import checksums
+from ptr_hf.training.run_lock import LOCK_NAME, RunLock
 
 ACCUMULATION = {"gradient_accumulation_steps": 5, "per_device_train_batch_size": 2, "save_steps": 1}
 TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
@@ -55,6 +59,31 @@ def keep_until(folder: Path, step: int) -> None:
     for path in checkpoints(folder):
         if step_of(path) > step:
             shutil.rmtree(path)
+
+
+def garble(path: Path) -> bytes:
+    """Change bytes in the middle of a file, whose size stays; what was there."""
+    before = path.read_bytes()
+    middle = len(before) // 2
+    path.write_bytes(
+        before[:middle] + bytes(byte ^ 0xFF for byte in before[middle : middle + 64]) + before[middle + 64 :]
+    )
+    return before
+
+
+def edit_manifest(folder: Path, **changes: object) -> None:
+    path = folder / MANIFEST_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+class Payload:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self._proof = proof
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._proof),)
 
 
 def log_rows(of: PTRTrainer) -> list[dict[str, Any]]:
@@ -127,6 +156,79 @@ class TestChoice:
         assert f"{tmp_path / 'run' / 'checkpoint-9'} is skipped: it has no ptr_checkpoint.json" in foreign
         assert f"{tmp_path / 'run' / 'checkpoint-6'} is skipped: optimizer.pt has 4 bytes instead of" in damaged
 
+    def test_a_few_bytes_of_any_file(
+        self, points: Path, short: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """At unchanged size: the newest is passed over for the one before, and refused where it is asked for by name."""
+        shutil.copytree(short, tmp_path / "run")
+        resumed, newest = trainer(tmp_path / "run", points, max_steps=6), tmp_path / "run" / "checkpoint-6"
+        names = sorted(Manifest.read(newest).files)
+        assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "ptr_window_0.safetensors", "trainer_state.json"} < {
+            *names
+        }
+        for name in names:
+            before = garble(newest / name)
+            caplog.clear()
+            assert resumed.choose_checkpoint("last") == tmp_path / "run" / "checkpoint-3", name
+            assert f"{newest} is skipped: " in caplog.text
+            assert name in caplog.text
+            with pytest.raises(ValueError, match=f"checkpoint-6 cannot be resumed from: .*{name}"):
+                resumed.choose_checkpoint(str(newest))
+            (newest / name).write_bytes(before)
+        assert resumed.choose_checkpoint("last") == newest
+
+    def test_of_an_earlier_version(
+        self, points: Path, short: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Without checksums it resumes; a file that cannot be read is named before anything is trained, and runs no code."""
+        shutil.copytree(short, tmp_path / "run")
+        newest = tmp_path / "run" / "checkpoint-6"
+        edit_manifest(newest, checksums={})
+        resumed = trainer(tmp_path / "run", points, max_steps=9, save_strategy="no")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "ptr_window_0.safetensors"):
+            before = (newest / name).read_bytes()
+            torch.save({"state": Payload(tmp_path / "proof")}, newest / name)
+            edit_manifest(newest, files=Manifest.read(newest).files | {name: (newest / name).stat().st_size})
+            with pytest.raises(ValueError, match=f"checkpoint-6/{name} cannot be resumed from; it is damaged"):
+                resumed.train(resume_from_checkpoint=newest)
+            (newest / name).write_bytes(before)
+            edit_manifest(newest, files=Manifest.read(newest).files | {name: len(before)})
+        assert not (tmp_path / "proof").exists()
+        assert resumed.state.global_step == 6
+        caplog.clear()
+        resumed.train(resume_from_checkpoint=True)
+        assert caplog.text.count("checkpoint-6 is of an earlier version and has no checksums") == 1
+        assert resumed.state.global_step == 9
+
+    def test_what_a_stranger_would_pickle(self, points: Path, short: Path, tmp_path: Path) -> None:
+        """The checksums agree with a file that would run code."""
+        shutil.copytree(short, tmp_path / "run")
+        newest = tmp_path / "run" / "checkpoint-6"
+        torch.save(Payload(tmp_path / "proof"), newest / "optimizer.pt")
+        known = Manifest.read(newest)
+        edit_manifest(
+            newest,
+            files=known.files | {"optimizer.pt": (newest / "optimizer.pt").stat().st_size},
+            checksums=known.checksums | checksums(newest, ["optimizer.pt"]),
+        )
+        with pytest.raises(ValueError, match=r"optimizer.pt cannot be resumed .* something else than tensors"):
+            trainer(tmp_path / "run", points, max_steps=9).train(resume_from_checkpoint=True)
+        assert not (tmp_path / "proof").exists()
+
+    def test_a_checkpoint_past_the_end(
+        self, points: Path, short: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It would be given out as trained."""
+        shutil.copytree(short, tmp_path / "run")
+        shorter = trainer(tmp_path / "run", points, max_steps=5)
+        with pytest.raises(
+            ValueError, match=r"checkpoint-6 is of step 6, but this run ends at step 5, so nothing would be"
+        ):
+            shorter.train(resume_from_checkpoint=True)
+        assert not (tmp_path / "run" / LOCK_NAME).exists()
+        trainer(tmp_path / "run", points, max_steps=6).train(resume_from_checkpoint=True)
+        assert "checkpoint-6 is of step 6, the last one of this run: nothing is left to train" in caplog.text
+
     def test_a_damaged_one_gives_way_to_its_successor(self, points: Path, short: Path, tmp_path: Path) -> None:
         shutil.copytree(short, tmp_path / "run")
         (tmp_path / "run" / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
@@ -160,6 +262,29 @@ class TestChoice:
         assert "holds checkpoint-6, checkpoint-3 of an earlier run" in caplog.text
 
 
+class TestAnotherRunInTheFolder:
+    """See test_run_lock.py for other processes."""
+
+    def test_neither_trains_nor_saves(self, points: Path, tmp_path: Path) -> None:
+        second = trainer(tmp_path / "run", points, max_steps=1, save_strategy="no")
+        first = RunLock(tmp_path / "run")
+        assert first.acquire() is None
+        with pytest.raises(ValueError, match=rf"run is being written by another run: .*process {os.getpid()} on "):
+            second.train()
+        with pytest.raises(SaveError, match=r"was not written. .*is being written by another run: .*another folder"):
+            second.save_model()
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_NAME]
+        second.save_model(str(tmp_path / "elsewhere"))
+        assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+        first.release()
+        # one after the other, as in a notebook
+        second.train()
+        second.train()
+        trainer(tmp_path / "run", points, max_steps=1, save_strategy="no").train()
+        second.save_model()
+        assert not list(tmp_path.rglob(".*"))
+
+
 class TestRotationAndBest:
     SETTINGS = BEST | {"max_steps": 9, "save_total_limit": 2}
     GRADES = {3: 3.0, 6: 1.0, 9: 2.0}  # noqa: RUF012
@@ -191,9 +316,43 @@ class TestRotationAndBest:
         shutil.rmtree(best)
         resumed = trainer(tmp_path, points, grades=self.GRADES, **self.SETTINGS)
         resumed.train(resume_from_checkpoint=True)
-        assert f"The best checkpoint so far, {best}, is gone" in caplog.text
+        assert f"The best checkpoint so far, '{best}', is gone" in caplog.text
         assert step_of(Path(resumed.state.best_model_checkpoint)) == 9
         assert fault(Path(resumed.state.best_model_checkpoint)) is None
+
+    def test_a_best_that_lies_elsewhere_is_not_followed(
+        self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        trainer(tmp_path / "mine", points, stop=7, grades=self.GRADES, **self.SETTINGS).train()
+        shutil.move(tmp_path / "mine" / "checkpoint-3", tmp_path / "theirs" / "checkpoint-3")
+        newest = tmp_path / "mine" / "checkpoint-6"
+        state = json.loads((newest / "trainer_state.json").read_text())
+        for recorded in (f"{tmp_path}/theirs/checkpoint-3", "../theirs/checkpoint-3"):
+            (newest / "trainer_state.json").write_text(json.dumps(state | {"best_model_checkpoint": recorded}))
+            size = (newest / "trainer_state.json").stat().st_size
+            edit_manifest(newest, checksums={}, files=Manifest.read(newest).files | {"trainer_state.json": size})
+            caplog.clear()
+            resumed = trainer(tmp_path / "mine", points, stop=7, grades=self.GRADES, **self.SETTINGS)
+            resumed.train(resume_from_checkpoint=newest)
+            assert (
+                f"The best checkpoint so far, '{recorded}', is gone or damaged, or lies in another folder"
+                in caplog.text
+            )
+
+    def test_a_best_that_is_damaged_at_the_end_leaves_the_last(
+        self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        class GarbleBest(TrainerCallback):
+            def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+                if state.global_step == 5:
+                    garble(tmp_path / "checkpoint-3" / "model.safetensors")
+
+        run = trainer(tmp_path, points, grades=self.GRADES, **self.SETTINGS | {"max_steps": 6})
+        run.add_callback(GarbleBest())
+        run.train()
+        assert "checkpoint-3 cannot be loaded: model.safetensors: damaged since it was written" in caplog.text
+        last = PTRPolicy.from_pretrained(tmp_path / "checkpoint-6")
+        assert tensors_equal(last.state_dict(), run.policy.state_dict())
 
 
 class TestOtherLayout:

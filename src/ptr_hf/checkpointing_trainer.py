@@ -6,13 +6,14 @@ transformers' Trainer writes a checkpoint file by file into its final folder, an
 import json
 import logging
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from lerobot.processor import PolicyProcessorPipeline
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ from ptr_hf.checkpoints import (
 from ptr_hf.metrics import MetricsWindow
 from ptr_hf.publishing_trainer import PublishingTrainer
 from ptr_hf.report.text import without_local_paths
+from ptr_hf.training.run_lock import RunLock
 
 TRAINING_ARGS_NAME = "training_args.json"
 WINDOW_LOSS, WINDOW_TOTAL, WINDOW_LOGGED = "trainer.loss", "trainer.total_loss", "trainer.last_logged"
@@ -57,6 +59,7 @@ class CheckpointingTrainer(PublishingTrainer):
     preprocessor: PolicyProcessorPipeline
     postprocessor: PolicyProcessorPipeline
     _best_before: tuple[float | None, int | None] = (None, None)
+    _lock: RunLock | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -131,7 +134,7 @@ class CheckpointingTrainer(PublishingTrainer):
                 raise
         failed = torch.tensor([reason is not None], dtype=torch.int32, device=self.args.device)
         if reason is not None:
-            good, _ = last_complete(target.parent)
+            good, _ = last_complete(target.parent, contents=False)
             logger.error(
                 f"{target} could not be written: {reason}{_free(target)}. Training goes on, and the next "
                 f"save tries again; until then the last good checkpoint is {good or 'none'}. Make room on that disk, or set "
@@ -142,6 +145,24 @@ class CheckpointingTrainer(PublishingTrainer):
     def _commit(self, target: Path) -> None:
         if self.args.should_save:
             commit(target, self._layout)
+
+    @contextmanager
+    def _alone_in(self, folder: Path) -> Iterator[None]:
+        """Keep other runs out of a folder, on all ranks; the main process holds the lock.
+
+        Raises:
+            ValueError: another run has it; on all ranks.
+        """
+        lock = RunLock(folder)
+        (refusal,) = broadcast_object_list([lock.acquire() if self.args.process_index == 0 else None])
+        if refusal is not None:
+            raise ValueError(refusal)
+        self._lock = lock
+        try:
+            yield
+        finally:
+            self._lock = None
+            lock.release()
 
     def window_state(self) -> dict[str, Tensor]:
         """What this rank has summed up since the last log row, for its checkpoint."""
@@ -187,9 +208,23 @@ class CheckpointingTrainer(PublishingTrainer):
         """Write policy, processors and arguments, all or none; the arguments as JSON, without tokens, local paths and pickle.
 
         Raises:
-            SaveError: a file could not be written; those that stood there before still do.
+            SaveError: a file could not be written, or another run has the folder; those that stood there before still do.
         """
         folder = Path(output_dir or self.args.output_dir)
+        if self._lock is not None or self.args.process_index != 0:
+            self._write(folder, state_dict)
+            return
+        # after training, when another run may have begun
+        lock = RunLock(folder)
+        refusal = lock.acquire()
+        if refusal is not None:
+            raise SaveError(f"The policy was not written. {refusal} save_model takes another folder, too.", refusal)
+        try:
+            self._write(folder, state_dict)
+        finally:
+            lock.release()
+
+    def _write(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
         try:
             with written_aside(folder) as aside:
                 self.policy.save_pretrained(aside, state_dict=state_dict)
@@ -202,7 +237,7 @@ class CheckpointingTrainer(PublishingTrainer):
             reason = write_failure(error)
             if reason is None:
                 raise
-            good, _ = last_complete(Path(self.args.output_dir))
+            good, _ = last_complete(Path(self.args.output_dir), contents=False)
             raise SaveError(
                 f"The policy could not be written into {folder}: {reason}. What stood there is as it was, and the last good "
                 f"checkpoint is {good or 'none'}. Make room on that disk and save again.",

@@ -1,6 +1,6 @@
 """Checkpoints that are whole or not there: written aside, listed in a manifest, and moved into place at once.
 
-    checkpoint-40/                  complete; `ptr_checkpoint.json` in it lists every file with its size
+    checkpoint-40/                  complete; `ptr_checkpoint.json` in it lists every file with its size and checksum
     .checkpoint-40.partial/         being written; transformers' Trainer does not see it, and the next run removes it
     .checkpoint-40.discarded/       being deleted
 
@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ptr_hf.artifact import check_artifact
 from ptr_hf.artifact_files import read_json
+from ptr_hf.training.checkpoint_contents import check_trainer_state, checksums, regular_files
 
 MANIFEST_NAME = "ptr_checkpoint.json"
 PARTIAL, DISCARDED = ".partial", ".discarded"
@@ -56,6 +57,7 @@ class Manifest:
         global_batch: segments of a step, over all processes.
         resumable: False where `save_only_model` left optimiser and random streams out.
         files: bytes of every other file, by its path in the folder.
+        checksums: of every other file, by its path; empty in checkpoints of earlier versions.
     """
 
     step: int
@@ -65,6 +67,7 @@ class Manifest:
     global_batch: int
     resumable: bool
     files: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
 
     @property
     def layout(self) -> tuple[int, int, int]:
@@ -87,8 +90,10 @@ class Manifest:
             raise ValueError(f"{path} is no manifest of a checkpoint: {error}.") from error
         numbers = (manifest.step, *manifest.layout, manifest.global_batch)
         sizes = manifest.files.values() if isinstance(manifest.files, dict) else ("no sizes",)
-        if not all(isinstance(number, int) and number >= 0 for number in (*numbers, *sizes)):
+        if not all(type(number) is int and number >= 0 for number in (*numbers, *sizes)):
             raise ValueError(f"{path} is no manifest of a checkpoint: it has numbers that are no counts.")
+        if not isinstance(manifest.checksums, dict) or manifest.checksums.keys() - manifest.files:
+            raise ValueError(f"{path} is no manifest of a checkpoint: it has checksums of files that it does not list.")
         return manifest
 
 
@@ -107,17 +112,22 @@ def commit(target: Path, manifest: Manifest) -> None:
 
     Args:
         target: `checkpoint-<step>`.
-        manifest: its `files` are filled in here.
+        manifest: its `files` and `checksums` are filled in here.
 
     Raises:
         OSError: the disk is full; the older checkpoint, if there is one, still stands.
     """
     partial = partial_folder(target)
-    paths = sorted(path for path in partial.rglob("*") if path.is_file())
-    files = {path.relative_to(partial).as_posix(): path.stat().st_size for path in paths}
+    files = regular_files(partial)
     listed = partial / MANIFEST_NAME
-    listed.write_text(json.dumps(asdict(replace(manifest, files=files)), indent=1) + "\n")
-    for path in [*paths, listed, *(path for path in partial.rglob("*") if path.is_dir()), partial]:
+    whole = replace(manifest, files=files, checksums=checksums(partial, files))
+    listed.write_text(json.dumps(asdict(whole), indent=1) + "\n")
+    for path in [
+        *(partial / name for name in files),
+        listed,
+        *(path for path in partial.rglob("*") if path.is_dir()),
+        partial,
+    ]:
         _sync(path)
     older = target.with_name(f".{target.name}{DISCARDED}")
     if target.exists():
@@ -150,7 +160,8 @@ def remove_leftovers(output: Path) -> None:
             discard(folder)
     # of `replacing`
     for file in output.glob(".ptr_*"):
-        file.unlink(missing_ok=True)
+        with suppress(OSError):
+            file.unlink()
 
 
 def rotate(output: Path, limit: int | None, keep: set[Path]) -> None:
@@ -226,46 +237,55 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def fault(folder: Path) -> str | None:
+def fault(folder: Path, *, contents: bool = True, to_resume: bool = True) -> str | None:
     """Why a run cannot be resumed from a folder, as a sentence; None if it can.
 
-    Only sizes, JSON and headers are read, no tensor.
+    Args:
+        folder: of the checkpoint.
+        contents: whether checksums are compared too, which reads every byte; without, only sizes, JSON and headers are read.
+        to_resume: False for the policy alone, which a checkpoint of `save_only_model` holds too.
     """
     try:
+        found = regular_files(folder)
         manifest = Manifest.read(folder)
     except FileNotFoundError:
         return f"it has no {MANIFEST_NAME}, so PTRTrainer did not write it, or only in part."
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return str(error)
-    if not manifest.resumable:
+    if to_resume and not manifest.resumable:
         return "it was written with save_only_model=True and holds no state of the optimiser."
     if TRAINER_STATE_NAME not in manifest.files:
         return f"{MANIFEST_NAME} does not list {TRAINER_STATE_NAME}."
     for name, size in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
+        if name not in found:
             return f"{name} is missing."
-        if size != path.stat().st_size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}."
+        if size != found[name]:
+            return f"{name} has {found[name]} bytes instead of {size}."
+    if _COMPLETE.fullmatch(folder.name) and step_of(folder) != manifest.step:
+        return f"{MANIFEST_NAME} says that it is of step {manifest.step}."
     try:
+        check_trainer_state(folder / TRAINER_STATE_NAME, manifest.step)
         check_artifact(folder)
-    except (FileNotFoundError, ValueError) as error:
+        sums = checksums(folder, manifest.checksums) if contents else manifest.checksums
+    except (OSError, ValueError) as error:
         return str(error)
-    return None
+    damaged = [name for name, value in sums.items() if value != manifest.checksums[name]]
+    return f"{' and '.join(damaged)}: damaged since it was written (another checksum)." if damaged else None
 
 
-def last_complete(output: Path) -> tuple[Path | None, list[str]]:
+def last_complete(output: Path, *, contents: bool = True) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that a run can be resumed from.
 
     Args:
         output: folder of the run.
+        contents: as for `fault`.
 
     Returns:
         the checkpoint, None where there is none, and a sentence about each newer one that was passed over.
     """
     skipped: list[str] = []
     for folder in checkpoints(output):
-        reason = fault(folder)
+        reason = fault(folder, contents=contents)
         if reason is None:
             return folder, skipped
         skipped.append(f"{folder} is skipped: {reason}")

@@ -140,7 +140,8 @@ class GuardedTrainer(ResumableTrainer):
         step, streak = self.state.global_step, self.nonfinite.streak
         if streak >= max(PATIENCE, len(found.steps)) and not self._scale_can_fall:
             output = Path(self.args.output_dir)
-            good = [folder for folder in checkpoints(output) if step_of(folder) <= step - streak and not fault(folder)]
+            before = [folder for folder in checkpoints(output) if step_of(folder) <= step - streak]
+            good = [folder for folder in before if fault(folder, contents=False) is None]
             back = f"the last good checkpoint is {max(good, key=step_of)}" if good else "there is no older checkpoint"
             raise FloatingPointError(
                 f"The gradient has not been finite for {streak} steps, up to step {step}: the parameters or the data are "

@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ptr_hf.model_card import library_versions
+from ptr_hf.training.launcher_watch import watch_launcher
 
 MAY_DIFFER = frozenset(
     {
@@ -35,12 +36,14 @@ MAY_DIFFER = frozenset(
 """Settings that ranks may hold different values of; everything else has to be the same on all of them."""
 SHOWN = 6
 """Differences that an error names; the number of all of them stands beside them."""
+LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "deepspeed", "deepspeed.launcher.launch")
+"""Programs, or modules of `python -m`, that start the processes of a run and end with all of them."""
 SIMPLE_LAUNCH = ("ACCELERATE_USE_CPU", "ACCELERATE_DYNAMO_BACKEND", "MASTER_ADDR")
 """What `accelerate launch` leaves in the environment where it starts one process though it was asked for several."""
 
 
 def check_launch(args: TrainingArguments) -> None:
-    """Refuse a launch that would train something else than was asked for.
+    """Refuse a launch that would train something else than was asked for; from here on, end with the launcher.
 
     Args:
         args: the run's, with its process group set up.
@@ -49,6 +52,7 @@ def check_launch(args: TrainingArguments) -> None:
         ValueError: one process where several were asked for, several that do not know of each other, several GPUs without a
             launcher, ranks that could hold different numbers of rows, or ZeRO-3; the sentence has the right command.
     """
+    watch_launcher(is_launcher)
     script = Path(sys.argv[0]).name or "train.py"
     if args.n_gpu > 1:
         raise ValueError(
@@ -182,6 +186,15 @@ def launch_arguments(command: Sequence[str]) -> list[str] | None:
         if Path(word).name == "accelerate" or word == "accelerate.commands.accelerate_cli":
             return list(command[index + 2 :]) if command[index + 1 : index + 2] == ["launch"] else None
     return None
+
+
+def is_launcher(command: Sequence[str]) -> bool:
+    """Whether a command line is one of `accelerate launch`, torchrun or DeepSpeed, which end with all of their processes."""
+    if launch_arguments(command) is not None:
+        return True
+    words = [Path(word).name for word in command[:4] if not word.startswith("-")]
+    program = words[1:2] if words and words[0].startswith("python") else words[:1]
+    return program != [] and program[0] in LAUNCHERS
 
 
 def processes_asked_for(arguments: list[str], folder: Path) -> int:
