@@ -10,7 +10,8 @@ from jaxtyping import Bool
 from lerobot.datasets import LeRobotDatasetMetadata
 from torch import Tensor, nn
 
-INSTRUCTION = "task"
+from ptr_hf.data.segment_dataset import TASK, TASK_INDEX
+from ptr_hf.data.segments import CHUNK_PREFIX
 
 
 def repeated_rows(batch: Mapping[str, Any], accelerator: Accelerator) -> Bool[Tensor, " batch"] | None:
@@ -62,4 +63,8 @@ def instructions_of(meta: LeRobotDatasetMetadata) -> tuple[str, ...]:
 
 def with_instructions(batch: dict[str, Any], instructions: Sequence[str]) -> dict[str, Any]:
     """Put the text back that `TensorsOnly` has left out; it reads the task numbers off the device."""
-    return {**batch, INSTRUCTION: [instructions[number] for number in batch["task_index"].tolist()]}
+    batch = {**batch, TASK: [instructions[number] for number in batch[TASK_INDEX].tolist()]}
+    if CHUNK_PREFIX + TASK_INDEX in batch:
+        of_chunks = batch[CHUNK_PREFIX + TASK_INDEX].T.tolist()
+        batch[CHUNK_PREFIX + TASK] = [[instructions[number] for number in column] for column in of_chunks]
+    return batch

@@ -28,6 +28,7 @@ from ptr_hf.chunk_summaries import motion_of, summaries
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.consequences import consequence_targets, samples_of
 from ptr_hf.data.bookkeeping import mend_metadata
+from ptr_hf.data.datasets import check_one_instruction
 from ptr_hf.data.masked_segments import many_masked
 from ptr_hf.data.normalization import policy_statistics
 from ptr_hf.data.segments import (
@@ -126,6 +127,7 @@ class PTRPolicy(PreTrainedPolicy):
         # LeRobot's factory tells which data the policy is for
         if meta is not None:
             _check_bookkeeping(meta)
+            check_one_instruction(meta, config.layout)
             self.set_episodes(EpisodeTable.from_metadata(meta, config.standardize_by))
         self.reset()
 
@@ -548,7 +550,7 @@ class PTRPolicy(PreTrainedPolicy):
         from ptr_hf.hub import load_policy
 
         _check_bookkeeping(kwargs.get("dataset_meta"))
-        return load_policy(
+        policy = load_policy(
             cls,
             pretrained_name_or_path,
             config=config,
@@ -556,6 +558,10 @@ class PTRPolicy(PreTrainedPolicy):
             trusted_sources=trusted_sources,
             **kwargs,
         )
+        if kwargs.get("dataset_meta") is not None:
+            # LeRobot's training loop, which reads the data itself, names them
+            check_one_instruction(kwargs["dataset_meta"], policy.config.layout)
+        return policy
 
 
 def _check_bookkeeping(meta: Any) -> None:

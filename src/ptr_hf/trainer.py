@@ -16,7 +16,6 @@ import torch
 from accelerate.utils import set_seed
 from lerobot.configs import PreTrainedConfig
 from lerobot.processor import PolicyProcessorPipeline
-from lerobot.utils.collate import lerobot_collate_fn
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
@@ -151,15 +150,9 @@ class PTRTrainer(GuardedTrainer):
             sources=meta.names if isinstance(meta, MixtureMetadata) else (),
             tasks=() if meta is None else instructions_of(meta),
         )
-        has_text = meta is not None and meta.has_language_columns
-        collate = lerobot_collate_fn if has_text else collate_segments
+        dispatches = bool(args.accelerator_config.dispatch_batches)
         self._instructions: dict[str, tuple[str, ...]] = {}
-        if args.accelerator_config.dispatch_batches:
-            if has_text:
-                raise ValueError(
-                    "dispatch_batches=True sends tensors alone, and this dataset has language columns: drop it."
-                )
-            collate = TensorsOnly(collate)
+        if dispatches:
             self._instructions = {name: instructions_of(dataset.meta) for name, dataset in opened.items()}
         if isinstance(opened.get("train"), StreamingMixture):
             # every process reads the stream and takes its own rows: dispatched batches would lose their instructions
@@ -172,7 +165,7 @@ class PTRTrainer(GuardedTrainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=collate,
+            data_collator=TensorsOnly(collate_segments) if dispatches else collate_segments,
             train_dataset=opened.get("train"),
             eval_dataset=opened.get("eval"),
             callbacks=[_AfterStep(), *callbacks],

@@ -49,7 +49,6 @@ def read_metadata(
                 "The policy is trained on a mixture, so eval_dataset has to be one too, with the same robots in the same "
                 f"order ({', '.join(trained.names)})."
             )
-        assert isinstance(given, str | Path | LeRobotDataset)
         return dataset_metadata(given, args.dataset_revision)
     if args.dataset_revision is not None:
         raise ValueError("dataset_revision is of a single dataset: give each source of the mixture its own `revision`.")
@@ -92,7 +91,6 @@ def open_data(
             max_gigabytes=args.max_gigabytes,
             frames_cache=args.frames_cache,
         )
-    assert isinstance(given, str | Path | LeRobotDataset)
     renames = args.observation_renames if renames is None else renames
     check_fit(config.base_config, meta.features, renames, meta.repo_id, given=training and bool(args.rename_map))
     dataset = open_dataset(given, layout, revision=args.dataset_revision)

@@ -21,6 +21,8 @@ from lerobot.datasets.utils import CompatibilityError
 from ptr_hf.data.bookkeeping import mend_dataset, mend_metadata
 from ptr_hf.data.dataset_files import damaged_file
 from ptr_hf.data.frame_times import check_rate
+from ptr_hf.data.given_datasets import check_given, check_unedited
+from ptr_hf.data.segment_dataset import SegmentDataset
 from ptr_hf.data.segments import ACTION, SegmentLayout
 from ptr_hf.hub_access import asking_the_hub
 
@@ -46,7 +48,7 @@ def is_dataset_folder(source: str | Path) -> bool:
 
 
 def dataset_metadata(
-    source: str | Path | LeRobotDataset, revision: str | None = None, episodes: Sequence[int] | None = None
+    source: Any, revision: str | None = None, episodes: Sequence[int] | None = None
 ) -> LeRobotDatasetMetadata:
     """Metadata of a dataset by Hub id or folder, or of one that is open, as its data files have them (`mend_metadata`).
 
@@ -57,16 +59,18 @@ def dataset_metadata(
 
     Raises:
         ValueError: the folder is no dataset, an empty or damaged one or one of an older format, there is no such folder and no
-            repo of that name, or the metadata contradict the data.
+            repo of that name, the source is something else (`check_given`), or the metadata contradict the data.
     """
     return _mended_metadata(source, revision, episodes)[0]
 
 
 def _mended_metadata(
-    source: str | Path | LeRobotDataset, revision: str | None, episodes: Sequence[int] | None
+    source: Any, revision: str | None, episodes: Sequence[int] | None
 ) -> tuple[LeRobotDatasetMetadata, list[str]]:
     """The metadata, and a sentence for everything that was set right in them."""
+    check_given(source, revision)
     if isinstance(source, LeRobotDataset):
+        source.meta.ensure_readable()
         return source.meta, mend_metadata(source.meta, source.episodes if episodes is None else episodes)
     folder = Path(source) if is_dataset_folder(source) else None
     if folder is None and Path(source).exists():
@@ -101,7 +105,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def open_dataset(
-    source: str | Path | LeRobotDataset,
+    source: Any,
     layout: SegmentLayout,
     *,
     episodes: Sequence[int] | None = None,
@@ -109,11 +113,14 @@ def open_dataset(
     frame_stride: int = 1,
     root: Path | None = None,
     announce: Callable[[str], None] = logger.warning,
-) -> LeRobotDataset:
-    """A dataset that reads segments, with frames as uint8; its bookkeeping agrees with its data (`mend_dataset`).
+) -> SegmentDataset:
+    """A dataset that reads segments, with frames as uint8, or as floats in [0, 1] where the dataset transforms its images.
+
+    Its bookkeeping agrees with its data (`mend_dataset`).
 
     Args:
-        source: Hub id, local folder, or an open LeRobotDataset, which is opened anew with the same episodes.
+        source: Hub id, local folder, or an open LeRobotDataset, which is opened anew with its episodes, revision, metadata,
+            image transforms, tolerance, video decoder and unit of depth; its `delta_timestamps` give way to the layout's.
         layout: the offsets to read.
         episodes: a subset; None takes all, or those of the open dataset.
         revision: of the Hub repo.
@@ -122,14 +129,14 @@ def open_dataset(
         announce: is given a sentence for everything that was set right in memory.
 
     Raises:
-        ValueError: the folder is no dataset, lacks some of its files or has a damaged one, an episode does not exist, or the
-            metadata contradict the data.
+        ValueError: the folder is no dataset, lacks some of its files or has a damaged one, an episode does not exist, the open
+            dataset cannot be opened anew as it is (`check_given`, `check_unedited`), or the metadata contradict the data.
     """
     meta, said = _mended_metadata(source, revision, episodes)
-    backend, transforms = video_backend(), None
+    settings: dict[str, Any] = {"video_backend": video_backend(), "return_uint8": True}
     if isinstance(source, LeRobotDataset):
         episodes = source.episodes if episodes is None else episodes
-        revision, transforms = source.revision, source.image_transforms
+        settings = _settings_of(source)
     if episodes is not None and not len(episodes):
         raise ValueError("episodes is empty: name at least one episode, or leave episodes out to take all.")
     unknown = sorted(set(episodes or ()) - set(range(meta.total_episodes)))
@@ -137,23 +144,23 @@ def open_dataset(
         raise ValueError(
             f"{meta.repo_id} has episodes 0 to {meta.total_episodes - 1}; episodes {unknown[:5]} do not exist."
         )
-    settings: dict[str, Any] = {
+    settings = {
+        "layout": layout,
+        "frame_stride": frame_stride,
         "root": root or meta.root,
         "episodes": None if episodes is None else list(episodes),
         "delta_timestamps": layout.delta_timestamps(list(meta.features), meta.fps / frame_stride),
         "revision": revision,
-        "image_transforms": transforms,
-        "video_backend": backend,
-        "return_uint8": True,
+        **settings,
     }
     try:
         try:
-            dataset = LeRobotDataset(meta.repo_id, **settings)
+            dataset = SegmentDataset(meta.repo_id, **settings)
         except ValueError as error:
             if "corresponds to no data" not in str(error):
                 raise
             # LeRobot found files, of other episodes alone, and does not think of fetching these
-            dataset = LeRobotDataset(meta.repo_id, force_cache_sync=True, **settings)
+            dataset = SegmentDataset(meta.repo_id, force_cache_sync=True, **settings)
     except (OSError, HFValidationError, DatasetsError, pa.ArrowException) as error:
         damage = damaged_file(Path(root or meta.root), thorough=True)
         if damage is not None:
@@ -162,12 +169,30 @@ def open_dataset(
         raise ValueError(
             f"The dataset {meta.repo_id} cannot be read: files are missing in {meta.root} and the Hub gave none ({error})."
         ) from error
+    if isinstance(source, LeRobotDataset):
+        check_unedited(source)
+        dataset.use_metadata(meta)
     # the files of a folder have just been compared, those of a Hub dataset are here only now
     is_folder = not isinstance(source, LeRobotDataset) and is_dataset_folder(source)
     said += mend_dataset(dataset, known=meta if is_folder else None)
     for sentence in dict.fromkeys(filter(None, [*said, check_rate(dataset)])):
         announce(sentence)
     return dataset
+
+
+def _settings_of(dataset: LeRobotDataset) -> dict[str, Any]:
+    """The arguments of an open dataset that decide what is read, but for its episodes and offsets."""
+    backend, transforms = dataset._video_backend, dataset.image_transforms
+    return {
+        "revision": dataset.revision,
+        "image_transforms": transforms,
+        "tolerance_s": dataset.tolerance_s,
+        "depth_output_unit": dataset.depth_output_unit,
+        # LeRobot's default is torchcodec also where it does not load
+        "video_backend": video_backend() if backend == "torchcodec" else backend,
+        # transforms get what they get in the user's dataset; else 8-bit frames, which are scaled on the device
+        "return_uint8": transforms is None or dataset._return_uint8,
+    }
 
 
 @runtime_checkable
@@ -223,6 +248,23 @@ def check_episodes(
         raise ValueError(
             f"No chunk of {meta.repo_id} has a recorded consequence: consequence_offset={layout.consequence_offset} frames "
             f"reaches past the end of every episode (the longest has {longest} frames). Set consequence_offset below {longest}."
+        )
+
+
+def check_one_instruction(meta: LeRobotDatasetMetadata, layout: SegmentLayout) -> None:
+    """Refuse, in LeRobot's own training loop, episodes that change their instruction: it reads that of the anchor frame alone.
+
+    Raises:
+        ValueError: a segment has several chunks, and an episode several instructions.
+    """
+    if layout.segment_length == 1:
+        return
+    several = [episode for episode, tasks in enumerate(meta.episodes["tasks"]) if len(set(tasks)) > 1]
+    if several:
+        raise ValueError(
+            f"{len(several)} episodes of {meta.repo_id} change their instruction on the way (the first is episode {several[0]}), "
+            f"and LeRobot's training loop would give all {layout.segment_length} chunks of a segment that of its first frame: "
+            "set --policy.segment_length=1, or train with PTRTrainer (recipes/train_ptr.py), which reads each chunk's own."
         )
 
 

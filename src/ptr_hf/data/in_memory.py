@@ -7,7 +7,7 @@ video is decoded once, and a batch of segments is a few index operations. The ba
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from jaxtyping import Bool, Int, Shaped, UInt8
 from lerobot.datasets.language import is_language_column
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.video_utils import decode_video_frames
+from lerobot.utils.collate import lerobot_collate_fn
 from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset
 
 from ptr_hf.data.bookkeeping import mend_dataset
-from ptr_hf.data.datasets import episode_spans, video_backend
-from ptr_hf.data.segments import ACTION, OBSERVATION_PREFIX, PAD_SUFFIX, SegmentLayout
+from ptr_hf.data.datasets import episode_spans
+from ptr_hf.data.segment_dataset import TASK, TASK_INDEX, chunk_columns
+from ptr_hf.data.segments import ACTION, CHUNK_PREFIX, OBSERVATION_PREFIX, PAD_SUFFIX, SegmentLayout, sample_of
 
 GIGABYTE = 10**9
 DECODED_AT_ONCE = 128 * 10**6
@@ -37,7 +39,7 @@ class InMemorySegments(Dataset[dict[str, Any]]):
     """The segments of a LeRobotDataset, read once into memory.
 
     `__getitems__` returns one collated batch, with the keys, dtypes and values of
-    `default_collate([dataset[i] for i in indices])` for the dataset `open_dataset(source, layout)`; give a DataLoader
+    `collate_segments([dataset[i] for i in indices])` for the dataset `open_dataset(source, layout)`; give a DataLoader
     `collate_fn=collate_segments`. Workers gain nothing: leave `num_workers` at 0.
 
     Args:
@@ -52,8 +54,8 @@ class InMemorySegments(Dataset[dict[str, Any]]):
         dataset, meta, layout: as given.
 
     Raises:
-        ValueError: the data set takes more than `max_gigabytes`, or holds what a plain tensor cannot (depth maps, language
-            columns, missing values).
+        ValueError: the data set takes more than `max_gigabytes`, or holds what a plain tensor cannot (depth maps, missing
+            values).
     """
 
     def __init__(
@@ -72,7 +74,9 @@ class InMemorySegments(Dataset[dict[str, Any]]):
             logger.warning("%s", sentence)
         self._columns: dict[str, Tensor] = {}
         self._texts: dict[str, list[str]] = {}
-        for key in dataset.hf_dataset.column_names:
+        self._keys = [key for key in dataset.hf_dataset.column_names if not is_language_column(key)]
+        self._of_chunks = chunk_columns(self.meta.features, layout)
+        for key in self._keys:
             if key in self.meta.image_keys:
                 continue
             if self.meta.features[key]["dtype"] == "string":
@@ -94,7 +98,7 @@ class InMemorySegments(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One sample, without the batch dimension."""
-        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+        return sample_of(self.__getitems__([index]))
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
         """A collated batch of the segments that start at the given positions, in their order.
@@ -108,8 +112,9 @@ class InMemorySegments(Dataset[dict[str, Any]]):
         rows = torch.where(rows < 0, rows + len(self), rows)
         observed = self._around(rows, self.layout.observation_offsets)
         acted = self._around(rows, self.layout.action_offsets)
+        chunks, _ = self._around(rows, list(self.layout.chunk_starts))
         batch: dict[str, Any] = {}
-        for key in [*self.meta.video_keys, *self.dataset.hf_dataset.column_names]:
+        for key in [*self.meta.video_keys, *self._keys]:
             where = rows
             if key in self._offsets:
                 where = (acted if key == ACTION else observed)[0]
@@ -121,7 +126,19 @@ class InMemorySegments(Dataset[dict[str, Any]]):
                 batch[key] = [self._texts[key][row] for row in rows.tolist()]
         for key in self._offsets:
             batch[key + PAD_SUFFIX] = (acted if key == ACTION else observed)[1]
-        batch["task"] = [self._task_names[task] for task in batch["task_index"].tolist()]
+        if self.dataset.image_transforms is not None:
+            self._transform(batch, self.dataset.image_transforms)
+        batch[TASK] = [self._task_names[task] for task in batch[TASK_INDEX].tolist()]
+        for key in self._of_chunks:
+            if key in self._columns:
+                batch[CHUNK_PREFIX + key] = _take(self._columns[key], chunks)
+            else:
+                batch[CHUNK_PREFIX + key] = [
+                    tuple(self._texts[key][row] for row in column) for column in chunks.T.tolist()
+                ]
+        if self._of_chunks:
+            numbers = batch[CHUNK_PREFIX + TASK_INDEX].T.tolist()
+            batch[CHUNK_PREFIX + TASK] = [tuple(self._task_names[task] for task in column) for column in numbers]
         return batch
 
     def _around(
@@ -133,30 +150,41 @@ class InMemorySegments(Dataset[dict[str, Any]]):
         return wanted.clamp(first, last), (wanted < first) | (wanted > last)
 
     def _pictures(self, key: str, where: Int[Tensor, "batch *steps"]) -> Shaped[Tensor, "batch ..."]:
-        """Frames as LeRobot gives them: uint8 from videos, float32 in [0, 1] from image files, then the transforms."""
+        """Frames as the dataset gives them: uint8 from videos, unless it scales them; float32 in [0, 1] from image files."""
         frames = _take(self._frames[key], where)
-        if key in self.meta.image_keys:
+        if key in self.meta.image_keys or not self.dataset._return_uint8:
             frames = frames.to(torch.float32).div(255)
-        elif where.ndim > 1 and where.shape[1] == 1:
+        if key in self.meta.image_keys:
+            return frames
+        if where.ndim > 1 and where.shape[1] == 1:
             # LeRobot drops the time axis of a single video frame, and of no other feature.
             frames = frames.squeeze(1)
-        if self.dataset.image_transforms is not None:
-            frames = torch.stack([self.dataset.image_transforms(sample) for sample in frames])
         return frames
+
+    def _transform(self, batch: dict[str, Any], transforms: Callable) -> None:
+        """The dataset's image transforms, in LeRobot's order: sample by sample, and in a sample camera by camera."""
+        cameras = self.meta.camera_keys
+        samples = zip(*(batch[key] for key in cameras), strict=True)
+        changed = [[transforms(frames) for frames in sample] for sample in samples]
+        batch |= {
+            key: torch.stack(list(frames)) for key, frames in zip(cameras, zip(*changed, strict=True), strict=True)
+        }
 
 
 def collate_segments(samples: Mapping[str, Any] | Sequence[Any]) -> Any:
-    """Collate function for `InMemorySegments`: passes its batches through, collates lists of samples as PyTorch does."""
-    return samples if isinstance(samples, Mapping) else default_collate(list(samples))
+    """Collate function of every data set: `InMemorySegments` and mixtures give batches, samples are collated as LeRobot does.
+
+    LeRobot's function leaves its language columns out, which hold lists of unequal length.
+    """
+    return samples if isinstance(samples, Mapping) else lerobot_collate_fn(list(samples))
 
 
 def _check_supported(dataset: LeRobotDataset, max_gigabytes: float) -> None:
     meta = dataset.meta
-    unsupported = [*meta.depth_keys, *filter(is_language_column, meta.features)]
-    if unsupported:
+    if meta.depth_keys:
         raise ValueError(
-            f"{meta.repo_id} holds depth maps or language columns ({', '.join(unsupported)}), which InMemorySegments does not "
-            "read: use the LeRobotDataset itself."
+            f"{meta.repo_id} holds depth maps ({', '.join(meta.depth_keys)}), which InMemorySegments does not read: use the "
+            "LeRobotDataset itself."
         )
     per_frame = 0
     for item in meta.features.values():
@@ -221,7 +249,7 @@ def _identity(dataset: LeRobotDataset, key: str) -> str:
     root = dataset.root
     read = {root / path for path in dataset.reader.get_episodes_file_paths()}
     files = sorted({root / "meta" / "info.json", *(root / "meta" / "episodes").rglob("*.parquet"), *read})
-    digest = hashlib.sha256(repr((key, dataset.episodes, video_backend())).encode())
+    digest = hashlib.sha256(repr((key, dataset.episodes, dataset._video_backend)).encode())
     for file in files:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
@@ -250,7 +278,7 @@ def _decode_videos(dataset: LeRobotDataset, key: str, frames: np.ndarray) -> Non
         for first in range(start, start + length, window):
             last = min(first + window, start + length)
             times = [begin + time for time in timestamps[first:last].tolist()]
-            decoded = decode_video_frames(path, times, dataset.tolerance_s, video_backend(), return_uint8=True)
+            decoded = decode_video_frames(path, times, dataset.tolerance_s, dataset._video_backend, return_uint8=True)
             frames[first:last] = decoded.numpy()
 
 

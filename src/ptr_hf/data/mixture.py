@@ -14,14 +14,23 @@ from jaxtyping import Int, Shaped
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2 import functional as images
 
 from ptr_hf.data.action_space import to_slots
 from ptr_hf.data.datasets import check_episodes, episode_spans, open_dataset
-from ptr_hf.data.in_memory import InMemorySegments
+from ptr_hf.data.in_memory import InMemorySegments, collate_segments
 from ptr_hf.data.mixture_metadata import MixtureMetadata, Source
-from ptr_hf.data.segments import ACTION, CAMERA_MASK_SUFFIX, OBS_SOURCE, PAD_SUFFIX, SegmentLayout
+from ptr_hf.data.segment_dataset import TASK, TASK_INDEX
+from ptr_hf.data.segments import (
+    ACTION,
+    CAMERA_MASK_SUFFIX,
+    CHUNK_PREFIX,
+    OBS_SOURCE,
+    PAD_SUFFIX,
+    SegmentLayout,
+    sample_of,
+)
 
 
 class Mixture(Dataset[dict[str, Any]]):
@@ -94,7 +103,7 @@ class Mixture(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One sample, without the batch dimension."""
-        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+        return sample_of(self.__getitems__([index]))
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
         """A collated batch of the samples at the given positions, in their order.
@@ -187,7 +196,7 @@ def unified(batch: dict[str, Any], source: Source, meta: MixtureMetadata, layout
         height, width, channels = meta.features[key]["shape"]
         shape = (count, *(() if steps is None else (len(steps),)), channels, height, width)
         recorded = batch[own[key]] if key in own else torch.zeros(shape, dtype=torch.uint8)
-        result[key] = resized(recorded, (height, width)).reshape(shape)
+        result[key] = resized(recorded, (height, width), meta.transforms_images).reshape(shape)
         result[key + CAMERA_MASK_SUFFIX] = torch.full((count,), key in own)
         if steps is not None:
             result[key + PAD_SUFFIX] = pads[0]
@@ -195,6 +204,12 @@ def unified(batch: dict[str, Any], source: Source, meta: MixtureMetadata, layout
     frame = torch.div(batch["frame_index"], source.frame_stride, rounding_mode="floor")
     task = source.tasks[batch["task_index"]]
     names = meta.tasks.index
+    if CHUNK_PREFIX + TASK_INDEX in batch:
+        of_chunks = source.tasks[batch[CHUNK_PREFIX + TASK_INDEX]]
+        result[CHUNK_PREFIX + "timestamp"] = batch[CHUNK_PREFIX + "timestamp"]
+        result[CHUNK_PREFIX + "frame_index"] = batch[CHUNK_PREFIX + "frame_index"] // source.frame_stride
+        result[CHUNK_PREFIX + TASK_INDEX] = of_chunks
+        result[CHUNK_PREFIX + TASK] = [tuple(names[number] for number in column) for column in of_chunks.T.tolist()]
     return result | {
         "timestamp": batch["timestamp"],
         "frame_index": frame,
@@ -209,10 +224,12 @@ def unified(batch: dict[str, Any], source: Source, meta: MixtureMetadata, layout
 
 
 def resized(
-    frames: Shaped[Tensor, "*rows channels height width"], size: tuple[int, int]
+    frames: Shaped[Tensor, "*rows channels height width"], size: tuple[int, int], as_floats: bool = False
 ) -> Shaped[Tensor, "*rows channels new_height new_width"]:
-    """Frames at another size as 8-bit values, their proportions kept, black beside them."""
-    if frames.is_floating_point():
+    """Frames at another size as 8-bit values or as floats, their proportions kept, black beside them."""
+    if as_floats:
+        frames = frames.float() if frames.is_floating_point() else frames.float() / 255.0
+    elif frames.is_floating_point():
         frames = (frames * 255.0).round().to(torch.uint8)
     height, width = frames.shape[-2:]
     if (height, width) == tuple(size):
@@ -228,7 +245,7 @@ def resized(
 def _read(segments: LeRobotDataset | InMemorySegments, places: list[int]) -> dict[str, Any]:
     if isinstance(segments, InMemorySegments):
         return segments.__getitems__(places)
-    return default_collate([segments[place] for place in places])
+    return collate_segments([segments[place] for place in places])
 
 
 def _joined(parts: list[dict[str, Any]], order: Int[Tensor, " rows"]) -> dict[str, Any]:
@@ -238,10 +255,17 @@ def _joined(parts: list[dict[str, Any]], order: Int[Tensor, " rows"]) -> dict[st
     for key, value in parts[0].items():
         if isinstance(value, Tensor):
             joined[key] = torch.cat([part[key] for part in parts])[back]
+        elif key.startswith(CHUNK_PREFIX):
+            columns = zip(*(part[key] for part in parts), strict=True)
+            joined[key] = [tuple(_in_order(column, back)) for column in columns]
         else:
-            together = [text for part in parts for text in part[key]]
-            joined[key] = [together[place] for place in back.tolist()]
+            joined[key] = _in_order([part[key] for part in parts], back)
     return joined
+
+
+def _in_order(parts: Sequence[Sequence[str]], back: Int[Tensor, " rows"]) -> list[str]:
+    together = [text for part in parts for text in part]
+    return [together[place] for place in back.tolist()]
 
 
 def _seed(*numbers: int) -> int:

@@ -11,6 +11,7 @@ import yaml
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 from ptr_hf.data.datasets import is_dataset_folder
+from ptr_hf.data.given_datasets import check_given
 
 Shares = Literal["size", "temperature", "fixed"]
 Statistics = Literal["source", "embodiment", "pooled"]
@@ -34,6 +35,9 @@ class SourceConfig:
         episodes: a subset; None takes all (of an open dataset, its own).
         rename: dataset key -> policy key, for cameras.
         tasks: recorded instruction -> what it is called in the mixture.
+
+    Raises:
+        ValueError: the dataset is none of these, or cannot be opened anew (`ptr_hf.data.given_datasets`).
     """
 
     dataset: Any
@@ -44,6 +48,9 @@ class SourceConfig:
     episodes: list[int] | None = None
     rename: dict[str, str] = field(default_factory=dict)
     tasks: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_given(self.dataset, self.revision)
 
     @property
     def called(self) -> str:

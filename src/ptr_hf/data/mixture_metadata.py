@@ -97,7 +97,6 @@ class MixtureMetadata:
     episodes: datasets.Dataset
     fps: float
 
-    has_language_columns = False
     stats = None
     """Normalisation is by source: `mixture_statistics`."""
 
@@ -115,6 +114,12 @@ class MixtureMetadata:
     def camera_keys(self) -> list[str]:
         """Of all sources."""
         return [key for key, feature in self.features.items() if feature["dtype"] == "video"]
+
+    @property
+    def transforms_images(self) -> bool:
+        """Whether a source transforms its images: then all frames are floats in [0, 1] as it leaves them, else 8-bit."""
+        given = (source.config.dataset for source in self.sources)
+        return any(isinstance(dataset, LeRobotDataset) and dataset.image_transforms is not None for dataset in given)
 
     @property
     def total_episodes(self) -> int:

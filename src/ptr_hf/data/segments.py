@@ -6,6 +6,7 @@ preprocessor, and `split_segment` cuts what the preprocessor returns into a plai
 that lie apart, where no policy looks for its inputs.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ OBS_SOURCE = "observation.source"
 """Number of the dataset of a mixture that a sample is from; the embodiment's processor takes it out again."""
 SOURCE_INDEX = "source_index"
 """The same in rows, as the policy gets them; absent where there is one dataset."""
+CHUNK_PREFIX = "chunk."
+"""Before a per-frame column (`chunk.task`): its values at the first frame of every chunk of a segment."""
 FUTURE_PAD = "future_is_pad"
 """Says, in rows, which chunk's consequence was not recorded; LeRobot's pipelines keep keys with this ending."""
 
@@ -120,7 +123,7 @@ class Segment:
         future_valid: (N,) False where the consequence lies past the episode's end (LeRobot repeats the last frame there).
         chunk_valid: (N,) False where the whole chunk lies past the episode's end.
         index, target_index: (N,) dataset index of the chunk's first frame and of its consequence.
-        episode, task: (N,) as recorded.
+        episode, task: (N,) as recorded at the chunk's first frame.
         source: (N,) number of the dataset in its mixture; 0 where there is one.
         batch_size, length: B and T.
     """
@@ -168,7 +171,9 @@ def segment_rows(batch: dict[str, Any], layout: SegmentLayout) -> dict[str, Any]
 
     Args:
         batch: observations (B, V, ...) at `layout.observation_offsets` with their `<key>_is_pad` (B, V), action
-            (B, A, d) at `layout.action_offsets` with `action_is_pad`, LeRobot's `index`, `episode_index`, `task_index` (B,).
+            (B, A, d) at `layout.action_offsets` with `action_is_pad`, LeRobot's `index`, `episode_index`, `task_index` (B,);
+            per-frame columns of every chunk (B, T, ...) under `CHUNK_PREFIX`, texts as T lists of B. Without these, every
+            chunk is given the anchor's.
             An observation without actions (at inference), and rows that are laid out already, come back as they are.
         layout: the offsets the batch was read with.
 
@@ -193,8 +198,10 @@ def segment_rows(batch: dict[str, Any], layout: SegmentLayout) -> dict[str, Any]
             taken = _take(value, action_rows)
             unseen = torch.full_like(taken[:1], key != ACTION).expand(extra * batch_size, *taken.shape[1:])
             rows[key] = torch.cat([taken, unseen]) if extra else taken
-        elif key.startswith(OBSERVATION_PREFIX) and key.endswith(PAD_SUFFIX):
+        elif (key.startswith(OBSERVATION_PREFIX) and key.endswith(PAD_SUFFIX)) or CHUNK_PREFIX + key in batch:
             continue
+        elif key.startswith(CHUNK_PREFIX):
+            rows[key.removeprefix(CHUNK_PREFIX)] = _of_each_chunk(key, value, layout.segment_length, extra)
         elif offsets is not None and _is_recorded(key) and not (key.endswith(CAMERA_MASK_SUFFIX) and value.ndim == 1):
             if len(offsets) == 1 and key.startswith(IMAGE_PREFIX) and value.ndim == 4:
                 # LeRobot drops the time axis of a single video frame
@@ -314,6 +321,28 @@ def _is_recorded(key: str) -> bool:
         and not key.endswith(PAD_SUFFIX)
         and key != OBS_SOURCE
     )
+
+
+def _of_each_chunk(key: str, value: Tensor | Sequence[Sequence[str]], length: int, extra: int) -> Tensor | list[str]:
+    """A column's values at the chunks' first frames as rows; the rows of lone futures, which are no chunk, get the anchor's."""
+    by_chunk = value.transpose(0, 1) if isinstance(value, Tensor) else value
+    if len(by_chunk) != length:
+        raise ValueError(
+            f"{key} holds {len(by_chunk)} values per sample but the segment layout has {length} chunks; open the dataset at "
+            "this layout."
+        )
+    blocks = [*range(length), *[0] * extra]
+    if isinstance(by_chunk, Tensor):
+        return by_chunk[blocks].flatten(0, 1)
+    return [text for block in blocks for text in by_chunk[block]]
+
+
+def sample_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """The first sample of a collated batch of segments, without the batch dimension."""
+    return {
+        key: [texts[0] for texts in value] if key.startswith(CHUNK_PREFIX) and isinstance(value, list) else value[0]
+        for key, value in batch.items()
+    }
 
 
 def _positions(

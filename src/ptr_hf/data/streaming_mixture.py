@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from torch.utils.data import IterableDataset, default_collate, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from ptr_hf.data.datasets import check_episodes, episode_spans, is_dataset_folder, open_dataset
+from ptr_hf.data.in_memory import collate_segments
 from ptr_hf.data.mixture import unified
 from ptr_hf.data.mixture_metadata import MixtureMetadata, Source
-from ptr_hf.data.segments import SegmentLayout
+from ptr_hf.data.segments import SegmentLayout, sample_of
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +101,7 @@ class StreamingMixture(IterableDataset[dict[str, Any]]):
                 ]
                 try:
                     for position in draws.permutation(positions).tolist():
-                        batch = unified(default_collate([dataset[position]]), source, self.meta, self.layout)
-                        yield {key: value[0] for key, value in batch.items()}
+                        yield sample_of(unified(collate_segments([dataset[position]]), source, self.meta, self.layout))
                 finally:
                     if root is not None:
                         _forget_tables(dataset)

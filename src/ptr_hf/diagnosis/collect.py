@@ -96,7 +96,7 @@ def collect(
     anchors = np.asarray([first + at for _, first, length in episode_spans(opened) for at in range(0, length, step)])
     if max_segments is not None and len(anchors) > max_segments:
         anchors = anchors[np.linspace(0, len(anchors) - 1, max_segments).round().astype(np.int64)]
-    loader = DataLoader(
+    loader: DataLoader[dict[str, Any]] = DataLoader(
         Subset(opened, anchors.tolist()), batch_size=batch_size, collate_fn=collate_segments, num_workers=workers
     )
     objective.weigher.seen.clear()
