@@ -13,8 +13,13 @@ from lerobot.processor import PolicyProcessorPipeline
 from small_policies import FAMILIES, frames_of, ptr_policy, stats_of, tensors_equal, train_batch
 
 from ptr_hf import PTRPolicy, score_dataset
+from ptr_hf.data.covering import segments_at_once
+from ptr_hf.data.datasets import dataset_metadata, open_dataset
+from ptr_hf.data.in_memory import InMemorySegments
+from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
 from ptr_hf.report import ChunkScores
+from ptr_hf.scores import EpisodeTable
 from ptr_hf.scoring import action_loss
 
 STARTS, LENGTHS = (0, 30, 54, 94), (30, 24, 40, 18)
@@ -182,3 +187,44 @@ class TestActionLoss:
         before = copy.deepcopy(policy.state_dict())
         self.loss(policy, points, repeats=1)
         assert tensors_equal(policy.state_dict(), before)
+
+
+class TestLargePictures:
+    def test_are_read_a_few_at_a_time(self) -> None:
+        camera = {"dtype": "video", "shape": (480, 640, 3)}
+        layout = SegmentLayout(None, (0, 1, 2, 3), 4, 4, 4)
+        for cameras, expected in ((0, 16), (1, 3), (2, 1), (6, 1)):
+            features = {
+                "action": {"dtype": "float32", "shape": (2,)},
+                **{str(place): camera for place in range(cameras)},
+            }
+            assert segments_at_once(features, layout, 16) == expected
+
+    @pytest.mark.parametrize("preset", ["ptr", "ptr_calibrated"])
+    def test_which_changes_no_score(self, points: Path, monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
+        policy = ptr_policy("act", points, preset=preset, **SETTINGS)
+        policy.set_episodes(EpisodeTable.from_metadata(dataset_metadata(points), policy.config.standardize_by))
+        policy(train_batch(policy, points, [0, 12, 33, 60]))
+        policy.update()
+        expected = score(policy, points, batch_size=8)
+        held, read = [], policy.read
+        monkeypatch.setattr(policy, "read", lambda segment: held.append(segment.batch_size) or read(segment))
+        monkeypatch.setattr("ptr_hf.data.covering.FRAMES_AT_ONCE", 120_000)
+        pieces = score(policy, points, batch_size=8)
+        assert (max(held), sum(held)) == (3, 15)
+        for name in COLUMNS:
+            np.testing.assert_allclose(vars(pieces)[name], vars(expected)[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+    def test_the_bar_moves_by_chunk(
+        self, trained: dict[str, PTRPolicy], points: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        score(trained["act"], points, progress=True)
+        assert "29/29" in capfd.readouterr().err.split("scoring")[-1]
+
+
+def test_episodes_are_of_a_single_dataset(trained: dict[str, PTRPolicy], points: Path) -> None:
+    policy = trained["act"]
+    memory = InMemorySegments(open_dataset(points, policy.config.layout), policy.config.layout)
+    assert set(score(policy, points, memory, episodes=[1, 3]).episode_index) == {1, 3}
+    with pytest.raises(ValueError, match="episodes is of a single dataset"):
+        score(policy, points, [str(points)], episodes=[1])

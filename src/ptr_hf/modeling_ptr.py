@@ -301,26 +301,27 @@ class PTRPolicy(PreTrainedPolicy):
             raise ValueError(
                 "This policy has no scorer (preset='sft'); call forward(batch) for the base policy's loss."
             )
-        segment = self.split(batch)
+        return self.objective(self.read(self.split(batch)))
+
+    def read(self, segment: Segment) -> ChunkBatch:
+        """What the objective asks of a batch of segments: losses, summaries and targets of its chunks, nothing yet compared."""
         views = self._encode_views(segment)
         traced = self._trace(segment, views)
         targets, current = self._targets(segment, views)
         samples = samples_of(segment, targets, self.adapter, self.config.robot_state_feature is not None)
         details = None
-        if self.objective.weigher is not None:
+        if self.objective is not None and self.objective.weigher is not None:
             details = ChunkDetails(traced.stretches, current, motion_of(segment.chunks), segment.index)
-        return self.objective(
-            ChunkBatch(
-                loss=traced.loss,
-                context=traced.context,
-                action=traced.action,
-                samples=samples,
-                chunk_valid=segment.chunk_valid,
-                entropy=traced.entropy,
-                diversity=traced.diversity,
-                segment_length=segment.length,
-                weighed_by=details,
-            )
+        return ChunkBatch(
+            loss=traced.loss,
+            context=traced.context,
+            action=traced.action,
+            samples=samples,
+            chunk_valid=segment.chunk_valid,
+            entropy=traced.entropy,
+            diversity=traced.diversity,
+            segment_length=segment.length,
+            weighed_by=details,
         )
 
     def chunk_losses(self, segment: Segment) -> Float[Tensor, " rows"]:

@@ -3,18 +3,21 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import PolicyProcessorPipeline
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
-from ptr_hf.data.datasets import check_dataset, episode_spans, open_dataset
+from ptr_hf.data.covering import Covering, covering, segments_at_once
+from ptr_hf.data.datasets import check_dataset, open_dataset
 from ptr_hf.data.fit import check_fit, check_vectors, renamed_features
 from ptr_hf.data.in_memory import InMemorySegments, collate_segments
 from ptr_hf.data.masked_segments import saying_masked
@@ -22,7 +25,8 @@ from ptr_hf.data.mixture import Mixture
 from ptr_hf.data.mixture_config import MixtureConfig
 from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.data.normalizers import check_normalizers, far_from, renames_in, with_renames
-from ptr_hf.data.segments import SegmentLayout, split_segment
+from ptr_hf.data.segments import SegmentLayout
+from ptr_hf.method.chunks import ChunkBatch, in_time_order, joined
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.policy_sources import widest_vector
 from ptr_hf.processor_embodiment import check_robots
@@ -59,10 +63,11 @@ def score_dataset(
         preprocessor: the policy's own; by default the one saved with the checkpoint, which then must be named. Its statistics
             are those of the training data, and so they are here.
         rename_map: dataset key -> policy key, where cameras or states are called otherwise than in the training data.
-        episodes: a subset of episodes.
-        batch_size: segments per batch; the number of candidates grows with it.
+        episodes: a subset of episodes; of a mixture they are chosen source by source instead.
+        batch_size: segments per batch; the number of candidates grows with it. Large pictures do not fill the memory: the
+            segments of a batch are then read a few at a time.
         seed: of the order, the policy's noise and the queue draws.
-        progress: show a progress bar.
+        progress: show a progress bar, which moves by the chunks that were read.
 
     Returns:
         one row per chunk that begins inside its episode, ordered by dataset index.
@@ -80,27 +85,37 @@ def score_dataset(
     _check(policy, preprocessor, opened, rename_map)
     if isinstance(opened, LeRobotDataset):
         check_dataset(opened, layout)
-    anchors = _anchors(opened, layout)
+    cover = covering(opened, layout, episodes)
     first_frame = dict(zip(range(opened.meta.total_episodes), opened.meta.episodes["dataset_from_index"], strict=True))
     columns: dict[str, list[np.ndarray]] = {}
     verdicts: list[Tensor] = []
-    with _evaluating(policy, seed):
-        for batch in _segments(segments, anchors, batch_size, seed, progress, "scoring"):
-            batch = preprocess(_to_device(batch, policy), preprocessor, layout)
-            output, segment = policy.compute(batch), split_segment(batch, layout)
+    at_once = segments_at_once(opened.meta.features, layout, batch_size)
+    bar = tqdm(total=sum(cover.chunks), desc="scoring", unit="chunk", disable=not progress)
+    with bar, _evaluating(policy, seed):
+        for pieces in _batches(segments, cover, batch_size, at_once, seed):
+            parts: list[ChunkBatch] = []
+            places: list[Tensor] = []
+            for piece in pieces:
+                segment = policy.split(preprocess(_to_device(piece, policy), preprocessor, layout))
+                parts.append(policy.read(segment))
+                places.append(torch.stack([segment.index, segment.episode, segment.task], dim=1))
+                bar.update(int(segment.chunk_valid.sum()))
+            chunks = joined(parts)
+            output, valid = policy.objective(chunks), chunks.chunk_valid
+            index, episode, task = in_time_order(places, layout.segment_length).unbind(1)
             kept = {
-                "index": segment.index,
-                "episode_index": segment.episode,
-                "task": segment.task,
+                "index": index,
+                "episode_index": episode,
+                "task": task,
                 "target_valid": output.target_valid,
                 "score": output.score,
                 "weight": output.weight,
                 "loss": output.loss,
             }
             if output.weighing is not None:
-                verdicts.append(output.weighing.verdicts[segment.chunk_valid].cpu())
+                verdicts.append(output.weighing.verdicts[valid].cpu())
             for name, value in kept.items():
-                columns.setdefault(name, []).append(value[segment.chunk_valid].detach().cpu().numpy())
+                columns.setdefault(name, []).append(value[valid].detach().cpu().numpy())
     table = {name: np.concatenate(parts) for name, parts in columns.items()}
     order = np.argsort(table["index"])
     by_score: dict[str, np.ndarray] = {}
@@ -130,13 +145,14 @@ def _opened(
     """The data set, and what reads its segments."""
     if isinstance(dataset, InMemorySegments):
         return dataset.dataset, dataset
+    config = None if isinstance(dataset, Mixture) else MixtureConfig.of(dataset)
+    if episodes is not None and (config is not None or isinstance(dataset, Mixture)):
+        raise ValueError("episodes is of a single dataset: give each source of the mixture its own `episodes`.")
     if isinstance(dataset, Mixture):
         return dataset, dataset
-    config = MixtureConfig.of(dataset)
     if config is not None:
         mixture = Mixture(MixtureMetadata.read(config, widest=widest_vector(policy)), layout)
         return mixture, mixture
-    assert isinstance(dataset, str | Path | LeRobotDataset)
     opened = open_dataset(dataset, layout, episodes=episodes)
     return opened, opened
 
@@ -179,7 +195,8 @@ def action_loss(
     layout = layout or policy.config.layout
     opened, segments = _opened(dataset, policy, layout)
     _check(policy, preprocessor, opened)
-    return _mean_loss(policy, segments, _anchors(opened, layout), preprocessor, layout, batch_size, repeats, seed)
+    cover = covering(opened, layout)
+    return _mean_loss(policy, segments, cover, opened.meta, preprocessor, layout, batch_size, repeats, seed)
 
 
 def action_loss_by_source(
@@ -195,19 +212,19 @@ def action_loss_by_source(
     """`action_loss` of every source of a mixture by itself, whatever the others are; the arguments are its own."""
     layout = layout or policy.config.layout
     check_robots(preprocessor, mixture.meta)
-    losses, step = {}, layout.segment_length * layout.chunk_stride
-    for source in mixture.meta.sources:
+    losses, meta = {}, mixture.meta
+    for source in meta.sources:
         own = range(source.first_episode, source.first_episode + source.meta.total_episodes)
-        spans = [(first, length) for episode, first, length in mixture.episode_spans() if episode in own]
-        anchors = [first + start for first, length in spans for start in range(0, length, step)]
-        losses[source.name] = _mean_loss(policy, mixture, anchors, preprocessor, layout, batch_size, repeats, seed)
+        cover = covering(mixture, layout, own)
+        losses[source.name] = _mean_loss(policy, mixture, cover, meta, preprocessor, layout, batch_size, repeats, seed)
     return losses
 
 
 def _mean_loss(
     policy: PTRPolicy,
     segments: Dataset,
-    anchors: list[int],
+    cover: Covering,
+    meta: LeRobotDatasetMetadata | MixtureMetadata,
     preprocessor: PolicyProcessorPipeline,
     layout: SegmentLayout,
     batch_size: int,
@@ -215,10 +232,11 @@ def _mean_loss(
     seed: int,
 ) -> float:
     total, count = 0.0, 0
+    at_once = segments_at_once(meta.features, layout, batch_size)
     with _evaluating(policy, seed):
         for _ in range(repeats):
-            for batch in _segments(segments, anchors, batch_size, seed, False, ""):
-                segment = policy.split(preprocess(_to_device(batch, policy), preprocessor, layout), layout)
+            for piece in chain.from_iterable(_batches(segments, cover, batch_size, at_once, seed)):
+                segment = policy.split(preprocess(_to_device(piece, policy), preprocessor, layout), layout)
                 loss = policy.chunk_losses(segment)[segment.chunk_valid]
                 total += float(loss.double().sum())
                 count += len(loss)
@@ -238,23 +256,23 @@ def _evaluating(policy: PTRPolicy, seed: int) -> Iterator[None]:
         policy.train(training)
 
 
-def _anchors(dataset: LeRobotDataset | Mixture, layout: SegmentLayout) -> list[int]:
-    """First frames of the segments that cover every episode from its first frame on, without overlap."""
-    step = layout.segment_length * layout.chunk_stride
-    return [first + start for _, first, length in episode_spans(dataset) for start in range(0, length, step)]
-
-
-def _segments(
-    dataset: Dataset, anchors: list[int], batch_size: int, seed: int, progress: bool, label: str
-) -> Iterator[dict[str, Any]]:
-    loader = DataLoader(
-        Subset(dataset, anchors),
-        batch_size=batch_size,
-        shuffle=True,
-        generator=torch.Generator().manual_seed(seed),
-        collate_fn=collate_segments,
+def _batches(
+    dataset: Dataset, cover: Covering, batch_size: int, at_once: int, seed: int
+) -> Iterator[Iterator[dict[str, Any]]]:
+    """Batches of segments in random order, each as pieces of at most `at_once` segments, which are read one by one."""
+    order = torch.randperm(len(cover.anchors), generator=torch.Generator().manual_seed(seed)).tolist()
+    batches = [
+        [batch[first : first + at_once] for first in range(0, len(batch), at_once)]
+        for batch in (order[first : first + batch_size] for first in range(0, len(order), batch_size))
+    ]
+    loader: DataLoader[dict[str, Any]] = DataLoader(
+        Subset(dataset, cover.anchors), batch_sampler=list(chain.from_iterable(batches)), collate_fn=collate_segments
     )
-    return saying_masked(tqdm(loader, desc=label, unit="batch", disable=not progress))
+    pieces = saying_masked(loader)
+    for batch in batches:
+        yield islice(pieces, len(batch))
+    # which says what it has seen at its end
+    next(pieces, None)
 
 
 def _load(

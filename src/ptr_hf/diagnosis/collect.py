@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 
 from ptr_hf.configuration_ptr import PTRConfig
-from ptr_hf.data.datasets import check_dataset, episode_spans, open_dataset
+from ptr_hf.data.covering import covering, segments_at_once
+from ptr_hf.data.datasets import check_dataset, open_dataset
 from ptr_hf.data.fit import check_fit
 from ptr_hf.data.in_memory import collate_segments
 from ptr_hf.data.masked_segments import saying_masked
@@ -78,7 +79,7 @@ def collect(
         revision: of the dataset on the Hub.
         renames: dataset key -> policy key of cameras and states.
         max_segments: of a larger dataset, so many segments are read, spread evenly over it.
-        batch_size: segments per forward pass.
+        batch_size: segments per forward pass; fewer where their pictures are large.
         workers: processes that read the dataset.
         seed: of the policy's noise.
         progress: show a progress bar.
@@ -92,19 +93,26 @@ def collect(
     opened = open_dataset(dataset, layout, revision=revision)
     check_fit(policy.config.base_config, opened.meta.features, renames or {}, opened.meta.repo_id)
     check_dataset(opened, layout)
-    step = layout.segment_length * layout.chunk_stride
-    anchors = np.asarray([first + at for _, first, length in episode_spans(opened) for at in range(0, length, step)])
-    if max_segments is not None and len(anchors) > max_segments:
-        anchors = anchors[np.linspace(0, len(anchors) - 1, max_segments).round().astype(np.int64)]
+    cover = covering(opened, layout)
+    count = len(cover.anchors)
+    chosen = list(range(count))
+    if max_segments is not None and count > max_segments:
+        chosen = np.linspace(0, count - 1, max_segments).round().astype(np.int64).tolist()
     loader: DataLoader[dict[str, Any]] = DataLoader(
-        Subset(opened, anchors.tolist()), batch_size=batch_size, collate_fn=collate_segments, num_workers=workers
+        Subset(opened, [cover.anchors[place] for place in chosen]),
+        batch_size=segments_at_once(opened.meta.features, layout, batch_size),
+        collate_fn=collate_segments,
+        num_workers=workers,
     )
+    total = sum(cover.chunks[place] for place in chosen)
     objective.weigher.seen.clear()
-    with torch.random.fork_rng(), torch.no_grad():
+    bar = tqdm(total=total, desc="reading consequences", unit="chunk", disable=not progress)
+    with bar, torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        for batch in saying_masked(tqdm(loader, desc="reading consequences", unit="batch", disable=not progress)):
+        for batch in saying_masked(loader):
             on_device = {k: v.to(policy.config.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             policy.compute(preprocess(on_device, preprocessor, policy.config.layout))
+            bar.update(int(objective.weigher.seen[-1].chunk_valid.sum()))
     parts = objective.weigher.seen
     whole: dict[str, Any] = {name: torch.cat([vars(part)[name].cpu() for part in parts]) for name in _columns()}
     objective.weigher.seen = []

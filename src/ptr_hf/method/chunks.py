@@ -1,6 +1,8 @@
 """What goes into the objective and what comes out of it, one row a chunk."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -45,6 +47,27 @@ class ChunkDetails:
     current: Float[Tensor, "batch dim"]
     motion: Float[Tensor, " batch"]
     index: Int[Tensor, " batch"]
+
+
+def joined(parts: Sequence[ChunkBatch]) -> ChunkBatch:
+    """The chunks of several batches of segments as those of one, time-major over all of their segments."""
+    return parts[0] if len(parts) == 1 else _joined(parts, parts[0].segment_length)
+
+
+def in_time_order(parts: Sequence[Tensor], segment_length: int) -> Tensor:
+    """Rows (T·b, ...) of several batches, each time-major, as one time-major (T·Σb, ...)."""
+    return torch.cat([part.unflatten(0, (segment_length, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+def _joined(parts: Sequence[Any], segment_length: int) -> Any:
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return in_time_order(parts, segment_length)
+    if not isinstance(first, ChunkBatch | ChunkDetails | Samples):
+        return first
+    names = [item.name for item in fields(first)]
+    together = {name: _joined([vars(part)[name] for part in parts], segment_length) for name in names}
+    return type(first)(**together)
 
 
 @dataclass
