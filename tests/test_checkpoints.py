@@ -319,7 +319,7 @@ class TestChoice:
                 file.write(b"\1")
             found.append(checksums(tmp_path, ["large", "empty"]))
         assert len({sums["large"] for sums in found}) == 3
-        assert {sums["empty"] for sums in found} == {"00000000"}
+        assert len({sums["empty"] for sums in found}) == 1
 
     def test_none_left(self, output: Path) -> None:
         for path in checkpoints(output):

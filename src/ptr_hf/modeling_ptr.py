@@ -95,7 +95,7 @@ class PTRPolicy(PreTrainedPolicy):
         meta = kwargs.get("dataset_meta")
         if meta is not None:
             # lerobot-train asks for the processors next, which would normalise by what there is
-            policy_statistics(config.base_config, meta, None)
+            policy_statistics(config.base_config if base_policy is None else unwrap(base_policy).config, meta, None)
         if base_policy is None:
             base_policy = build_base(config, **kwargs)
         self.base: PreTrainedPolicy = base_policy

@@ -50,7 +50,7 @@ _GROUPS: dict[int, tuple[str, ...]] = {
     ),
     # tokens of a prompt or a prefix
     8192: (
-        *("tokenizer_max_length", "max_length", "max_text_length", "prefix_length", "max_len_seq", "max_action_tokens"),
+        *("tokenizer_max_length", "max_text_length", "prefix_length", "max_len_seq", "max_action_tokens"),
         *("max_decoding_steps", "action_max_seq_len", "len_soft_prompts", "num_target_vision_tokens"),
         *("num_embodied_action_tokens_per_instruction", "num_action_tokens_per_timestep", "max_sequence_length"),
     ),
