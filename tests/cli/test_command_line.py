@@ -174,8 +174,10 @@ def test_several_unknown_options_are_all_named() -> None:
 
 
 WAITS = """
-import sys, time
+import signal, sys, time
 from ptr_hf.cli import interrupts
+# a test run in the background of a shell hands on that it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 interrupts.end_quietly("train_ptr.py", resumable=True)
 interrupts.writes_to(sys.argv[1])
 print("ready", flush=True)
