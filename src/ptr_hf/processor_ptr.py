@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ptr_hf.artifact_files import read_json
 from ptr_hf.artifacts.foreign_code import no_foreign_code
+from ptr_hf.artifacts.regular_files import inside
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.fit import renamed_features
 from ptr_hf.data.normalizers import harmless
@@ -138,7 +139,7 @@ def keep_statistics(pipeline: PolicyProcessorPipeline, folder: Path, file: str) 
             continue
         if type(step) is not ProcessorStepRegistry.get(name):
             continue
-        before, kept = step.state_dict(), load_file(folder / saved["state_file"])
+        before, kept = step.state_dict(), load_file(inside(folder, saved["state_file"]))
         if before.keys() == kept.keys() and all(torch.equal(before[key], kept[key]) for key in kept):
             continue
         changed = True

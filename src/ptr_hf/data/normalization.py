@@ -315,11 +315,19 @@ def _remedy(meta: LeRobotDatasetMetadata, key: str, fault: str) -> str:
             "LeRobot computes them over all frames, of which some are not finite; PTRTrainer leaves these out, where it reads "
             "the dataset itself and not a stream of it"
         )
-    return f"write them by `{_command(meta, key in meta.camera_keys)}`"
+    return f"write them by `{_command_for_pictures(meta) if key in meta.camera_keys else _command(meta)}`"
 
 
-def _command(meta: LeRobotDatasetMetadata, pictures: bool = False) -> str:
-    """What writes a dataset's statistics anew, in place."""
+def _command(meta: LeRobotDatasetMetadata) -> str:
+    """What writes a dataset's statistics anew, in place; LeRobot leaves pictures out of it, whatever it is told."""
     place = f"--repo_id {meta.repo_id} --root {meta.root} --new_repo_id {meta.repo_id} --new_root {meta.root}"
-    operation = "--operation.type recompute_stats --operation.overwrite true"
-    return f"lerobot-edit-dataset {place} {operation}" + (" --operation.skip_image_video false" if pictures else "")
+    return f"lerobot-edit-dataset {place} --operation.type recompute_stats --operation.overwrite true"
+
+
+def _command_for_pictures(meta: LeRobotDatasetMetadata) -> str:
+    """What writes all statistics anew, by what LeRobot's script does before it pushes the dataset to the Hub."""
+    return (
+        'python -c "from lerobot.datasets import LeRobotDataset, write_stats; '
+        "from lerobot.scripts.augment_dataset_quantile_stats import compute_quantile_stats_for_dataset as compute; "
+        f"data = LeRobotDataset('{meta.repo_id}', root='{meta.root}'); write_stats(compute(data), data.root)\""
+    )
