@@ -320,7 +320,6 @@ class TestRotationAndBest:
         assert step_of(Path(resumed.state.best_model_checkpoint)) == 9
         assert fault(Path(resumed.state.best_model_checkpoint)) is None
 
-    @pytest.mark.slow
     def test_a_best_that_lies_elsewhere_is_not_followed(
         self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
