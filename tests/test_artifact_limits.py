@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lerobot.rewards.topreward.processor_topreward  # noqa: F401  registers a step that other tests may have imported
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st

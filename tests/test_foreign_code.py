@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import lerobot.rewards.topreward.processor_topreward  # noqa: F401  registers a step that other tests may have imported
 import pytest
 from lerobot.configs import PreTrainedConfig
 from lerobot.processor import ProcessorStepRegistry

@@ -51,7 +51,7 @@ STEP_REPOS = {
     "molmoact2_pack_inputs": ("checkpoint_path", "discrete_action_tokenizer"),
 }
 """Settings of registered steps that name repos where transformers would ask."""
-STEP_LOADS = {"reward_classifier_processor": ("pretrained_path",)}
+STEP_LOADS = {"reward_classifier_processor": ("pretrained_path",), "topreward_encoder": ("vlm_name",)}
 """Settings of registered steps that load a whole model, which names further repos: a policy needs none of them."""
 
 _DESCRIPTIONS = (
