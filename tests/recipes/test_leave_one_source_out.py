@@ -146,4 +146,4 @@ def test_what_cannot_be_compared_is_refused(recipe: ModuleType, folder: Path, tm
     with pytest.raises(SystemExit, match="nowhere has to be one"):
         run(str(folder / "mixture.yaml"), "--only", "nowhere")
     with pytest.raises(SystemExit, match="give --max_steps"):
-        run(str(folder / "mixture.yaml"), "--max_steps", "-1")
+        run(str(folder / "mixture.yaml"), "--max_steps", "-1", "--num_train_epochs", "1")
