@@ -25,6 +25,7 @@ from ptr_hf.data.mixture import Mixture
 from ptr_hf.data.mixture_config import MixtureConfig
 from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.data.normalizers import check_normalizers, far_from, renames_in, with_renames
+from ptr_hf.data.screening import Screen
 from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.method.chunks import ChunkBatch, in_time_order, joined
 from ptr_hf.modeling_ptr import PTRPolicy
@@ -90,9 +91,10 @@ def score_dataset(
     columns: dict[str, list[np.ndarray]] = {}
     verdicts: list[Tensor] = []
     at_once = segments_at_once(opened.meta.features, layout, batch_size)
+    screen = Screen(layout, policy.config.input_features or {}, renames_in(preprocessor))
     bar = tqdm(total=sum(cover.chunks), desc="scoring", unit="chunk", disable=not progress)
     with bar, _evaluating(policy, seed):
-        for pieces in _batches(segments, cover, batch_size, at_once, seed):
+        for pieces in _batches(segments, cover, batch_size, at_once, seed, screen):
             parts: list[ChunkBatch] = []
             places: list[Tensor] = []
             for piece in pieces:
@@ -232,10 +234,11 @@ def _mean_loss(
     seed: int,
 ) -> float:
     total, count = 0.0, 0
+    screen = Screen(layout, policy.config.input_features or {}, renames_in(preprocessor))
     at_once = segments_at_once(meta.features, layout, batch_size)
     with _evaluating(policy, seed):
         for _ in range(repeats):
-            for piece in chain.from_iterable(_batches(segments, cover, batch_size, at_once, seed)):
+            for piece in chain.from_iterable(_batches(segments, cover, batch_size, at_once, seed, screen)):
                 segment = policy.split(preprocess(_to_device(piece, policy), preprocessor, layout), layout)
                 loss = policy.chunk_losses(segment)[segment.chunk_valid]
                 total += float(loss.double().sum())
@@ -257,7 +260,7 @@ def _evaluating(policy: PTRPolicy, seed: int) -> Iterator[None]:
 
 
 def _batches(
-    dataset: Dataset, cover: Covering, batch_size: int, at_once: int, seed: int
+    dataset: Dataset, cover: Covering, batch_size: int, at_once: int, seed: int, screen: Screen
 ) -> Iterator[Iterator[dict[str, Any]]]:
     """Batches of segments in random order, each as pieces of at most `at_once` segments, which are read one by one."""
     order = torch.randperm(len(cover.anchors), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -268,7 +271,7 @@ def _batches(
     loader: DataLoader[dict[str, Any]] = DataLoader(
         Subset(dataset, cover.anchors), batch_sampler=list(chain.from_iterable(batches)), collate_fn=collate_segments
     )
-    pieces = saying_masked(loader)
+    pieces = saying_masked(loader, screen)
     for batch in batches:
         yield islice(pieces, len(batch))
     # which says what it has seen at its end

@@ -1,5 +1,7 @@
 """Open LeRobot datasets at a segment layout, and refuse the ones a run could not learn from before it starts."""
 
+import copy
+import dataclasses
 import importlib
 import json
 import logging
@@ -17,13 +19,14 @@ from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.utils import CompatibilityError
+from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 
 from ptr_hf.data.bookkeeping import mend_dataset, mend_metadata
 from ptr_hf.data.dataset_files import damaged_file
-from ptr_hf.data.frame_times import check_rate
+from ptr_hf.data.frame_times import check_rate, wrong_times
 from ptr_hf.data.given_datasets import check_given, check_unedited
 from ptr_hf.data.segment_dataset import SegmentDataset
-from ptr_hf.data.segments import ACTION, SegmentLayout
+from ptr_hf.data.segments import ACTION, OBSERVATION_PREFIX, SegmentLayout
 from ptr_hf.hub_access import asking_the_hub
 
 EMPTY_CAMERA = "observation.images.empty_camera_"
@@ -64,6 +67,24 @@ def dataset_metadata(
     return _mended_metadata(source, revision, episodes)[0]
 
 
+def without_unreadable(meta: LeRobotDatasetMetadata) -> LeRobotDatasetMetadata:
+    """Metadata without the observations that no policy reads: texts, and flags other than the state.
+
+    LeRobot would read them at a segment's offsets, normalise them, or fail to.
+    """
+    unread = [
+        key
+        for key, feature in meta.features.items()
+        if key.startswith(OBSERVATION_PREFIX)
+        and (feature["dtype"] == "string" or (feature["dtype"] == "bool" and key not in (OBS_STATE, OBS_ENV_STATE)))
+    ]
+    if unread:
+        meta = copy.copy(meta)
+        kept = {key: feature for key, feature in meta.features.items() if key not in unread}
+        meta.info = dataclasses.replace(meta.info, features=kept)
+    return meta
+
+
 def _mended_metadata(
     source: Any, revision: str | None, episodes: Sequence[int] | None
 ) -> tuple[LeRobotDatasetMetadata, list[str]]:
@@ -71,7 +92,8 @@ def _mended_metadata(
     check_given(source, revision)
     if isinstance(source, LeRobotDataset):
         source.meta.ensure_readable()
-        return source.meta, mend_metadata(source.meta, source.episodes if episodes is None else episodes)
+        said = mend_metadata(source.meta, source.episodes if episodes is None else episodes)
+        return without_unreadable(source.meta), said
     folder = Path(source) if is_dataset_folder(source) else None
     if folder is None and Path(source).exists():
         raise ValueError(
@@ -90,7 +112,8 @@ def _mended_metadata(
         if damage is None:
             raise
         raise ValueError(f"The dataset {source} cannot be read: {damage}. Copy it anew.") from error
-    return meta, mend_metadata(meta, episodes, complete=folder is not None)
+    said = mend_metadata(meta, episodes, complete=folder is not None)
+    return without_unreadable(meta), said
 
 
 def _check_folder(folder: Path) -> None:
@@ -172,9 +195,12 @@ def open_dataset(
     if isinstance(source, LeRobotDataset):
         check_unedited(source)
         dataset.use_metadata(meta)
+    dataset.meta.info.features = meta.features
+    dataset.drop([key for key in dataset.hf_dataset.column_names if key not in meta.features])
     # the files of a folder have just been compared, those of a Hub dataset are here only now
     is_folder = not isinstance(source, LeRobotDataset) and is_dataset_folder(source)
     said += mend_dataset(dataset, known=meta if is_folder else None)
+    dataset.wrong_times = frozenset(wrong_times(dataset).tolist())
     for sentence in dict.fromkeys(filter(None, [*said, check_rate(dataset)])):
         announce(sentence)
     return dataset
@@ -230,7 +256,7 @@ def check_episodes(
         frame_stride: recorded frames to one step of the layout.
 
     Raises:
-        ValueError: no frames, a chunk longer than every episode, or no chunk with a recorded consequence.
+        ValueError: no frames, a chunk or a segment longer than every episode, or no chunk with a recorded consequence.
     """
     if ACTION not in meta.features:
         raise ValueError(f"The dataset {meta.repo_id} has no {ACTION!r} feature, which a policy learns.")
@@ -243,6 +269,12 @@ def check_episodes(
         raise ValueError(
             f"A chunk of {chunk} actions is longer than every episode of {meta.repo_id} (the longest has {longest} "
             f"frames): set chunk_size to at most {longest}."
+        )
+    if layout.chunk_starts[-1] >= longest:
+        raise ValueError(
+            f"A segment of {layout.segment_length} chunks, {layout.chunk_stride} frames apart, is longer than every episode of "
+            f"{meta.repo_id} (the longest has {longest} frames), so that its last chunk would always be padding: set "
+            f"segment_length to at most {(longest - 1) // layout.chunk_stride + 1}."
         )
     if layout.consequence_offset is not None and layout.consequence_offset >= longest:
         raise ValueError(
@@ -284,6 +316,16 @@ def check_cameras(
         ValueError: naming the missing cameras and the ones there are.
     """
     renamed = {(rename_map or {}).get(key, key) for key in feature_keys}
+    depth = [
+        key
+        for key, feature in (config.input_features or {}).items()
+        if feature.type is FeatureType.VISUAL and feature.shape[0] != 3 and key in renamed
+    ]
+    if depth:
+        raise ValueError(
+            f"{depth[0]} has {(config.input_features or {})[depth[0]].shape[0]} channels (a depth map?), and the cameras of a "
+            f"{config.type} policy are colour pictures of 3: leave it out of the policy's input_features."
+        )
     expected = [
         key
         for key, feature in (config.input_features or {}).items()

@@ -75,7 +75,7 @@ def _check_spans(dataset: LeRobotDataset, key: str, chosen: Sequence[int]) -> No
         raise ValueError(
             f"meta/episodes of {dataset.repo_id} lacks the column {lacking[0]!r}: convert the dataset anew."
         )
-    chunk, file, begin, end = (np.asarray(meta.episodes[name]) for name in names)
+    chunk, file, begin, end = (np.asarray(meta.episodes[name], dtype=np.float64) for name in names)
     lasts = np.asarray(meta.episodes["length"]) / fps
     files: dict[tuple[int, int], list[int]] = {}
     for episode in np.argsort(begin, kind="stable").tolist():

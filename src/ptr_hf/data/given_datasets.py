@@ -56,10 +56,11 @@ def check_unedited(dataset: LeRobotDataset) -> None:
     rows = dataset.hf_dataset
     if rows._fingerprint == recorded._fingerprint:
         return
-    # other files may have been fetched into the folder since, and frames may have been numbered anew (`mend_dataset`)
-    same = rows.features == recorded.features and len(rows) == len(recorded)
+    # other files may have been fetched into the folder since, frames may have been numbered anew (`mend_dataset`), and no policy
+    # reads some columns (`without_unreadable`)
+    columns = sorted(set(recorded.column_names) & set(rows.column_names) - {"index"})
+    same = len(rows) == len(recorded) and all(rows.features[name] == recorded.features[name] for name in columns)
     same &= all(rows.format[name] == recorded.format[name] for name in ("type", "format_kwargs"))
-    columns = sorted(set(recorded.column_names) - {"index"})
     given, files = (table.select_columns(columns).with_format("arrow") for table in (rows, recorded))
     if not same or not given[:].equals(files[:]):
         raise ValueError(

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,14 @@ from torch.utils.data import Dataset
 
 from ptr_hf.data.bookkeeping import mend_dataset
 from ptr_hf.data.datasets import episode_spans
+from ptr_hf.data.readable import ReadableDataset, as_unreadable, unreadable_frame
 from ptr_hf.data.segment_dataset import TASK, TASK_INDEX, chunk_columns
 from ptr_hf.data.segments import ACTION, CHUNK_PREFIX, OBSERVATION_PREFIX, PAD_SUFFIX, SegmentLayout, sample_of
 
 GIGABYTE = 10**9
 DECODED_AT_ONCE = 128 * 10**6
+UNREADABLE = 10
+"""So many frames at the beginning that cannot be read mean that none can."""
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +87,12 @@ class InMemorySegments(Dataset[dict[str, Any]]):
                 self._texts[key] = dataset.hf_dataset.data.column(key).to_pylist()
             else:
                 self._columns[key] = _read_column(dataset, key)
-        self._frames = {key: _load_frames(dataset, key, frames_cache) for key in self.meta.camera_keys}
+        loaded = {key: _load_frames(dataset, key, frames_cache) for key in self.meta.camera_keys}
+        self._frames = {key: frames for key, (frames, _) in loaded.items()}
+        wrong_times = dataset.wrong_times if isinstance(dataset, ReadableDataset) else frozenset()
+        self._unreadable = sorted(wrong_times.union(*(places for _, places in loaded.values())))
+        for place in self._unreadable:
+            logger.warning("%s", unreadable_frame(dataset, place))
         self._first, self._last = _episode_bounds(dataset)
         self._task_names: list[str] = self.meta.tasks.index.tolist()
         self._offsets: dict[str, Tensor] = {}
@@ -139,7 +148,17 @@ class InMemorySegments(Dataset[dict[str, Any]]):
         if self._of_chunks:
             numbers = batch[CHUNK_PREFIX + TASK_INDEX].T.tolist()
             batch[CHUNK_PREFIX + TASK] = [tuple(self._task_names[task] for task in column) for column in numbers]
+        if self._unreadable:
+            self._mark_unreadable(batch, observed[0])
         return batch
+
+    def _mark_unreadable(self, batch: dict[str, Any], observed: Int[Tensor, "batch steps"]) -> None:
+        """Samples that show a frame which could not be read are made ones that `Screen` leaves out."""
+        bad = torch.isin(observed, torch.tensor(self._unreadable))
+        for row in bad.any(dim=1).nonzero()[:, 0].tolist():
+            offset = (self.layout.observation_offsets or [0])[int(bad[row].int().argmax())]
+            action, pad = as_unreadable(batch[ACTION][row], self.layout.action_offsets, offset)
+            batch[ACTION][row], batch[ACTION + PAD_SUFFIX][row] = action, pad
 
     def _around(
         self, rows: Int[Tensor, " batch"], offsets: list[int] | None
@@ -200,7 +219,7 @@ def _check_supported(dataset: LeRobotDataset, max_gigabytes: float) -> None:
 
 def _read_column(dataset: LeRobotDataset, key: str) -> Shaped[Tensor, "frames *shape"]:
     """A column as one tensor, with the dtype and shape that LeRobot gives its rows."""
-    sample = dataset.hf_dataset[:1][key][0]
+    sample = dataset.hf_dataset.select_columns([key])[:1][key][0]
     column = dataset.hf_dataset.data.column(key).combine_chunks()
     if column.null_count:
         raise ValueError(f"{dataset.repo_id} lacks {column.null_count} values of {key!r}; InMemorySegments needs all.")
@@ -222,26 +241,29 @@ def _episode_bounds(dataset: LeRobotDataset) -> tuple[Int[Tensor, " frames"], In
 
 def _load_frames(
     dataset: LeRobotDataset, key: str, cache: str | Path | None
-) -> UInt8[Tensor, "frames channels height width"]:
-    """All frames of a camera, decoded now or by an earlier run."""
+) -> tuple[UInt8[Tensor, "frames channels height width"], list[int]]:
+    """All frames of a camera, decoded now or by an earlier run, and the places of those that cannot be read."""
     shape = (len(dataset), *dataset_to_policy_features({key: dataset.meta.features[key]})[key].shape)
     decode = _decode_images if key in dataset.meta.image_keys else _decode_videos
     if cache is None:
         frames = np.empty(shape, dtype=np.uint8)
-        decode(dataset, key, frames)
-        return torch.from_numpy(frames)
+        unreadable = decode(dataset, key, frames)
+        return torch.from_numpy(frames), unreadable
     path = Path(cache) / f"{key}-{_identity(dataset, key)}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
     # Of several processes one decodes while the others wait for its file.
     with WeakFileLock(path.with_suffix(".lock")):
         if not path.exists():
-            partial = path.with_suffix(".partial")
-            frames = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-            decode(dataset, key, frames)
+            unfinished = path.with_suffix(".partial")
+            frames = np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.uint8, shape=shape)
+            if unreadable := decode(dataset, key, frames):
+                # the file could not tell which they are
+                unfinished.unlink()
+                return torch.from_numpy(np.array(frames)), unreadable
             frames.flush()
-            partial.replace(path)
+            unfinished.replace(path)
     # Copy on write: the pages are shared, and PyTorch wants memory that it may write to.
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    return torch.from_numpy(np.load(path, mmap_mode="c")), []
 
 
 def _identity(dataset: LeRobotDataset, key: str) -> str:
@@ -256,30 +278,58 @@ def _identity(dataset: LeRobotDataset, key: str) -> str:
     return digest.hexdigest()[:32]
 
 
-def _decode_images(dataset: LeRobotDataset, key: str, frames: np.ndarray) -> None:
+def _decode_images(dataset: LeRobotDataset, key: str, frames: np.ndarray) -> list[int]:
+    """Decode picture by picture; returns the places of those that cannot be."""
     pictures = dataset.hf_dataset.select_columns([key]).with_format(None)
-    for position, row in enumerate(pictures):
-        if row[key].mode != "RGB":
+    unreadable: list[int] = []
+    for position in range(len(pictures)):
+        try:
+            picture = pictures[position][key]
+            pixels = np.asarray(picture)
+        except (OSError, ValueError, SyntaxError) as error:
+            if len(unreadable) == position >= UNREADABLE:
+                raise ValueError(f"The pictures {key} of {dataset.repo_id} cannot be read: {error}") from error
+            unreadable.append(position)
+            frames[position] = 0
+            continue
+        if picture.mode != "RGB":
             raise ValueError(
-                f"{key} of {dataset.repo_id} holds {row[key].mode} images, and InMemorySegments reads RGB: use the "
+                f"{key} of {dataset.repo_id} holds {picture.mode} images, and InMemorySegments reads RGB: use the "
                 "LeRobotDataset itself."
             )
-        frames[position] = np.asarray(row[key]).transpose(2, 0, 1)
+        frames[position] = pixels.transpose(2, 0, 1)
+    return unreadable
 
 
-def _decode_videos(dataset: LeRobotDataset, key: str, frames: np.ndarray) -> None:
-    """Decode with LeRobot's function, a window of frames after the other."""
+def _decode_videos(dataset: LeRobotDataset, key: str, frames: np.ndarray) -> list[int]:
+    """Decode with LeRobot's function, a window of frames after the other; returns the places of those that cannot be."""
     logger.info("Decoding %d frames of %s once, into memory.", len(frames), key)
     timestamps = dataset.hf_dataset.data.column("timestamp").to_numpy()
     window = max(1, min(256, DECODED_AT_ONCE // math.prod(frames.shape[1:])))
+    unreadable: list[int] = []
     for episode, start, length in episode_spans(dataset):
         path = dataset.root / dataset.meta.get_video_file_path(episode, key)
         begin = dataset.meta.episodes[episode][f"videos/{key}/from_timestamp"]
+
+        def decoded(times: list[float], path: Path = path, begin: float = begin) -> np.ndarray:
+            shifted = [begin + time for time in times]
+            decode = partial(decode_video_frames, path, shifted, dataset.tolerance_s, dataset._video_backend)
+            return decode(return_uint8=True).numpy()
+
         for first in range(start, start + length, window):
             last = min(first + window, start + length)
-            times = [begin + time for time in timestamps[first:last].tolist()]
-            decoded = decode_video_frames(path, times, dataset.tolerance_s, dataset._video_backend, return_uint8=True)
-            frames[first:last] = decoded.numpy()
+            try:
+                frames[first:last] = decoded(timestamps[first:last].tolist())
+            except (OSError, RuntimeError, ValueError, IndexError) as error:
+                for position in range(first, last):
+                    try:
+                        frames[position] = decoded([float(timestamps[position])])[0]
+                    except (OSError, RuntimeError, ValueError, IndexError):
+                        if len(unreadable) == position >= UNREADABLE:
+                            raise error from None
+                        unreadable.append(position)
+                        frames[position] = 0
+    return unreadable
 
 
 def _take(values: Shaped[Tensor, "frames *shape"], where: Int[Tensor, "*steps"]) -> Shaped[Tensor, "..."]:

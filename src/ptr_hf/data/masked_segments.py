@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from ptr_hf.data.screening import FINE, Screen
 from ptr_hf.data.segments import ACTION, PAD_SUFFIX
 
 MANY = 0.05
@@ -36,13 +37,32 @@ def many_masked(masked: int, segments: int, where: str) -> str | None:
     )
 
 
-def saying_masked(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Pass the collated batches of one reading on; where many of their segments were wholly masked, warn at the end."""
+def saying_masked(batches: Iterable[dict[str, Any]], screen: Screen | None = None) -> Iterator[dict[str, Any]]:
+    """Pass the collated batches of one reading on; where many of their segments were wholly masked, warn at the end.
+
+    Args:
+        batches: collated segments.
+        screen: leaves those out that are not finite or could not be read, which the warning names.
+    """
     masked = segments = 0
+    bad: dict[int, int] = {}
     for batch in batches:
+        if screen is not None:
+            batch, frames = screen.before(batch)
+            found = zip(frames.tolist(), batch["episode_index"].tolist(), strict=True)
+            bad |= {frame: episode for frame, episode in found if frame != FINE}
         pads = batch[ACTION + PAD_SUFFIX]
         masked, segments = masked + int(pads.all(dim=1).sum()), segments + len(pads)
         yield batch
+    if bad:
+        named = ", ".join(f"{frame} (episode {episode})" for frame, episode in sorted(bad.items())[:10])
+        logger.warning(
+            "%d frames hold values that are not finite (NaN or Inf) or cannot be read: segments that need them are left out. "
+            "Dataset indices: %s%s.",
+            len(bad),
+            named,
+            f" and {len(bad) - 10} more" if len(bad) > 10 else "",
+        )
     sentence = many_masked(masked, segments, "that were read")
     if sentence is not None:
         logger.warning("%s", sentence)

@@ -29,6 +29,7 @@ from ptr_hf.data.segments import (
     OBS_SOURCE,
     PAD_SUFFIX,
     SegmentLayout,
+    as_vectors,
     sample_of,
 )
 
@@ -178,6 +179,7 @@ class MixtureSampler(Sampler[int]):
 
 def unified(batch: dict[str, Any], source: Source, meta: MixtureMetadata, layout: SegmentLayout) -> dict[str, Any]:
     """A collated batch of one source in the mixture's form: slots, cameras, and numbers that no other source has."""
+    batch = as_vectors(batch, layout)
     count, size = len(batch["index"]), len(meta.state_space)
     result: dict[str, Any] = {
         ACTION: to_slots(batch[ACTION].float(), source.action, len(meta.space)),

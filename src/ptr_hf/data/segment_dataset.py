@@ -1,6 +1,6 @@
 """A LeRobotDataset that reads segments: every chunk with the instruction, and whatever else, of its own first frame."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,13 +11,14 @@ from lerobot.datasets.language import is_language_column
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
 
+from ptr_hf.data.readable import ReadableDataset
 from ptr_hf.data.segments import ACTION, CHUNK_PREFIX, OBSERVATION_PREFIX, SegmentLayout
 
 TASK = "task"
 TASK_INDEX = "task_index"
 
 
-class SegmentDataset(LeRobotDataset):
+class SegmentDataset(ReadableDataset):
     """LeRobot's items at a segment layout, and the per-frame columns of every chunk.
 
     LeRobot gives all columns but observations and actions of the anchor frame alone. Where a segment has several chunks, an
@@ -50,6 +51,12 @@ class SegmentDataset(LeRobotDataset):
         tasks = item[CHUNK_PREFIX + TASK_INDEX].tolist()
         item[CHUNK_PREFIX + TASK] = [self.meta.tasks.iloc[task].name for task in tasks]
         return item
+
+    def drop(self, keys: Collection[str]) -> None:
+        """Read these columns no more."""
+        here = [key for key in keys if key in self.hf_dataset.column_names]
+        if here:
+            self.reader.hf_dataset = self.hf_dataset.remove_columns(here)
 
     def use_metadata(self, meta: LeRobotDatasetMetadata) -> None:
         """Read by this metadata: that of a dataset which the user has open, and may have changed."""

@@ -182,6 +182,7 @@ def segment_rows(batch: dict[str, Any], layout: SegmentLayout) -> dict[str, Any]
     """
     if batch.get(ACTION) is None or is_rows(batch):
         return batch
+    batch = as_vectors(batch, layout)
     _check_segments(batch, layout)
     action = batch[ACTION]
     batch_size, device = action.shape[0], action.device
@@ -229,6 +230,22 @@ def segment_rows(batch: dict[str, Any], layout: SegmentLayout) -> dict[str, Any]
     rows["index"] = batch["index"].repeat(blocks) + starts.repeat_interleave(batch_size)
     rows[FUTURE_PAD] = _future_pad(batch, layout, blocks)
     return rows
+
+
+def as_vectors(batch: dict[str, Any], layout: SegmentLayout) -> dict[str, Any]:
+    """Collated segments whose actions and states are vectors: LeRobot gives numbers where a vector has one entry."""
+    steps = 0 if layout.observation_offsets is None else 1
+    return {
+        key: value.unsqueeze(-1)
+        if isinstance(value, Tensor)
+        and ((key == ACTION and value.ndim == 2) or (_is_state(key) and value.ndim == steps + 1))
+        else value
+        for key, value in batch.items()
+    }
+
+
+def _is_state(key: str) -> bool:
+    return _is_recorded(key) and not key.startswith(IMAGE_PREFIX)
 
 
 def split_segment(batch: dict[str, Any], layout: SegmentLayout) -> Segment:

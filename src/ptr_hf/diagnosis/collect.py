@@ -19,6 +19,7 @@ from ptr_hf.data.datasets import check_dataset, open_dataset
 from ptr_hf.data.fit import check_fit
 from ptr_hf.data.in_memory import collate_segments
 from ptr_hf.data.masked_segments import saying_masked
+from ptr_hf.data.screening import Screen
 from ptr_hf.method.draws import Draws
 from ptr_hf.method.evidence import Evidence, Weigher, Weighing
 from ptr_hf.modeling_ptr import PTRPolicy
@@ -104,12 +105,13 @@ def collect(
         collate_fn=collate_segments,
         num_workers=workers,
     )
+    screen = Screen(layout, policy.config.input_features or {}, renames)
     total = sum(cover.chunks[place] for place in chosen)
     objective.weigher.seen.clear()
     bar = tqdm(total=total, desc="reading consequences", unit="chunk", disable=not progress)
     with bar, torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        for batch in saying_masked(loader):
+        for batch in saying_masked(loader, screen):
             on_device = {k: v.to(policy.config.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
             policy.compute(preprocess(on_device, preprocessor, policy.config.layout))
             bar.update(int(objective.weigher.seen[-1].chunk_valid.sum()))
