@@ -14,7 +14,9 @@ from pathlib import Path
 import httpx
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import filter_repo_objects
 
+from ptr_hf.artifacts.regular_files import inside
 from ptr_hf.report.files import DAMAGED
 from ptr_hf.report.text import without_local_paths
 
@@ -122,6 +124,7 @@ class Destination:
         self, folder: Path, message: str, tags: Sequence[str], path_in_repo: str | None, ignore: list[str]
     ) -> CommitInfo:
         with self._reported(folder):
+            check_links(folder, ignore)
             commit = self._api.upload_folder(
                 repo_id=self.repo_id,
                 folder_path=folder,
@@ -196,20 +199,39 @@ def stage(sources: Iterable[Path], parent: Path) -> Path:
 
     Returns:
         The new folder; its name begins with a dot.
+
+    Raises:
+        ValueError: one of them is a symlink that leads out of its folder.
     """
     folder = Path(tempfile.mkdtemp(prefix=STAGED, dir=parent))
     try:
         for source in sources:
+            inside(source.parent, source.name)
             target = folder / source.name
             target.unlink(missing_ok=True)
             try:
                 os.link(source, target)
             except OSError:
                 shutil.copyfile(source, target)
-    except OSError:
+    except (OSError, ValueError):
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
+
+
+def check_links(folder: Path, ignore: Sequence[str]) -> None:
+    """Refuse to upload a folder in which a symlink leads to files elsewhere, whose contents would be published.
+
+    Args:
+        folder: to be uploaded, with the folders in it.
+        ignore: patterns of files that are left out.
+
+    Raises:
+        ValueError: names the symlink.
+    """
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.glob("**/*")) if path.is_file()]
+    for name in filter_repo_objects(names, ignore_patterns=list(ignore)):
+        inside((folder / name).parent, Path(name).name)
 
 
 def remove_staged(parent: Path) -> None:

@@ -248,7 +248,7 @@ class PublishingTrainer(Trainer):
                 whole = stage((path for path in sorted(checkpoint.iterdir()) if path.is_file()), output)
                 state = self._destination.push_later(whole, f"{message}, trainer state", path_in_repo=name)
                 self._pushes = (*self._pushes, state)
-        except (PushError, OSError) as error:
+        except (PushError, OSError, ValueError) as error:
             logger.warning("%s Training goes on.", error)
 
     def _finish_current_push(self) -> None:

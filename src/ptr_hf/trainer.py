@@ -364,6 +364,14 @@ class PTRTrainer(GuardedTrainer):
             per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             steps = math.ceil(len(self.train_dataset) / per_step * self.args.num_train_epochs)
         self.policy.set_run_length(steps)
+        objective = self.policy.objective
+        if objective is not None and objective.alpha > 0 and objective.warmup_steps >= steps:
+            logger.warning(
+                "The scorer's warm-up of %d steps is not shorter than the run of %d: every weight stays 1. Lower "
+                "scorer_warmup_steps, or train longer.",
+                objective.warmup_steps,
+                steps,
+            )
         return super().train(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -124,6 +124,11 @@ class TestPush:
         trainer.train()
         trainer.push_to_hub()
         assert b"success of the whole" not in files_of(online)["ptr_report.html"]
+        # the client would upload what a symlink leads to
+        (output / "notes.txt").symlink_to(local / "config.json")
+        with pytest.raises(PushError, match=r"notes\.txt is a symlink that leads out of the checkpoint's folder"):
+            trainer.push_to_hub()
+        assert "notes.txt" not in files_of(online)
 
     def test_no_file_holds_the_token(self, online: LoopbackHub, points: Path, tmp_path: Path) -> None:
         trainer = trainer_for(points, tmp_path / "run", hub_token=online.token)

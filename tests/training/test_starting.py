@@ -1,4 +1,4 @@
-"""The starting weights are the seed's, whatever was drawn before."""
+"""How a run starts: weights that depend on the seed alone, options that are what was given."""
 
 import random
 from pathlib import Path
@@ -63,3 +63,40 @@ def test_what_is_drawn_afterwards_is_not_changed() -> None:
     assert draws() == expected
     with seeded(0):
         assert draws() == inside
+
+
+def test_the_papers_score_under_the_default_presets_map(tmp_path: Path, points: Path) -> None:
+    """What is given is also what trains."""
+    options = {"max_steps": 4, "logging_steps": 1, "segment_length": 2, "score_refresh_steps": 1, "queue_size": 0}
+    args = PTRTrainingArguments(
+        output_dir=str(tmp_path),
+        score="posterior",
+        queue_negatives=0,
+        scorer_warmup_steps=1,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
+    trainer = PTRTrainer(base_policy("act", points), args, points)
+    trainer.train()
+    config = trainer.policy.config
+    assert (config.preset, config.score, config.weight_map) == ("ptr_calibrated", "posterior", "calibrated")
+    assert set(trainer.policy.objective.weigher.scores) == {"posterior"}
+    rows = [row for row in trainer.state.log_history if "weight_mean" in row]
+    assert len(rows) == 4
+    assert all(row["loss"] == row["loss"] for row in rows)
+
+
+def test_a_warm_up_as_long_as_the_run_is_said(tmp_path: Path, points: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = PTRTrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        scorer_warmup_steps=3000,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+    )
+    PTRTrainer(base_policy("act", points), args, points).train()
+    assert "The scorer's warm-up of 3000 steps is not shorter than the run of 1: every weight stays 1." in caplog.text
