@@ -362,7 +362,7 @@ class TestBatchesOfAnotherLayout:
         with pytest.raises(ValueError, match=r"no 'action_is_pad'.*delta_timestamps"):
             split_segment(batch, two_actions)
         batch["action_is_pad"] = torch.zeros(2, 2, dtype=torch.bool)
-        with pytest.raises(ValueError, match=r"no time axis.*delta_timestamps"):
+        with pytest.raises(ValueError, match=r"observation.state holds 4 frames per sample.*reads 2.*delta_timestamps"):
             split_segment(batch, two_actions)
 
     @pytest.mark.parametrize("key", ["action", "action_is_pad", "index", "episode_index", "task_index"])
