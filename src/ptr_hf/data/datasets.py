@@ -135,6 +135,7 @@ def open_dataset(
     revision: str | None = None,
     frame_stride: int = 1,
     root: Path | None = None,
+    download_videos: bool = True,
     announce: Callable[[str], None] = logger.warning,
 ) -> SegmentDataset:
     """A dataset that reads segments, with frames as uint8, or as floats in [0, 1] where the dataset transforms its images.
@@ -149,6 +150,7 @@ def open_dataset(
         revision: of the Hub repo.
         frame_stride: recorded frames to one step of the layout.
         root: folder for what is fetched from the Hub; None takes LeRobot's cache.
+        download_videos: whether a Hub dataset's videos are fetched.
         announce: is given a sentence for everything that was set right in memory.
 
     Raises:
@@ -174,6 +176,7 @@ def open_dataset(
         "episodes": None if episodes is None else list(episodes),
         "delta_timestamps": layout.delta_timestamps(list(meta.features), meta.fps / frame_stride),
         "revision": revision,
+        "download_videos": download_videos,
         **settings,
     }
     try:

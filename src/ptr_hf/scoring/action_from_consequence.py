@@ -1,0 +1,97 @@
+"""Can the action be told from what followed? The inverse question, asked of every action dimension."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ptr_hf.scoring.crossfit import CrossFit, FoldedMLP, Reweigh
+from ptr_hf.scoring.question import Answer, CannotAskError, Question
+
+STEPS = (-1, 1, 2, 4, 8)
+"""Frames from the action to the states that are compared with the state at the action."""
+MOVES = 0.05
+"""A dimension is judged if in at least half of the episodes it moves by this share of its deviation over the dataset."""
+
+
+class ActionFromConsequence(Question):
+    """Regress each standardised action dimension on the state and on its changes before and after, with a Huber loss."""
+
+    name = "action_from_consequence"
+    title = "Do the actions explain what happened?"
+
+    def ask(self, fit: CrossFit, reweigh: Reweigh) -> Answer:
+        """Minus the squared error of each action dimension, in deviations; an episode's score is -log of its mean."""
+        recordings, frames = fit.recordings, fit.frames
+        if not recordings.state.shape[1]:
+            raise CannotAskError("there is no proprioception, so nothing is known of what followed an action")
+        if len(recordings.length) < 2:
+            raise CannotAskError("it takes two episodes to judge one by the other")
+        changes = _Changes(fit)
+        network = FoldedMLP(
+            fit.folds,
+            frames.state.shape[1] * (1 + len(STEPS)),
+            fit.settings.hidden,
+            frames.action.shape[1],
+            torch.Generator().manual_seed(fit.settings.seed),
+        )
+
+        def loss(rows: Tensor) -> Tensor:
+            return functional.huber_loss(network(changes(rows)), frames.action[rows])
+
+        def judge(fold: int, rows: Tensor) -> Tensor:
+            return -(network.of_fold(fold, changes(rows)) - frames.action[rows]).square()
+
+        def trust(errors: np.ndarray) -> np.ndarray:
+            return reweigh(-np.log(np.maximum(-errors, 0) + FLOOR))
+
+        scores = fit.fit(network, loss, judge, trust, self.title)
+        scores[:, ~moving(fit)] = np.nan
+        return Answer(recordings.action_names, scores, FLOOR)
+
+    def reason(self, parts: tuple[str, ...]) -> str:
+        """Which of the commanded dimensions the robot did not follow."""
+        if not parts:
+            return "the robot does not do what was commanded"
+        return f"the robot does not do what {listed(parts)} command{'s' if len(parts) == 1 else ''}"
+
+
+FLOOR = 1e-3
+"""Squared error, in deviations, below which errors count alike."""
+
+
+class _Changes:
+    """The state at an action, and its changes before and after, each at deviation 1."""
+
+    def __init__(self, fit: CrossFit) -> None:
+        self._frames = fit.frames
+        rows = torch.as_tensor(fit.rows, device=fit.settings.device)
+        spreads = [self._change(rows, steps).std(dim=0, correction=0) for steps in STEPS]
+        self._scale = torch.cat([torch.ones_like(spreads[0]), *(1 / spread.clamp(min=1e-4) for spread in spreads)])
+
+    def _change(self, rows: Tensor, steps: int) -> Tensor:
+        state = self._frames.state
+        return state[self._frames.at(rows, steps)] - state[rows]
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Frames (...,) given by their rows -> (..., inputs)."""
+        flat = rows.reshape(-1)
+        parts = [self._frames.state[flat], *(self._change(flat, steps) for steps in STEPS)]
+        inputs = torch.cat(parts, dim=1).mul_(self._scale).clamp_(-8, 8)
+        return inputs.reshape(*rows.shape, -1)
+
+
+def moving(fit: CrossFit) -> np.ndarray:
+    """(action dimensions,) whether at least half of the episodes move it: others cannot be learned, and are not judged."""
+    recordings = fit.recordings
+    action = fit.frames.action.cpu().numpy()
+    spread = np.sqrt(np.maximum(recordings.means(action**2) - recordings.means(action) ** 2, 0))
+    return np.median(spread, axis=0) > MOVES
+
+
+def listed(names: tuple[str, ...]) -> str:
+    """Two or three names in a sentence, and how many more."""
+    shown, more = list(names[:3]), len(names) - 3
+    if more > 0:
+        return f"{', '.join(shown)} and {more} more"
+    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"

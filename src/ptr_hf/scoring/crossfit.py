@@ -1,0 +1,216 @@
+"""Small networks that judge only episodes they have not learned from, and learn mostly from episodes that others trust.
+
+The episodes are dealt into folds. For each fold one network learns from all others; the networks lie side by side in one
+batched product. After each stage every episode is judged by the network that has not seen it, and episodes that were judged
+badly are drawn less often in the next stage: weight σ(2 (z + 3)) (METHOD: cross-fitted, self-weighted).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from ptr_hf.scoring.recordings import Recordings
+
+BLOCK = 8192
+"""Frames that are judged at once."""
+
+type Reweigh = Callable[[np.ndarray], np.ndarray]
+"""(episodes, parts) scores -> (episodes,) how much each episode is trusted, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How the questions' networks are fitted.
+
+    Attributes:
+        folds: groups of episodes; each is judged by a network that learned from the others.
+        stages: after each of them the episodes' weights are found anew.
+        steps: of the optimiser in a stage.
+        batch_size: frames a step and fold.
+        hidden: width of the two hidden layers.
+        learning_rate: at the start; it falls to zero along a cosine.
+        max_frames: the networks learn from at most so many frames, drawn evenly; all are judged.
+        seed: of folds, drawn frames and networks.
+        device: where the networks are.
+        progress: whether to show a progress bar.
+    """
+
+    folds: int = 4
+    stages: int = 4
+    steps: int = 150
+    batch_size: int = 192
+    hidden: int = 128
+    learning_rate: float = 2e-3
+    max_frames: int = 100_000
+    seed: int = 0
+    device: str = "cpu"
+    progress: bool = True
+
+
+class FoldedMLP(nn.Module):
+    """One multilayer perceptron a fold, computed together: two SiLU layers beside a linear path.
+
+    Args:
+        folds: how many networks.
+        inputs, hidden, outputs: widths.
+        generator: draws the first weights.
+    """
+
+    def __init__(self, folds: int, inputs: int, hidden: int, outputs: int, generator: torch.Generator) -> None:
+        super().__init__()
+
+        def drawn(rows: int, columns: int, gain: float = 1.0) -> nn.Parameter:
+            values = torch.randn(folds, rows, columns, generator=generator)
+            return nn.Parameter(values * gain / math.sqrt(max(rows, 1)))
+
+        self.weights = nn.ParameterList([drawn(inputs, hidden), drawn(hidden, hidden), drawn(hidden, outputs, 0.1)])
+        self.biases = nn.ParameterList(
+            [nn.Parameter(torch.zeros(folds, 1, size)) for size in (hidden, hidden, outputs)]
+        )
+        self.linear = nn.Parameter(torch.zeros(folds, inputs, outputs))
+
+    def forward(self, inputs: Float[Tensor, "folds batch inputs"]) -> Float[Tensor, "folds batch outputs"]:
+        """The outputs of every fold's own network on its own rows."""
+        hidden = functional.silu(torch.baddbmm(self.biases[0], inputs, self.weights[0]))
+        hidden = functional.silu(torch.baddbmm(self.biases[1], hidden, self.weights[1]))
+        return torch.baddbmm(self.biases[2], hidden, self.weights[2]).baddbmm(inputs, self.linear)
+
+    def of_fold(self, fold: int, inputs: Float[Tensor, "batch inputs"]) -> Float[Tensor, "batch outputs"]:
+        """The outputs of one fold's network."""
+        hidden = functional.silu(torch.addmm(self.biases[0][fold], inputs, self.weights[0][fold]))
+        hidden = functional.silu(torch.addmm(self.biases[1][fold], hidden, self.weights[1][fold]))
+        return torch.addmm(self.biases[2][fold], hidden, self.weights[2][fold]).addmm(inputs, self.linear[fold])
+
+
+class Frames:
+    """The recordings as tensors on the device of the networks, read at frames and at frames some steps away.
+
+    Args:
+        recordings: to read.
+        device: where the tensors lie.
+        rows: (n,) the frames whose means and spreads standardise.
+    """
+
+    def __init__(self, recordings: Recordings, device: str, rows: np.ndarray) -> None:
+        last = recordings.last[recordings.episode]
+        first = recordings.first[recordings.episode]
+        self._first, self._last = torch.as_tensor(first, device=device), torch.as_tensor(last, device=device)
+        self.state = standardized(torch.as_tensor(recordings.state, device=device), rows)
+        self.action = standardized(torch.as_tensor(recordings.action, device=device), rows)
+
+    def at(self, rows: Tensor, steps: int) -> Tensor:
+        """The rows of the frames so many steps on (or back), held at the episode's ends."""
+        return torch.minimum(torch.maximum(rows + steps, self._first[rows]), self._last[rows])
+
+
+def standardized(values: Float[Tensor, "frames size"], rows: np.ndarray) -> Float[Tensor, "frames size"]:
+    """Values at mean 0 and deviation 1 over some rows; a dimension that does not change there is 0."""
+    known = values[torch.as_tensor(rows, device=values.device)]
+    if not known.shape[1]:
+        return values
+    center, scale = known.mean(dim=0), known.std(dim=0, correction=0)
+    still = scale <= 1e-6 * known.abs().amax(dim=0).clamp(min=1e-12)
+    return torch.where(still, 0.0, (values - center) / torch.where(still, 1.0, scale)).clamp(-20, 20)
+
+
+class CrossFit:
+    """Which episodes are in which fold, and which frames are learned from.
+
+    Args:
+        recordings: of the dataset.
+        settings: of the fits.
+    """
+
+    def __init__(self, recordings: Recordings, settings: FitSettings) -> None:
+        self.recordings, self.settings = recordings, settings
+        draws = np.random.default_rng(settings.seed)
+        self.folds = min(settings.folds, len(recordings.length))
+        self.fold = _dealt(recordings.task, self.folds, draws)
+        rows = np.flatnonzero(recordings.finite)
+        if len(rows) > settings.max_frames:
+            rows = np.sort(draws.choice(rows, settings.max_frames, replace=False))
+        self.rows = rows
+        self.frames = Frames(recordings, settings.device, rows)
+
+    def fit(
+        self,
+        network: nn.Module,
+        loss: Callable[[Tensor], Tensor],
+        judge: Callable[[int, Tensor], Tensor],
+        reweigh: Reweigh,
+        label: str,
+        effort: float = 1.0,
+    ) -> np.ndarray:
+        """Fit one network a fold, and judge every frame by the one that has not seen its episode.
+
+        Args:
+            network: of all folds.
+            loss: of the frames (folds, batch), given by their rows.
+            judge: of a fold's network, on the rows of frames (n,): scores (n, parts), higher is better.
+            reweigh: how much to trust the episodes, from their mean scores.
+            label: of the progress bar.
+            effort: share of the settings' steps.
+
+        Returns:
+            (frames, parts) float32; NaN for frames that hold no numbers.
+        """
+        settings, recordings = self.settings, self.recordings
+        network.to(settings.device)
+        steps = max(1, round(settings.steps * effort))
+        total = settings.stages * steps
+        optimizer = torch.optim.AdamW(network.parameters(), settings.learning_rate, weight_decay=1e-3, fused=True)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / total))
+        )
+        draws = np.random.default_rng([settings.seed, 1])
+        trust = np.ones(len(recordings.length))
+        own = np.arange(self.folds)[:, None] == self.fold[recordings.episode[self.rows]]
+        bar = tqdm(total=total, desc=label, disable=not settings.progress, leave=False, unit="step")
+        for stage in range(settings.stages):
+            chance = np.cumsum(np.where(own, 0.0, trust[recordings.episode[self.rows]]), axis=1)
+            for _ in range(steps):
+                ball = draws.random((self.folds, settings.batch_size)) * chance[:, -1:]
+                drawn = np.stack(
+                    [np.searchsorted(line, thrown, "right") for line, thrown in zip(chance, ball, strict=True)]
+                )
+                value = loss(torch.as_tensor(self.rows[drawn], device=settings.device))
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+            if stage < settings.stages - 1:
+                trust = np.clip(reweigh(recordings.means(self._judged(self.rows, judge))), 1e-3, 1)
+        bar.close()
+        return self._judged(np.flatnonzero(recordings.finite), judge)
+
+    @torch.no_grad()
+    def _judged(self, rows: np.ndarray, judge: Callable[[int, Tensor], Tensor]) -> np.ndarray:
+        scores: np.ndarray | None = None
+        fold = self.fold[self.recordings.episode[rows]]
+        for number in range(self.folds):
+            of_fold = rows[fold == number]
+            for start in range(0, len(of_fold), BLOCK):
+                block = of_fold[start : start + BLOCK]
+                judged = judge(number, torch.as_tensor(block, device=self.settings.device)).float().cpu().numpy()
+                if scores is None:
+                    scores = np.full((len(self.recordings), judged.shape[1]), np.nan, np.float32)
+                scores[block] = judged
+        assert scores is not None, "some frame is finite"
+        return scores
+
+
+def _dealt(task: np.ndarray, folds: int, draws: np.random.Generator) -> np.ndarray:
+    """(episodes,) folds of equal size, with each task's episodes spread over all of them."""
+    order = draws.permutation(len(task))
+    order = order[np.argsort(task[order], kind="stable")]
+    fold = np.empty(len(task), np.int64)
+    fold[order] = np.arange(len(task)) % folds
+    return fold

@@ -1,0 +1,243 @@
+"""Inspect datasets before training: ask every question of all episodes, calibrate, and weigh (ours; docs/inspection.md)."""
+
+import hashlib
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ptr_hf.scoring.action_from_consequence import ActionFromConsequence
+from ptr_hf.scoring.calibration import LEAST_TO_JUDGE, judged_within, standard
+from ptr_hf.scoring.companions import Frozen, Idleness, Jumps, Roughness, Timing
+from ptr_hf.scoring.completeness import Completeness
+from ptr_hf.scoring.consequence_from_action import ConsequenceFromAction
+from ptr_hf.scoring.crossfit import CrossFit, FitSettings, Reweigh
+from ptr_hf.scoring.dataset_scores import DatasetScores
+from ptr_hf.scoring.instruction import InstructionFromEpisode
+from ptr_hf.scoring.question import Answer, CannotAskError, Question
+from ptr_hf.scoring.recordings import TASK_GROUP, Recordings, read_recordings
+from ptr_hf.scoring.verdicts import Verdicts, judge
+
+QUESTIONS: tuple[type[Question], ...] = (
+    ActionFromConsequence,
+    ConsequenceFromAction,
+    InstructionFromEpisode,
+    Completeness,
+    Roughness,
+    Idleness,
+    Jumps,
+    Frozen,
+    Timing,
+)
+"""What is asked, in the order of the columns."""
+FALSE_ALARMS, WEIGHT_MIN = 0.01, 0.02
+WINDOW_SECONDS, WINDOW_FRAMES = 0.5, (8, 32)
+
+
+def inspect_dataset(
+    dataset: Any,
+    *,
+    episodes: Sequence[int] | None = None,
+    revision: str | None = None,
+    false_alarms: float = FALSE_ALARMS,
+    weight_min: float = WEIGHT_MIN,
+    group: str = TASK_GROUP,
+    questions: Sequence[str] | None = None,
+    max_frames: int = 100_000,
+    seed: int = 0,
+    device: str | None = None,
+    progress: bool = True,
+) -> DatasetScores:
+    """Find the bad demonstrations of a dataset, from its states, actions and instructions alone; no video is read.
+
+    Args:
+        dataset: Hub id, local folder, open LeRobotDataset, or a list of these, each of which is inspected by itself.
+        episodes: a subset of a single dataset's.
+        revision: of a Hub dataset.
+        false_alarms: share of good episodes that may be flagged, in (0, 0.5].
+        weight_min: weight of flagged frames, in [0, 1].
+        group: within what episodes are compared: "task", "none", or an episode column (operator, source, ...).
+        questions: names of those to ask; None asks all of `QUESTIONS`.
+        max_frames: the networks learn from at most so many frames; all are scored.
+        seed: of folds and networks; the same seed gives the same scores on one machine.
+        device: where the networks are fitted, e.g. "cuda"; None takes the GPU if there is one.
+        progress: show progress bars.
+
+    Returns:
+        scores, weights and reasons of every frame and episode.
+
+    Raises:
+        ValueError: a value is out of range, or a dataset cannot be read or has no actions; the sentence names it.
+
+    Example:
+        >>> scores = inspect_dataset("me/my_demos")
+        >>> scores.flagged[["episode_index", "z", "reason"]]
+    """
+    if not 0 < false_alarms <= 0.5:
+        raise ValueError(f"false_alarms={false_alarms} is out of range: it must be above 0 and at most 0.5.")
+    if not 0 <= weight_min <= 1:
+        raise ValueError(f"weight_min={weight_min} is out of range: it must be between 0 and 1.")
+    asked = _chosen(questions)
+    several = isinstance(dataset, Sequence) and not isinstance(dataset, str)
+    if several and (episodes is not None or revision is not None):
+        raise ValueError("episodes and revision are of a single dataset; give open LeRobotDatasets instead.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    fit = FitSettings(max_frames=max_frames, seed=seed, device=device, progress=progress)
+    parts = []
+    for source in dataset if several else [dataset]:
+        recordings = read_recordings(source, episodes=episodes, revision=revision)
+        parts.append(_inspect(recordings, asked, fit, group, false_alarms, weight_min))
+    settings = {
+        "false_alarms": false_alarms,
+        "weight_min": weight_min,
+        "group": group,
+        "seed": seed,
+        "max_frames": max_frames,
+        "questions": {question.name: question.title for question in asked},
+        "window_frames": [part.settings["window"] for part in parts],
+        "datasets": [part.settings["dataset"] for part in parts],
+        "versions": {name: importlib.metadata.version(name) for name in ("lerobot", "torch", "numpy")},
+    }
+    if not several:
+        return DatasetScores(parts[0].chunks, parts[0].episodes, settings, parts[0].notes)
+    for number, part in enumerate(parts):
+        part.chunks["source"] = number
+        part.episodes["source"] = number
+    return DatasetScores(
+        pd.concat([part.chunks for part in parts], ignore_index=True),
+        pd.concat([part.episodes for part in parts], ignore_index=True),
+        settings,
+        tuple(f"{part.settings['dataset']['repo_id']}: {note}" for part in parts for note in part.notes),
+    )
+
+
+def ask_all(
+    recordings: Recordings, questions: Sequence[Question], fit: FitSettings, group: np.ndarray
+) -> tuple[dict[Question, Answer], list[str]]:
+    """Ask the questions of one dataset.
+
+    Args:
+        recordings: of the dataset.
+        questions: to ask.
+        fit: settings of the networks.
+        group: (episodes,) within which trust is found.
+
+    Returns:
+        the answers, and a sentence for every question that could not be asked.
+    """
+    reweigh = trust_within(judged_within(group))
+    answers: dict[Question, Answer] = {}
+    notes: list[str] = []
+    cross = CrossFit(recordings, fit)
+    for question in questions:
+        try:
+            answers[question] = question.ask(cross, reweigh)
+        except CannotAskError as error:
+            notes.append(f"Not asked: {question.title} ({error})")
+    return answers, notes
+
+
+def trust_within(group: np.ndarray) -> Reweigh:
+    """How much to learn from an episode: σ(2 (z + 3)) of its worst part or, if that is lower, of all its parts together."""
+
+    def trust(scores: np.ndarray) -> np.ndarray:
+        spread = standard(scores, group, np.ones(len(scores), bool))
+        z = np.nan_to_num(spread.z(scores))
+        lowest = np.minimum(z.min(axis=1), z.mean(axis=1) * np.sqrt(z.shape[1]))
+        return 1 / (1 + np.exp(-2 * (lowest.clip(-20, 20) + 3)))
+
+    return trust
+
+
+def _inspect(
+    recordings: Recordings,
+    questions: Sequence[Question],
+    fit: FitSettings,
+    group_name: str,
+    false_alarms: float,
+    weight_min: float,
+) -> DatasetScores:
+    group = recordings.group(group_name)
+    episodes = len(recordings.length)
+    answers, notes = ask_all(recordings, questions, fit, group) if recordings.finite.any() else ({}, [])
+    window = int(np.clip(round(recordings.fps * WINDOW_SECONDS), *WINDOW_FRAMES))
+    verdicts = judge(recordings, answers, group, false_alarms=false_alarms, weight_min=weight_min, window=window)
+    if episodes < LEAST_TO_JUDGE:
+        notes.insert(
+            0,
+            f"Too few episodes to judge: {episodes}, and it takes {LEAST_TO_JUDGE} to know what is usual. All weights are 1.",
+        )
+    elif alone := int((judged_within(group) < 0).sum()):
+        notes.append(f"{alone} episodes have too few others of their {group_name} to be judged by; they weigh 1.")
+    if not recordings.finite.all():
+        broken = np.unique(recordings.episode_index[recordings.episode[~recordings.finite]])
+        notes.append(
+            f"{int((~recordings.finite).sum())} frames hold NaN or Inf, in {len(broken)} episodes (first: {broken[0]}); they are "
+            "not scored, and training leaves out the samples that read them."
+        )
+    names = [question.name for question in questions]
+    return DatasetScores(
+        _chunks(recordings, verdicts, list(answers), names),
+        _episodes(recordings, verdicts, list(answers), names),
+        {"window": window, "dataset": _identity(recordings)},
+        tuple(notes),
+    )
+
+
+def _chunks(
+    recordings: Recordings, verdicts: Verdicts, answered: Sequence[Question], names: Sequence[str]
+) -> pd.DataFrame:
+    columns: dict[str, np.ndarray] = {
+        "index": recordings.index,
+        "episode_index": recordings.episode_index[recordings.episode],
+        "frame_index": recordings.frame,
+    }
+    known = {question.name: verdicts.curves[:, number] for number, question in enumerate(answered)}
+    for name in names:
+        columns[name] = known.get(name, np.full(len(recordings), np.nan, np.float32))
+    columns["z"] = np.fmin.reduce(verdicts.curves, axis=1) if answered else np.full(len(recordings), np.nan, np.float32)
+    return pd.DataFrame({**columns, "weight": verdicts.weight})
+
+
+def _episodes(
+    recordings: Recordings, verdicts: Verdicts, answered: Sequence[Question], names: Sequence[str]
+) -> pd.DataFrame:
+    known = {question.name: verdicts.z[:, number] for number, question in enumerate(answered)}
+    return pd.DataFrame(
+        {
+            "episode_index": recordings.episode_index,
+            "weight": recordings.means(verdicts.weight[:, None])[:, 0],
+            "z": verdicts.worst,
+            "reason": verdicts.reasons,
+            **{name: known.get(name, np.full(len(recordings.length), np.nan)) for name in names},
+            "task": [recordings.instructions[task] for task in recordings.task],
+            "frames": recordings.length,
+        }
+    )
+
+
+def _identity(recordings: Recordings) -> dict[str, Any]:
+    """What dataset was inspected: counts, and a digest of what was read."""
+    digest = hashlib.sha256()
+    for values in (recordings.index, recordings.episode_index, recordings.length, recordings.state, recordings.action):
+        digest.update(np.ascontiguousarray(values).data)
+    digest.update("\n".join(recordings.instructions).encode())
+    digest.update(recordings.task.tobytes())
+    return {
+        "repo_id": recordings.name,
+        "revision": recordings.revision,
+        "frames": len(recordings),
+        "episodes": len(recordings.length),
+        "fingerprint": digest.hexdigest(),
+    }
+
+
+def _chosen(names: Sequence[str] | None) -> list[Question]:
+    known = {question.name: question for question in QUESTIONS}
+    for name in names or ():
+        if name not in known:
+            raise ValueError(f"There is no question {name!r}; there are {', '.join(known)}.")
+    return [known[name]() for name in (known if names is None else names)]

@@ -1,0 +1,230 @@
+"""From the questions' answers to what is flagged: episodes, windows of episodes, their weights and their reasons.
+
+Every question gives each episode a chance that a good one scores so low: of its mean over the frames, and of its worst window,
+by part; corrected for the number of parts. The worst question decides, corrected for the number of questions, and an episode
+is flagged where that chance is below the rate of false alarms that was asked for. An episode that is good but for some windows,
+fewer than half of its frames, keeps the rest.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
+
+from ptr_hf.scoring.calibration import LEAST_TO_JUDGE, Standard, judged_within, standard
+from ptr_hf.scoring.question import Answer, Question
+from ptr_hf.scoring.recordings import Recordings
+
+ROUNDS = 3
+"""Good episodes are found, and what they spread like, in so many rounds."""
+WORST = -12.0
+"""The lowest z that is told."""
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What the questions say of every episode and frame.
+
+    Attributes:
+        z: (episodes, questions), normal: 1 % of good episodes lie below -2.33 in each.
+        worst: (episodes,) the same of all questions together.
+        curves: (frames, questions) z of the window that begins at a frame; NaN where a question says nothing of windows.
+        flagged: (episodes,) bool.
+        weight: (frames,) float32, weight_min where flagged, else 1.
+        reasons: (episodes,) a sentence where flagged, else "".
+    """
+
+    z: np.ndarray
+    worst: np.ndarray
+    curves: np.ndarray
+    flagged: np.ndarray
+    weight: np.ndarray
+    reasons: list[str]
+
+
+class _Judged:
+    """One question's answer against the spread of good episodes."""
+
+    def __init__(self, question: Question, answer: Answer, recordings: Recordings, window: int) -> None:
+        self.question, self.answer, self.recordings = question, answer, recordings
+        frames = answer.frames
+        self.windows = None
+        if frames is None:
+            assert answer.episodes is not None
+            self.episodes, self.lowest = answer.episodes, None
+        else:
+            self.episodes = answer.level(recordings.means(frames))
+            self.windows = answer.level(forward_means(frames, recordings, window))
+            self.lowest = episode_minima(self.windows, recordings)
+
+    def calibrate(self, group: np.ndarray, good: np.ndarray) -> None:
+        """Find the spread of good episodes."""
+        resolution = self.answer.resolution
+        self.whole = standard(self.episodes, group, good, resolution)
+        self.pooled: Standard | None = None
+        self.part = self.whole.chance(self.episodes)
+        if self.episodes.shape[1] > 1:
+            self.pooled = standard(self._mean(self.episodes), group, good, 0.1)
+        self.worst: Standard | None = None
+        if self.lowest is not None:
+            self.worst = standard(self.lowest, group, good, resolution)
+
+    def _mean(self, scores: np.ndarray) -> np.ndarray:
+        """(episodes, 1) mean z over the parts."""
+        z = self.whole.z(scores)
+        known = np.isfinite(z)
+        total = np.where(known, z, 0).sum(axis=1, keepdims=True)
+        return np.divide(total, known.sum(axis=1, keepdims=True), out=np.full_like(total, np.nan), where=total != 0)
+
+    def chance_of_whole(self, scores: np.ndarray) -> np.ndarray:
+        """(episodes,) of the means over the frames, corrected for the parts."""
+        chance = self.whole.chance(scores)
+        parts = np.isfinite(self.whole.center).any(axis=0).sum()
+        lowest = chance.min(axis=1) * max(parts, 1)
+        if self.pooled is not None:
+            lowest = 2 * np.minimum(lowest, self.pooled.chance(self._mean(scores))[:, 0])
+        return np.minimum(lowest, 1)
+
+    def chance_of_windows(self) -> np.ndarray:
+        """(episodes,) of the worst window, corrected for the parts."""
+        if self.worst is None or self.lowest is None:
+            return np.ones(len(self.episodes))
+        chance = self.worst.chance(self.lowest)
+        parts = np.isfinite(self.worst.center).any(axis=0).sum()
+        return np.minimum(chance.min(axis=1) * max(parts, 1), 1)
+
+    def chance(self) -> np.ndarray:
+        """(episodes,) of the question."""
+        both = np.minimum(self.chance_of_whole(self.episodes), self.chance_of_windows())
+        return both if self.worst is None else np.minimum(2 * both, 1)
+
+    def curve(self) -> np.ndarray:
+        """(frames,) z of the worst part's window."""
+        if self.worst is None or self.windows is None:
+            return np.full(len(self.recordings), np.nan, np.float32)
+        z = self.worst.z(self.windows, self.recordings.episode)
+        return np.fmin.reduce(z, axis=1).astype(np.float32)
+
+    def bad_windows(self, chance: float) -> np.ndarray:
+        """(frames,) whether a window that begins there is so low, in any part."""
+        if self.worst is None or self.windows is None:
+            return np.zeros(len(self.recordings), bool)
+        parts = max(int(np.isfinite(self.worst.center).any(axis=0).sum()), 1)
+        limit = stats.t.ppf(chance / parts, self.worst.degrees)
+        z = self.worst.z(self.windows, self.recordings.episode)
+        return (np.nan_to_num(z) < limit).any(axis=1)
+
+    def worst_parts(self, episode: int) -> tuple[str, ...]:
+        """The parts that an episode fails in, the worst first; empty where it is all of them a little."""
+        z = np.nan_to_num(self.whole.z(self.episodes)[episode])
+        if self.worst is not None and self.lowest is not None:
+            z = np.minimum(z, np.nan_to_num(self.worst.z(self.lowest)[episode]))
+        order = np.argsort(z)
+        low = [part for part in order if z[part] < min(-3.0, z[order[0]] / 2)]
+        if len(low) > max(3, len(z) // 2):
+            return ()
+        return tuple(self.answer.parts[part] for part in low)
+
+
+def judge(
+    recordings: Recordings,
+    answers: Mapping[Question, Answer],
+    group: np.ndarray,
+    *,
+    false_alarms: float,
+    weight_min: float,
+    window: int,
+) -> Verdicts:
+    """Weigh what the questions have found.
+
+    Args:
+        recordings: of one dataset.
+        answers: by question.
+        group: (episodes,) within which episodes are compared.
+        false_alarms: share of good episodes that may be flagged.
+        weight_min: weight of flagged frames.
+        window: frames whose scores are pooled.
+    """
+    episodes = len(recordings.length)
+    judged = [_Judged(question, answer, recordings, window) for question, answer in answers.items()]
+    group = judged_within(group)
+    enough = episodes >= LEAST_TO_JUDGE
+    good = np.ones(episodes, bool)
+    for _ in range(ROUNDS):
+        for one in judged:
+            one.calibrate(group, good)
+        chance = np.stack([one.chance() for one in judged], axis=1)
+        together = np.minimum(chance.min(axis=1) * len(judged), 1)
+        good = together >= max(false_alarms, 0.05)
+    flagged = (together < false_alarms) & enough & (group >= 0)
+    weight = np.ones(len(recordings), np.float32)
+    reasons = [""] * episodes
+    limit = false_alarms / len(judged)
+    if flagged.any():
+        bad_frames = [one.bad_windows(limit / 2) for one in judged]
+        partly = _partly(judged, bad_frames, limit, recordings)
+        for episode in np.flatnonzero(flagged):
+            span = slice(recordings.first[episode], recordings.last[episode] + 1)
+            failing = [number for number in chance[episode].argsort() if chance[episode, number] < limit]
+            if partly[episode]:
+                bad = np.logical_or.reduce([bad_frames[number][span] for number in failing])
+                weight[span] = np.where(bad, weight_min, 1)
+            else:
+                weight[span] = weight_min
+            reasons[episode] = _reason(judged[failing[0]], episode, weight[span] < 1, recordings)
+    z = np.maximum(stats.norm.ppf(np.clip(chance, 1e-40, 1 - 1e-9)), WORST)
+    worst = np.maximum(stats.norm.ppf(np.clip(together, 1e-40, 1 - 1e-9)), WORST)
+    curves = np.stack([one.curve() for one in judged], axis=1)
+    return Verdicts(z, worst, curves, flagged, weight, reasons)
+
+
+def _partly(judged: list[_Judged], bad_frames: list[np.ndarray], limit: float, recordings: Recordings) -> np.ndarray:
+    """(episodes,) whether what fails is confined to some windows, and the rest of the episode passes on its own."""
+    partly = np.ones(len(recordings.length), bool)
+    some = np.zeros(len(recordings.length), bool)
+    for one, bad in zip(judged, bad_frames, strict=True):
+        fails = one.chance() < limit
+        if one.answer.frames is None:
+            partly &= ~fails
+            continue
+        share = recordings.means(bad[:, None].astype(np.float32))[:, 0]
+        rest = one.chance_of_whole(
+            one.answer.level(recordings.means(np.where(bad[:, None], np.nan, one.answer.frames)))
+        )
+        partly &= ~fails | ((share > 0) & (share < 0.5) & (rest >= limit / 2))
+        some |= fails
+    return partly & some
+
+
+def _reason(one: _Judged, episode: int, bad: np.ndarray, recordings: Recordings) -> str:
+    sentence = one.question.reason(one.worst_parts(episode))
+    if bad.all() or not bad.any():
+        return sentence
+    times = np.flatnonzero(bad) / recordings.fps
+    return f"{sentence}, from {times[0]:.1f} s to {times[-1]:.1f} s"
+
+
+def forward_means(values: np.ndarray, recordings: Recordings, window: int) -> np.ndarray:
+    """(frames, K) means over the window that begins at each frame and ends with the episode at the latest; NaN are left out.
+
+    The last windows of an episode are as long as the others: they begin earlier.
+    """
+    known = np.isfinite(values)
+    total = np.concatenate(
+        [np.zeros((1, values.shape[1])), np.cumsum(np.where(known, values, 0), axis=0, dtype=np.float64)]
+    )
+    count = np.concatenate([np.zeros((1, values.shape[1]), np.int64), np.cumsum(known, axis=0)])
+    places = np.arange(len(values))
+    end = recordings.last[recordings.episode] + 1
+    start = np.maximum(np.minimum(places, end - window), recordings.first[recordings.episode])
+    stop = np.minimum(start + window, end)
+    number = count[stop] - count[start]
+    sums = total[stop] - total[start]
+    return np.divide(sums, number, out=np.full(sums.shape, np.nan), where=number > 0)
+
+
+def episode_minima(values: np.ndarray, recordings: Recordings) -> np.ndarray:
+    """(episodes, K) the lowest value of each episode; NaN where it has none."""
+    lowest = np.minimum.reduceat(np.where(np.isfinite(values), values, np.inf), recordings.first, axis=0)
+    return np.where(np.isfinite(lowest), lowest, np.nan)
