@@ -5,6 +5,7 @@ those that are not flagged, its scale comes from the deviations above it. How he
 degrees of freedom of Student's t), and the lower tail is taken to be as heavy.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +17,10 @@ LEAST_TO_JUDGE = 8
 """Episodes of a dataset below which nothing is judged."""
 PRIOR = 8.0
 """Episodes' worth of the pooled scale in a group's own."""
-DEGREES = (4.0, 30.0)
+DEGREES = (4.0, 10.0)
 NORMAL_MEDIAN = float(stats.norm.ppf(0.75))
+GUMBEL = math.log(2) / NORMAL_MEDIAN
+"""Of a standard Gumbel distribution of minima, upper quartile minus median, in units of z."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,26 @@ class Standard:
     def chance(self, scores: np.ndarray) -> np.ndarray:
         """(episodes, parts) the probability that a good episode scores so low; 1 where there is no score."""
         return np.nan_to_num(stats.t.cdf(self.z(scores), self.degrees), nan=1.0)
+
+    def chance_of_minima(self, scores: np.ndarray) -> np.ndarray:
+        """The same of minima over many windows, whose lower tail is Gumbel's: exponential, and heavier than the upper one."""
+        return np.nan_to_num(-np.expm1(-np.exp(self.z(scores) * GUMBEL + math.log(math.log(2)))), nan=1.0)
+
+    @property
+    def parts(self) -> int:
+        """How many parts are judged, at least 1."""
+        return max(int(np.isfinite(self.center).any(axis=0).sum()), 1)
+
+
+def lowest_of_minima(chance: float) -> float:
+    """The z that a good episode's lowest window falls below with this chance."""
+    return (math.log(-math.log1p(-chance)) - math.log(math.log(2))) / GUMBEL
+
+
+def of_the_lowest(chances: np.ndarray, number: int) -> np.ndarray:
+    """(episodes,) the chance that the lowest of so many chances (episodes, n) is so low, were they independent (Šidák)."""
+    with np.errstate(divide="ignore"):
+        return -np.expm1(number * np.log1p(-chances.min(axis=1)))
 
 
 def judged_within(group: np.ndarray) -> np.ndarray:

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats  # type: ignore[import-untyped]
 
-from ptr_hf.scoring.calibration import LEAST_TO_JUDGE, Standard, judged_within, standard
+from ptr_hf.scoring.calibration import (
+    LEAST_TO_JUDGE,
+    Standard,
+    judged_within,
+    lowest_of_minima,
+    of_the_lowest,
+    standard,
+)
 from ptr_hf.scoring.question import Answer, Question
 from ptr_hf.scoring.recordings import Recordings
 
@@ -65,7 +72,7 @@ class _Judged:
         self.pooled: Standard | None = None
         self.part = self.whole.chance(self.episodes)
         if self.episodes.shape[1] > 1:
-            self.pooled = standard(self._mean(self.episodes), group, good, 0.1)
+            self.pooled = standard(self._mean(self.episodes), group, good)
         self.worst: Standard | None = None
         if self.lowest is not None:
             self.worst = standard(self.lowest, group, good, resolution)
@@ -79,25 +86,21 @@ class _Judged:
 
     def chance_of_whole(self, scores: np.ndarray) -> np.ndarray:
         """(episodes,) of the means over the frames, corrected for the parts."""
-        chance = self.whole.chance(scores)
-        parts = np.isfinite(self.whole.center).any(axis=0).sum()
-        lowest = chance.min(axis=1) * max(parts, 1)
-        if self.pooled is not None:
-            lowest = 2 * np.minimum(lowest, self.pooled.chance(self._mean(scores))[:, 0])
-        return np.minimum(lowest, 1)
+        lowest = of_the_lowest(self.whole.chance(scores), self.whole.parts)
+        if self.pooled is None:
+            return lowest
+        return of_the_lowest(np.stack([lowest, self.pooled.chance(self._mean(scores))[:, 0]], axis=1), 2)
 
     def chance_of_windows(self) -> np.ndarray:
         """(episodes,) of the worst window, corrected for the parts."""
         if self.worst is None or self.lowest is None:
             return np.ones(len(self.episodes))
-        chance = self.worst.chance(self.lowest)
-        parts = np.isfinite(self.worst.center).any(axis=0).sum()
-        return np.minimum(chance.min(axis=1) * max(parts, 1), 1)
+        return of_the_lowest(self.worst.chance_of_minima(self.lowest), self.worst.parts)
 
     def chance(self) -> np.ndarray:
         """(episodes,) of the question."""
-        both = np.minimum(self.chance_of_whole(self.episodes), self.chance_of_windows())
-        return both if self.worst is None else np.minimum(2 * both, 1)
+        whole = self.chance_of_whole(self.episodes)
+        return whole if self.worst is None else of_the_lowest(np.stack([whole, self.chance_of_windows()], axis=1), 2)
 
     def curve(self) -> np.ndarray:
         """(frames,) z of the worst part's window."""
@@ -110,10 +113,8 @@ class _Judged:
         """(frames,) whether a window that begins there is so low, in any part."""
         if self.worst is None or self.windows is None:
             return np.zeros(len(self.recordings), bool)
-        parts = max(int(np.isfinite(self.worst.center).any(axis=0).sum()), 1)
-        limit = stats.t.ppf(chance / parts, self.worst.degrees)
         z = self.worst.z(self.windows, self.recordings.episode)
-        return (np.nan_to_num(z) < limit).any(axis=1)
+        return (np.nan_to_num(z) < lowest_of_minima(chance / self.worst.parts)).any(axis=1)
 
     def worst_parts(self, episode: int) -> tuple[str, ...]:
         """The parts that an episode fails in, the worst first; empty where it is all of them a little."""
@@ -155,7 +156,7 @@ def judge(
         for one in judged:
             one.calibrate(group, good)
         chance = np.stack([one.chance() for one in judged], axis=1)
-        together = np.minimum(chance.min(axis=1) * len(judged), 1)
+        together = of_the_lowest(chance, len(judged))
         good = together >= max(false_alarms, 0.05)
     flagged = (together < false_alarms) & enough & (group >= 0)
     weight = np.ones(len(recordings), np.float32)
@@ -173,8 +174,8 @@ def judge(
             else:
                 weight[span] = weight_min
             reasons[episode] = _reason(judged[failing[0]], episode, weight[span] < 1, recordings)
-    z = np.maximum(stats.norm.ppf(np.clip(chance, 1e-40, 1 - 1e-9)), WORST)
-    worst = np.maximum(stats.norm.ppf(np.clip(together, 1e-40, 1 - 1e-9)), WORST)
+    z = np.maximum(stats.norm.ppf(np.clip(chance, 1e-40, 1 - 1e-12)), WORST)
+    worst = np.maximum(stats.norm.ppf(np.clip(together, 1e-40, 1 - 1e-12)), WORST)
     curves = np.stack([one.curve() for one in judged], axis=1)
     return Verdicts(z, worst, curves, flagged, weight, reasons)
 
