@@ -1,47 +1,68 @@
-"""Is the episode complete? Its length, and whether it ends where episodes of its instruction end."""
+"""Is the episode complete? Its length, and how far its last state looks to be on the way from first to last frame."""
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
 
-from ptr_hf.scoring.crossfit import CrossFit, Reweigh
+from ptr_hf.scoring.crossfit import CrossFit, FoldedMLP, Reweigh
 from ptr_hf.scoring.question import Answer, Question
 
-NEIGHBOURS = 3
-SHORT, ELSEWHERE = "length", "end"
+LENGTH, PROGRESS = "length", "progress"
+EFFORT, HIDDEN, MOST_TASKS = 0.4, 64, 32
+END = 0.05
+"""The last twentieth of an episode is its end."""
 
 
 class Completeness(Question):
-    """Short episodes, and those whose last state is far from where others of the same instruction end."""
+    """Short episodes, and those whose end looks like the middle of others: progress is regressed on state and instruction."""
 
     name = "completeness"
     title = "Is the task carried to its end?"
 
     def ask(self, fit: CrossFit, reweigh: Reweigh) -> Answer:
-        """log of the frames; and minus log of the distance to the three nearest last states of the same instruction."""
+        """log of the frames; and the progress, from 0 to 1, at which networks of other episodes place this one's end."""
         recordings = fit.recordings
-        scores = [np.log(recordings.length)]
-        parts = [SHORT]
-        if recordings.state.shape[1]:
-            parts.append(ELSEWHERE)
-            scores.append(self._ends(recordings.task, fit.frames.state.cpu().numpy()[recordings.last]))
-        return Answer(tuple(parts), episodes=np.stack(scores, axis=1), resolution=0.1)
+        scores = [np.log(recordings.length) / LENGTH_UNIT]
+        parts = [LENGTH]
+        if recordings.state.shape[1] and len(recordings.length) > 1:
+            parts.append(PROGRESS)
+            scores.append(self._ends(fit, reweigh) / PROGRESS_UNIT)
+        return Answer(tuple(parts), episodes=np.stack(scores, axis=1))
 
-    def _ends(self, task: np.ndarray, last: np.ndarray) -> np.ndarray:
-        nearness = np.full(len(task), np.nan)
-        for number in np.unique(task):
-            own = np.flatnonzero(task == number)
-            if len(own) <= NEIGHBOURS:
-                continue
-            ends = last[own]
-            # a few hundred ends show where episodes end
-            shown = np.linspace(0, len(own) - 1, min(len(own), 512)).astype(np.int64)
-            apart = ((ends**2).sum(1)[:, None] + (ends[shown] ** 2).sum(1) - 2 * ends @ ends[shown].T).clip(min=0)
-            apart[shown, np.arange(len(shown))] = np.inf
-            nearest = np.partition(np.sqrt(apart), NEIGHBOURS - 1, axis=1)[:, :NEIGHBOURS]
-            nearness[own] = -np.log(nearest.mean(axis=1) + 0.1)
-        return nearness
+    def _ends(self, fit: CrossFit, reweigh: Reweigh) -> np.ndarray:
+        recordings, frames, device = fit.recordings, fit.frames, fit.settings.device
+        share = recordings.frame / np.maximum(recordings.length[recordings.episode] - 1, 1)
+        progress = torch.as_tensor(share, dtype=torch.float32, device=device)
+        task = torch.as_tensor(recordings.task[recordings.episode], device=device)
+        tasks = len(recordings.instructions) if len(recordings.instructions) <= MOST_TASKS else 0
+        generator = torch.Generator().manual_seed(fit.settings.seed)
+        network = FoldedMLP(fit.folds, frames.state.shape[1] + tasks, HIDDEN, 1, generator)
+
+        def inputs(rows: Tensor) -> Tensor:
+            state = frames.state[rows].clamp(-8, 8)
+            return torch.cat([state, functional.one_hot(task[rows], tasks)], dim=-1) if tasks else state
+
+        def loss(rows: Tensor) -> Tensor:
+            return functional.mse_loss(network(inputs(rows)).squeeze(-1), progress[rows])
+
+        def judge(fold: int, rows: Tensor) -> Tensor:
+            return network.of_fold(fold, inputs(rows))
+
+        ending = share >= 1 - END
+
+        def trust(_: np.ndarray) -> np.ndarray:
+            return np.ones(len(recordings.length))
+
+        placed = fit.fit(network, loss, judge, trust, self.title, EFFORT)
+        return recordings.means(np.where(ending[:, None], placed, np.nan))[:, 0]
 
     def reason(self, parts: tuple[str, ...]) -> str:
         """Cut short, or ended elsewhere."""
-        if parts and parts[0] == ELSEWHERE:
-            return "the episode ends where no other of its instruction does"
+        if parts and parts[0] == PROGRESS:
+            return "the episode ends where others are still on their way"
         return "the episode is much shorter than others of its instruction"
+
+
+LENGTH_UNIT, PROGRESS_UNIT = 0.4, 0.2
+"""Differences of a quarter of these, in log frames and in progress, mean nothing."""

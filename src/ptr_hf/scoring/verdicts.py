@@ -25,6 +25,8 @@ from ptr_hf.scoring.recordings import Recordings
 
 ROUNDS = 3
 """Good episodes are found, and what they spread like, in so many rounds."""
+TRIMMED = 0.02
+"""An episode that a question gives a lower chance is left out where the spread of good ones is found."""
 WORST = -12.0
 """The lowest z that is told."""
 
@@ -157,7 +159,7 @@ def judge(
             one.calibrate(group, good)
         chance = np.stack([one.chance() for one in judged], axis=1)
         together = of_the_lowest(chance, len(judged))
-        good = together >= max(false_alarms, 0.05)
+        good = chance.min(axis=1) >= TRIMMED
     flagged = (together < false_alarms) & enough & (group >= 0)
     weight = np.ones(len(recordings), np.float32)
     reasons = [""] * episodes
