@@ -53,6 +53,10 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
             "slots, whatever the environment's or robot's own is."
         },
     )
+    weights_record: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Which weights the policy was trained with, and what they are in sum; set when it is known."},
+    )
     num_tasks: int = field(default=0, metadata={"help": "Instructions of the training data; set when it is known."})
 
     def __post_init__(self, _filled: Mapping[str, Any] | None) -> None:

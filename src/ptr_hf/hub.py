@@ -327,6 +327,8 @@ def _recorded(config: dict[str, Any]) -> dict[str, Any]:
     for content, key in ((config, "base_path"), (base, "pretrained_path")):
         if content.get(key):
             content[key] = named_source(content[key]).name
+    if config.get("weights"):
+        config["weights"] = Path(config["weights"]).name
     return config | {"pretrained_path": None}
 
 

@@ -18,6 +18,10 @@ from ptr_hf.scores import (
 
 HARD_NEGATIVE_KEYS = ("task", "state", "task_or_state")
 PAPER_WARMUP_STEPS = 3000
+OFFLINE = "ptr_offline"
+"""The preset that trains with weights which are known before the first step."""
+AUTO = "auto"
+"""As `weights`: inspect the dataset first."""
 DEFAULT_PRESET = "ptr_calibrated"
 """The preset unless another is named: the best in docs/corruption.md that leaves clean data alone."""
 WEIGHT_BOUNDS = 1e-12, 1e12
@@ -54,6 +58,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sft_belief": {"alpha": 0.0},
     # Plain post-training: the base policy's own loss, bit for bit.
     "sft": {"alpha": 0.0, "num_belief_tokens": 0, "scorer": False},
+    # Ours: the dataset is inspected before training, and the step is plain post-training's.
+    "ptr_offline": {
+        "weights": "auto",
+        "num_belief_tokens": 0,
+        "scorer": False,
+        "standardize_by": "task",
+        "weight_min": 0.02,
+    },
     # Ours (METHOD section 13): which action, which instruction, belongs to what followed?
     "ptr_consequence": {"score": "consequence", **_OURS},
     "ptr_consequence_loss": {"score": "consequence_loss", "standardize_by": "task", **_OURS},
@@ -77,6 +89,7 @@ _NAMED_FOR: dict[str, tuple[str, ...]] = {
     "ptr_calibrated": (),
     "sft": ("alpha", "num_belief_tokens", "scorer"),
     "sft_belief": ("alpha",),
+    "ptr_offline": ("num_belief_tokens", "scorer"),
     "ptr_consequence_shuffled": ("score", "shuffle_consequences"),
 }
 
@@ -197,6 +210,13 @@ class PTRHyperparameters:
     beta_max: float = _option(3.0, "Upper bound of β.")
     hard_negative_ratio_max: float = _option(0.5, "Upper bound of ρ, the share of hard negatives.")
 
+    # Weights that are known before training
+    weights: str | None = _option(
+        None,
+        "Weights of the demonstrations to train with, known beforehand: auto inspects the dataset first, else a parquet or csv "
+        "file (docs/weights.md). Goes with preset ptr_offline, which it chooses.",
+    )
+
     def __post_init__(self, _filled: Mapping[str, Any] | None) -> None:
         for name, value in (_filled or {}).items():
             if vars(self)[name] == value:
@@ -216,7 +236,7 @@ class PTRHyperparameters:
         Raises:
             ValueError: the preset is unknown, or a field has another value than the preset is named for.
         """
-        self._fill("preset", DEFAULT_PRESET)
+        self._fill("preset", DEFAULT_PRESET if self.weights is None else OFFLINE)
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is unknown; choose one of {', '.join(PRESETS)}.")
         own = PRESETS[self.preset]
@@ -310,7 +330,13 @@ class PTRHyperparameters:
             (self.aggregation, self.weight_map),
             "trajectory or segment with any map, or sample with paper, which needs no comparison with other chunks",
         )
-        if not self.scorer and (self.alpha != 0.0 or self.num_belief_tokens != 0):
+        if self.weights is not None and (self.scorer or self.preset == "sft"):
+            does = "trains a scorer that weighs them" if self.scorer else "weighs none of them"
+            raise ValueError(
+                f"weights={self.weights} are known before training, but preset={self.preset!r} {does}: use "
+                f"preset={OFFLINE!r}, or leave weights out."
+            )
+        if not self.scorer and self.weights is None and (self.alpha != 0.0 or self.num_belief_tokens != 0):
             raise ValueError(
                 f"scorer=False trains the base policy alone, so alpha and num_belief_tokens must be 0, not {self.alpha} "
                 f"and {self.num_belief_tokens}; use preset='sft'."

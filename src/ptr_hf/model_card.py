@@ -63,6 +63,10 @@ PRESET_NOTES: dict[str, tuple[str, str]] = {
     "ptr": ("the paper's method", "a chunk weighs more the better its recorded consequence is picked out of others"),
     "sft_belief": ("the paper's SFT + Belief", "scorer and belief tokens run, but every chunk counts the same (α = 0)"),
     "sft": ("plain post-training, the baseline", "there is no scorer, and every chunk counts the same"),
+    "ptr_offline": (
+        "ptr_hf's own, not the paper's",
+        "the demonstrations were inspected before training, and what was found bad weighs less; the step is plain post-training's",
+    ),
     "ptr_consequence": (
         "ptr_hf's own, not the paper's",
         "episodes whose actions and instruction do not fit what followed weigh less",
@@ -237,8 +241,14 @@ def library_versions() -> dict[str, str]:
 def preset_changes(config: PTRHyperparameters) -> dict[str, tuple[Any, Any]]:
     """Hyperparameters that are not as the preset sets them: name → (value, the preset's); what it leaves open is not."""
     preset = PTRHyperparameters(preset=config.preset)
-    both = ((name, value, vars(preset)[name]) for name, value in config.hyperparameters().items())
+    both = ((name, value, vars(preset)[name]) for name, value in _published(config).items())
     return {name: (value, usual) for name, value, usual in both if usual not in (value, None)}
+
+
+def _published(config: PTRHyperparameters) -> dict[str, Any]:
+    """The hyperparameters, of a weights file the name alone."""
+    values = config.hyperparameters()
+    return values | {"weights": values["weights"] and Path(values["weights"]).name}
 
 
 def _what_weighs(config: PTRHyperparameters) -> tuple[str, str]:
@@ -275,7 +285,7 @@ def _eval_result(result: Evaluation) -> EvalResult:
 
 def _hyperparameters(facts: CardFacts) -> list[tuple[str, object, str]]:
     """(name, value, meaning) of every hyperparameter; what None means, its meaning says."""
-    values = facts.config.hyperparameters() | {"chunk_size": facts.config.chunk_size or facts.chunk_size}
+    values = _published(facts.config) | {"chunk_size": facts.config.chunk_size or facts.chunk_size}
     helps = {item.name: item.metadata["help"] for item in fields(PTRHyperparameters)}
     return [(name, value, helps[name]) for name, value in values.items()]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import get_policy_class
@@ -34,6 +34,7 @@ from ptr_hf.data.normalization import policy_statistics
 from ptr_hf.data.segments import (
     ACTION,
     PAD_SUFFIX,
+    SOURCE_INDEX,
     Segment,
     SegmentLayout,
     is_rows,
@@ -52,7 +53,7 @@ from ptr_hf.pathway import BeliefModule, build_objective
 from ptr_hf.policies import PolicyAdapter, Views, make_adapter, refusal, supported_policies
 from ptr_hf.policies.hooks import unwrap
 from ptr_hf.policies.protocol import ACTION_DIM_PAD, without_unused
-from ptr_hf.scores import EpisodeTable, ScoreWeigher
+from ptr_hf.scores import EpisodeTable, FrameWeights, ScoreWeigher, weighed_chunks, weighed_loss, weight_metrics
 
 BASE_PREFIX = "base."
 
@@ -110,6 +111,7 @@ class PTRPolicy(PreTrainedPolicy):
         self.objective: PTRObjective | None = None
         self.target_encoder: ConsequenceEncoder | None = None
         self.belief: BeliefModule | None = None
+        self.frame_weights: FrameWeights | None = None
         # A tuple keeps a shared tower out of this module's parameters: the base policy owns them.
         self._shared_tower: tuple[nn.Module, ...] = ()
         if config.scorer:
@@ -129,6 +131,7 @@ class PTRPolicy(PreTrainedPolicy):
             _check_bookkeeping(meta)
             check_one_instruction(meta, config.layout)
             self.set_episodes(EpisodeTable.from_metadata(meta, config.standardize_by))
+            self._read_weights(meta)
         self.reset()
 
     # ---- construction ----------------------------------------------------------------------------------------------
@@ -197,6 +200,34 @@ class PTRPolicy(PreTrainedPolicy):
         assert isinstance(weigher, ScoreWeigher)
         weigher.lay_out(episodes, seed)
 
+    def set_weights(self, weights: FrameWeights | None) -> None:
+        """Say how much every frame of the training data counts, of a policy without a scorer; no checkpoint holds them.
+
+        Args:
+            weights: by the batches' `index`; None counts all alike.
+
+        Raises:
+            ValueError: the policy's scorer weighs.
+        """
+        if weights is not None and self.objective is not None:
+            raise ValueError("The policy trains a scorer that weighs its data: build it with preset='ptr_offline'.")
+        self.frame_weights = weights
+        self.config.weights_record = {} if weights is None else dict(weights.record)
+
+    def _read_weights(self, meta: Any) -> None:
+        """Under LeRobot's own loop: the weights that the configuration names, for the data that it is given."""
+        if self.config.weights is None:
+            return
+        from ptr_hf.training.given_weights import training_weights
+
+        # each process for itself: an inspection is the same on all of them
+        self.set_weights(training_weights(self.config, meta.root, meta))
+
+    @property
+    def weighs(self) -> bool:
+        """Whether training weighs chunks: there is a scorer, or a given weight is not 1."""
+        return self.objective is not None or (self.frame_weights is not None and self.frame_weights.move)
+
     def seed_draws(self, seed: int) -> None:
         """Seed the method's private random stream (queue draws, derangements)."""
         if self.objective is not None:
@@ -241,6 +272,9 @@ class PTRPolicy(PreTrainedPolicy):
         """
         if self.objective is None:
             plain = self._plain(batch)
+            if self.training and self.weighs:
+                weighed = self._weighed(plain)
+                return (weighed, {}) if reduction == "none" else self._reduced(weighed)
             if ACTION_DIM_PAD not in plain:
                 return self.base(plain)
             # LeRobot's own loss would count the dimensions that a robot does not have
@@ -257,6 +291,24 @@ class PTRPolicy(PreTrainedPolicy):
         values = torch.stack([value.detach().double() for value in (*named.values(), masked.sum())]).tolist()
         self._say_masked(int(values.pop()), len(masked))
         return terms["loss"], dict(zip(named, values, strict=True))
+
+    def _weighed(self, plain: dict[str, Any]) -> ObjectiveOutput:
+        """The loss and the given weight of every chunk."""
+        weight, valid = self.given_weights(plain)
+        loss = self.adapter.losses(self.adapter.arrange(plain))
+        return weighed_chunks(loss, weight, valid, plain.get("task_index"), plain.get(SOURCE_INDEX))
+
+    def given_weights(self, rows: dict[str, Any]) -> tuple[Float[Tensor, " rows"], Bool[Tensor, " rows"]]:
+        """The given weights of a preprocessed batch's chunks, and which of them have a say."""
+        assert self.frame_weights is not None
+        plain = self._plain(rows)
+        return self.frame_weights.of(plain["index"]), ~plain[ACTION + PAD_SUFFIX].all(dim=1)
+
+    @staticmethod
+    def _reduced(output: ObjectiveOutput) -> tuple[Tensor, dict[str, Any]]:
+        loss, metrics = weighed_loss(output), weight_metrics(output)
+        values = torch.stack([value.detach().double() for value in (loss, *metrics.values())]).tolist()
+        return loss, dict(zip(("loss_action", *metrics), values, strict=True))
 
     _masked = (0, 0)
     _said_masked = False
@@ -562,6 +614,7 @@ class PTRPolicy(PreTrainedPolicy):
         if kwargs.get("dataset_meta") is not None:
             # LeRobot's training loop, which reads the data itself, names them
             check_one_instruction(kwargs["dataset_meta"], policy.config.layout)
+            policy._read_weights(kwargs["dataset_meta"])
         return policy
 
 

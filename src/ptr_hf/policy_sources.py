@@ -116,11 +116,23 @@ def _check_hyperparameters(args: PTRTrainingArguments, config: PTRConfig) -> Non
     """Refuse hyperparameters that a finished `PTRPolicy` would silently overrule."""
     own = config.hyperparameters()
     for name, value in args.given.items():
-        if value != own[name]:
+        if name == "weights":
+            # they belong to the data, not to the policy
+            _give_weights(value, config)
+        elif value != own[name]:
             raise ValueError(
                 f"{name}={value} was given, but the PTRPolicy brings {name}={own[name]}, which was fixed when it was built: "
                 f"leave {name} out, or start from a LeRobot policy."
             )
+
+
+def _give_weights(weights: str, config: PTRConfig) -> None:
+    if config.scorer or not config.alpha:
+        raise ValueError(
+            f"weights={weights} was given, but the PTRPolicy was built with preset={config.preset!r}, which does not read them: "
+            "leave weights out, or start from a LeRobot policy."
+        )
+    config.weights = weights
 
 
 @no_foreign_code()

@@ -24,6 +24,8 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from ptr_hf.artifact import read_config
+from ptr_hf.cli.console import PlainConsole
 from ptr_hf.data.in_memory import collate_segments
 from ptr_hf.data.mixture import Mixture, MixtureSampler
 from ptr_hf.data.mixture_config import MixtureConfig
@@ -36,6 +38,7 @@ from ptr_hf.global_batches import TensorsOnly, has_batch_statistics, instruction
 from ptr_hf.guarded_trainer import GuardedTrainer
 from ptr_hf.hub import PROCESSOR_FILES
 from ptr_hf.launch import check_launch, check_same_everywhere, run_facts
+from ptr_hf.method.distributed import sum_over_ranks
 from ptr_hf.metrics import MetricsWindow
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.nonfinite import BadFrame
@@ -43,7 +46,9 @@ from ptr_hf.policy_sources import ModelSource, resolve_policy, widest_vector
 from ptr_hf.processor_embodiment import for_robot
 from ptr_hf.processor_ptr import keep_statistics, preprocess
 from ptr_hf.report import DYNAMICS_COLUMNS
+from ptr_hf.scores import weighed_loss, weight_metrics
 from ptr_hf.sharding import prepare_sharding, share_weights
+from ptr_hf.training.given_weights import INSPECTION_FOLDER, other_weights, training_weights
 from ptr_hf.training.processors import checked_preprocessor, observation_renames, policy_processors
 from ptr_hf.training.reporting import check_reporting
 from ptr_hf.training.seeding import seeded
@@ -136,6 +141,19 @@ class PTRTrainer(GuardedTrainer):
             self.training_data = described(train_dataset, metas["train"], args)
             with seeded(args.seed):
                 policy.set_episodes(episode_table(policy.config, metas["train"], args), args.seed)
+            # one process inspects, the others find what it has written
+            with args.main_process_first(local=False, desc="weights"):
+                policy.set_weights(
+                    training_weights(
+                        policy.config,
+                        train_dataset,
+                        metas["train"],
+                        folder=Path(args.output_dir) / INSPECTION_FOLDER,
+                        revision=args.dataset_revision,
+                        seed=args.seed,
+                        console=PlainConsole() if args.process_index == 0 and not args.disable_tqdm else None,
+                    )
+                )
         self.screen = Screen(layout, policy.config.input_features or {}, renames, substitute=policy.objective is None)
         first = next(iter(opened.values()), None)
         if preprocessor is not None:
@@ -205,6 +223,8 @@ class PTRTrainer(GuardedTrainer):
     ) -> Any:
         """Eq. 32 over the global batch; without a scorer (SFT) the base policy's own loss."""
         objective = self.policy.objective
+        if objective is None and self.policy.weighs and model.training:
+            return self._given_weights_loss(model, inputs, return_outputs)
         if objective is None:
             loss, _ = model(inputs)
             # a batch of which nothing may be learned: some policies do not look at the mask
@@ -222,6 +242,16 @@ class PTRTrainer(GuardedTrainer):
             self.window.add(losses | objective.metrics(output), output)
         return (terms["loss"], output) if return_outputs else terms["loss"]
 
+    def _given_weights_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """Σ w ℓ / Σ w of the policy's own loss, the weights known before training."""
+        output, _ = model(inputs, reduction="none")
+        loss = weighed_loss(output, self._window_totals)
+        if self._window_totals is not None:
+            # transformers will divide by the number of micro-batches
+            loss = loss * self.current_gradient_accumulation_steps
+        self.window.add({"loss_action": loss} | weight_metrics(output), output)
+        return (loss, output) if return_outputs else loss
+
     _mixture_sampler: MixtureSampler | None = None
     _window: list[dict[str, Any]] | None = None
     """Micro-batches of the coming optimiser step, where the loss is normalised over all of them."""
@@ -232,13 +262,13 @@ class PTRTrainer(GuardedTrainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of a step; rows that the loader repeats to fill the last one are left out."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if batches and self.policy.objective is not None:
+        if batches and self.policy.weighs:
             repeated = repeated_rows(batches[-1], self.accelerator)
             if repeated is not None:
                 batches[-1] = leave_out(batches[-1], repeated)
                 self.masked.discount(repeated)
         self._window_totals = None
-        whole = self.args.normalize_over == "window" and len(batches) > 1 and self.policy.objective is not None
+        whole = self.args.normalize_over == "window" and len(batches) > 1 and self.policy.weighs
         self._window = batches if whole else None
         return batches, count
 
@@ -254,7 +284,8 @@ class PTRTrainer(GuardedTrainer):
     def _totals_of(self, batches: list[dict[str, Any]]) -> Tensor:
         """Σ w and the other denominators over all micro-batches and ranks, by one more forward each on the same noise."""
         policy, objective = self.policy, self.policy.objective
-        assert objective is not None
+        if objective is None:
+            return self._given_totals(batches)
         policy.train()
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         totals = []
@@ -267,6 +298,17 @@ class PTRTrainer(GuardedTrainer):
                 output, _ = policy(prepared, reduction="none")
                 totals.append(objective.totals(output))
         return torch.stack(totals).sum(dim=0)
+
+    def _given_totals(self, batches: list[dict[str, Any]]) -> Tensor:
+        """Σ w over all micro-batches and ranks of weights that no forward is needed for."""
+        totals = []
+        for batch in batches:
+            prepared = self._prepare_inputs(batch)
+            batch.clear()
+            batch.update(prepared)
+            weight, valid = self.policy.given_weights(prepared)
+            totals.append(weight.masked_fill(~valid, 0.0).sum())
+        return sum_over_ranks(torch.stack(totals).sum())
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move to the device, scale 8-bit frames to [0, 1] there, cut into rows, and run the policy's preprocessor.
@@ -378,6 +420,9 @@ class PTRTrainer(GuardedTrainer):
         """Also keep the statistics that the run was started with, should those of the data have changed since."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         folder = Path(resume_from_checkpoint)
+        changed_weights = other_weights(self.policy.config.weights_record, read_config(folder).weights_record)
+        if changed_weights is not None:
+            logger.warning("%s", changed_weights)
         pipelines = zip((self.preprocessor, self.postprocessor), PROCESSOR_FILES, strict=True)
         changed = [keep_statistics(pipeline, folder, file) for pipeline, file in pipelines]
         if any(changed):
@@ -407,6 +452,8 @@ class PTRTrainer(GuardedTrainer):
         if "loss" in logs and self.window:
             objective = self.policy.objective
             bounds = None if objective is None else (objective.alpha, objective.weight_min, objective.weight_max)
+            if self.policy.frame_weights is not None:
+                bounds = (1.0, *self.policy.frame_weights.bounds)
             metrics, histogram = self.window.flush(self.accelerator, bounds)
             logs |= metrics | self.read_nonfinite()
             if self.is_world_process_zero():

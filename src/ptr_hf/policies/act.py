@@ -58,6 +58,7 @@ class ACTAdapter(AdapterBase):
 
     family = "act"
     masks_action_dims = True
+    _reads_context = True
 
     @property
     def context_dim(self) -> int:
@@ -101,7 +102,8 @@ class ACTAdapter(AdapterBase):
             hidden = scope.enter_context(captured_input(model.action_head))
             predicted, (mean, log_variance) = model(inputs)
             tokens, position = calls[0]
-            context = encoded.value if mean is None else self._prior_context(tokens, position)
+            leaks = mean is not None and self._reads_context
+        context = self._prior_context(tokens, position) if leaks else encoded.value
         context = context[: tokens.shape[0]].transpose(0, 1).float()
         loss = per_sample_mean((action - predicted).abs(), mask, unused)
         if mean is not None:
@@ -117,6 +119,14 @@ class ACTAdapter(AdapterBase):
             action_hidden=hidden.value.float(),
             action_mask=mask,
         )
+
+    def losses(self, batch: Batch) -> Float[Tensor, " batch"]:
+        """The loss of `trace` without the second pass that only its context needs."""
+        self._reads_context = False
+        try:
+            return self.trace(batch).loss
+        finally:
+            self._reads_context = True
 
     @torch.no_grad()
     def rollout(

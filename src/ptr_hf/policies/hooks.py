@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ptr_hf.policies.protocol import ACTION_DIM_PAD
+from ptr_hf.policies.protocol import ACTION_DIM_PAD, Batch, PolicyTrace
 
 
 class Capture:
@@ -144,6 +144,14 @@ class AdapterBase:
     def base(self) -> Any:
         """The LeRobot policy itself, looked up anew because PEFT may have wrapped it."""
         return unwrap(self.policy)
+
+    def trace(self, batch: Batch) -> PolicyTrace:
+        """Each family's own; see `PolicyAdapter.trace`."""
+        raise NotImplementedError
+
+    def losses(self, batch: Batch) -> Float[Tensor, " batch"]:
+        """The loss of `trace`, where nothing else of it is read; see `PolicyAdapter.losses`."""
+        return self.trace(batch).loss
 
     def arrange(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Most preprocessors return rows; see `PolicyAdapter.arrange`."""

@@ -6,6 +6,7 @@ Every score reads what the step's forward has already computed; only ``action_id
 
 from ptr_hf.scores.aggregation import WHOLE_EPISODE, EpisodeTable, SlotMemory
 from ptr_hf.scores.controls import Motion, NegativeLogLoss, NegativeLoss, OfEpisode, Uniform, known_beforehand
+from ptr_hf.scores.given import FrameWeights, weighed_chunks, weighed_loss, weight_metrics
 from ptr_hf.scores.identification import ActionIdentification, InstructionIdentification
 from ptr_hf.scores.paper import ActionMargin, Posterior
 from ptr_hf.scores.score import Score, Scored
@@ -49,6 +50,7 @@ __all__ = [
     "ActionMargin",
     "Aggregation",
     "EpisodeTable",
+    "FrameWeights",
     "InstructionIdentification",
     "MissingFuture",
     "Motion",
@@ -64,4 +66,7 @@ __all__ = [
     "WeightMapName",
     "known_beforehand",
     "map_range",
+    "weighed_chunks",
+    "weighed_loss",
+    "weight_metrics",
 ]

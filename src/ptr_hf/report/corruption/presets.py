@@ -18,6 +18,7 @@ PRESET_LINES: dict[str, PresetLine] = {
     "sft": PresetLine("baseline", "plain post-training, every chunk counts the same"),
     "sft_belief": PresetLine("paper", "SFT with belief tokens and all losses of the scorer, no weight moves"),
     "ptr": PresetLine("paper", "the paper's PTR (Table 6): T of each chunk, weight by Eq. 21"),
+    "ptr_offline": PresetLine("ours", "the dataset inspected before training, a step that costs what sft's costs"),
     "ptr_consequence": PresetLine(
         "ours", "episode means of action and instruction identification from the recorded consequence"
     ),

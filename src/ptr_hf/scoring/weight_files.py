@@ -1,0 +1,352 @@
+"""Weights files: anyone's table of how much frames, chunks or episodes count, matched with the data that is trained on.
+
+A parquet or csv file with a column `weight` and, to say what each row weighs,
+
+- per frame: `index` (the frame's number in its dataset), or `episode_index` and `frame_index`, or all three;
+- per chunk: the same, of the frames at which the training samples begin;
+- per episode: `episode_index` alone;
+- `source`, the number (or name) of the dataset, where there are several.
+
+A folder stands for the ptr_chunks.parquet in it. What does not match is refused: a weight that goes to the wrong frame is
+worse than none.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from lerobot.datasets import LeRobotDatasetMetadata
+
+from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.scoring.dataset_scores import CHUNKS_FILE, EPISODES_FILE, SETTINGS_FILE
+
+KEYS = ("index", "episode_index", "frame_index")
+KINDS = (".parquet", ".csv")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FrameTable:
+    """The frames of a dataset, and those at which a training sample begins.
+
+    Attributes:
+        name: of the dataset: its Hub id, or what it is called in a mixture.
+        repo_id: its Hub id.
+        revision: of its Hub repo, where it has one.
+        first: (episodes,) number of each episode's first frame in the dataset.
+        length: (episodes,) frames.
+        read: (samples,) numbers of the frames at which training samples begin.
+    """
+
+    name: str
+    repo_id: str
+    revision: str | None
+    first: np.ndarray
+    length: np.ndarray
+    read: np.ndarray
+
+    @classmethod
+    def of(
+        cls,
+        meta: LeRobotDatasetMetadata,
+        episodes: Sequence[int] | None = None,
+        *,
+        frame_stride: int = 1,
+        name: str | None = None,
+    ) -> "FrameTable":
+        """The table of a LeRobotDataset.
+
+        Args:
+            meta: of the dataset.
+            episodes: that are read; None for all.
+            frame_stride: recorded frames to one that is read.
+            name: by default the dataset's Hub id.
+        """
+        first = np.asarray(meta.episodes["dataset_from_index"], dtype=np.int64)
+        length = np.asarray(meta.episodes["length"], dtype=np.int64)
+        chosen = range(len(first)) if episodes is None else episodes
+        read = [np.arange(first[episode], first[episode] + length[episode], frame_stride) for episode in chosen]
+        revision = getattr(meta, "revision", None)
+        return cls(name or meta.repo_id, meta.repo_id, revision, first, length, np.concatenate(read))
+
+    @property
+    def frames(self) -> int:
+        """Of all episodes."""
+        return int(self.length.sum())
+
+    @property
+    def size(self) -> int:
+        """One more than the largest number of a frame."""
+        return int((self.first + self.length).max())
+
+    def episode_of(self, index: np.ndarray) -> np.ndarray:
+        """Episodes of frames by their numbers in the dataset."""
+        return np.searchsorted(self.first, index, side="right") - 1
+
+    def located(self, index: int) -> tuple[int, int]:
+        """Episode of a frame, and its number in the episode."""
+        episode = int(self.episode_of(np.array(index)))
+        return episode, index - int(self.first[episode])
+
+
+def frame_tables(
+    meta: LeRobotDatasetMetadata | MixtureMetadata, episodes: Sequence[int] | None = None
+) -> list[FrameTable]:
+    """A table for every dataset of the training data.
+
+    Args:
+        meta: of the data.
+        episodes: that are read of a single dataset; a mixture's metadata knows its own.
+    """
+    if isinstance(meta, MixtureMetadata):
+        return [
+            FrameTable.of(source.meta, source.episodes, frame_stride=source.frame_stride, name=source.name)
+            for source in meta.sources
+        ]
+    return [FrameTable.of(meta, episodes)]
+
+
+def in_training_order(meta: LeRobotDatasetMetadata | MixtureMetadata, weights: Sequence[np.ndarray]) -> np.ndarray:
+    """The weights of every dataset's frames as one array, at the numbers that `index` has in a training batch.
+
+    Args:
+        meta: of the training data.
+        weights: (frames,) of every dataset, in dataset order.
+    """
+    if not isinstance(meta, MixtureMetadata):
+        return weights[0]
+    parts = []
+    for source, own in zip(meta.sources, weights, strict=True):
+        episodes = source.meta.episodes
+        spans = zip(episodes["dataset_from_index"], episodes["length"], strict=True)
+        parts += [own[first : first + length : source.frame_stride] for first, length in spans]
+    return np.concatenate(parts)
+
+
+def weights_file(path: str | Path) -> Path:
+    """The file that a path stands for: itself, or the ptr_chunks.parquet of a folder.
+
+    Raises:
+        ValueError: there is none, or it is neither parquet nor csv.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / CHUNKS_FILE).is_file():
+            raise ValueError(
+                f"The folder {path} holds no {CHUNKS_FILE}: give a weights file, or a folder that ptr-score wrote."
+            )
+        return path / CHUNKS_FILE
+    if not path.is_file():
+        raise ValueError(
+            f"There is no weights file {path}: give a parquet or csv file, or a folder that ptr-score wrote."
+        )
+    if path.suffix.lower() not in KINDS:
+        raise ValueError(f"The weights file {path} is neither .parquet nor .csv: write it as one of them.")
+    return path
+
+
+def read_weights(path: str | Path, tables: Sequence[FrameTable]) -> list[np.ndarray]:
+    """Read a weights file for the data that is trained on.
+
+    Args:
+        path: file, or folder with a ptr_chunks.parquet.
+        tables: the datasets, in the order of their numbers.
+
+    Returns:
+        for every dataset (size,) float32, the weight of the chunk that begins at each frame; 1 where none is read.
+
+    Raises:
+        ValueError: the file cannot be read, or does not match the data; one sentence says what to do.
+    """
+    path = weights_file(path)
+    try:
+        rows = pd.read_parquet(path) if path.suffix.lower() == ".parquet" else pd.read_csv(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The weights file {path} cannot be read: {error}. Write it anew.") from error
+    _check_columns(path, rows)
+    _check_origin(path, tables)
+    weights = [_matched(path, part, table) for part, table in zip(_by_source(path, rows, tables), tables, strict=True)]
+    if not any(own[table.read].any() for own, table in zip(weights, tables, strict=True)):
+        raise ValueError(
+            f"The weights file {path} gives weight 0 to all that is trained on: nothing would be learned. Give some of it more."
+        )
+    return weights
+
+
+def _check_columns(path: Path, rows: pd.DataFrame) -> None:
+    if "weight" not in rows or not {"index", "episode_index"} & set(rows.columns):
+        raise ValueError(
+            f"The weights file {path} has the columns {', '.join(map(str, rows.columns)) or 'none'}; it needs `weight` and "
+            "`index`, `episode_index` with `frame_index`, or `episode_index` alone."
+        )
+    if not len(rows):
+        raise ValueError(f"The weights file {path} has no rows: list every frame or episode that is trained on.")
+    keys = [name for name in KEYS if name in rows]
+    for name in ("weight", *keys):
+        values = rows[name]
+        if not pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
+            raise ValueError(
+                f"The column {name} of the weights file {path} holds {values.dtype}: it must hold numbers."
+            )
+    for name in keys:
+        wrong = ~(np.isfinite(rows[name].to_numpy(float)) & (rows[name].to_numpy(float) % 1 == 0))
+        if wrong.any():
+            raise ValueError(
+                f"The column {name} of the weights file {path} holds {rows[name].to_numpy()[wrong][0]} in row "
+                f"{int(wrong.argmax())}: it must hold whole numbers."
+            )
+    weight = rows["weight"].to_numpy(float)
+    wrong = ~(np.isfinite(weight) & (weight >= 0))
+    if wrong.any():
+        raise ValueError(
+            f"The weights file {path} holds the weight {weight[wrong][0]} in row {int(wrong.argmax())}: weights must be finite "
+            "and 0 or more."
+        )
+
+
+def _by_source(path: Path, rows: pd.DataFrame, tables: Sequence[FrameTable]) -> list[pd.DataFrame]:
+    """The rows of every dataset."""
+    if "source" not in rows:
+        if len(tables) > 1:
+            raise ValueError(
+                f"The weights file {path} has no column `source`, and training reads {len(tables)} datasets: add it, with each "
+                f"row's number of the dataset, 0 to {len(tables) - 1}."
+            )
+        return [rows]
+    numbers = {table.name: number for number, table in enumerate(tables)}
+    source = rows["source"]
+    if not pd.api.types.is_numeric_dtype(source):
+        source = source.map(lambda name: numbers.get(str(name), name))
+    unknown = [value for value in source.unique() if value not in range(len(tables))]
+    if unknown:
+        known = ", ".join(f"{number} ({table.name})" for number, table in enumerate(tables))
+        raise ValueError(
+            f"The weights file {path} weighs the source {unknown[0]}, which is not trained on: sources here are {known}."
+        )
+    return [rows[source == number] for number in range(len(tables))]
+
+
+def _matched(path: Path, rows: pd.DataFrame, table: FrameTable) -> np.ndarray:
+    """The rows of one dataset as a weight for every frame."""
+    where = f"The weights file {path}"
+    weight = rows["weight"].to_numpy(np.float32)
+    values = np.full(table.size, np.nan, np.float32)
+    episode = rows["episode_index"].to_numpy(np.int64) if "episode_index" in rows else None
+    if episode is not None:
+        _refuse(where, episode, (episode < 0) | (episode >= len(table.length)), "episode", table)
+    if episode is not None and not {"index", "frame_index"} & set(rows.columns):
+        _check_once(where, episode, "episode")
+        for number, own in zip(episode, weight, strict=True):
+            values[table.first[number] : table.first[number] + table.length[number]] = own
+    else:
+        index = _indices(where, rows, episode, table)
+        _check_once(where, index, "frame")
+        values[index] = weight
+    missing = table.read[np.isnan(values[table.read])]
+    if len(missing):
+        number, frame = table.located(int(missing[0]))
+        raise ValueError(
+            f"{where} says nothing of {len(missing)} of the {len(table.read)} chunks of {table.name} that training reads, which "
+            f"begin at every frame (the first is frame {frame} of episode {number}): list them all, or give weights by episode."
+        )
+    return np.nan_to_num(values, nan=1.0)
+
+
+def _indices(where: str, rows: pd.DataFrame, episode: np.ndarray | None, table: FrameTable) -> np.ndarray:
+    """The number of each row's frame in its dataset."""
+    found = None
+    if episode is not None and "frame_index" in rows:
+        frame = rows["frame_index"].to_numpy(np.int64)
+        beyond = (frame < 0) | (frame >= table.length[episode])
+        if beyond.any():
+            row = int(beyond.argmax())
+            raise ValueError(
+                f"{where} weighs frame {frame[row]} of episode {episode[row]}, which in {table.name} has "
+                f"{table.length[episode[row]]} frames: it was made for other data, make it anew."
+            )
+        found = table.first[episode] + frame
+    if "index" not in rows:
+        if found is None:
+            raise ValueError(f"{where} has `frame_index` without `episode_index`: add it, or give `index`.")
+        return found
+    index = rows["index"].to_numpy(np.int64)
+    known = np.zeros(table.size, bool)
+    for first, length in zip(table.first, table.length, strict=True):
+        known[first : first + length] = True
+    outside = (index < 0) | (index >= table.size)
+    outside[~outside] = ~known[index[~outside]]
+    _refuse(where, index, outside, "frame", table)
+    if found is None and episode is not None:
+        apart = (index < table.first[episode]) | (index >= table.first[episode] + table.length[episode])
+    else:
+        apart = np.zeros(len(index), bool) if found is None else index != found
+    if apart.any():
+        row = int(apart.argmax())
+        number, frame = table.located(int(index[row]))
+        raise ValueError(
+            f"{where} contradicts itself: frame {index[row]} of {table.name} is frame {frame} of episode {number}, and row {row} "
+            "says otherwise. Keep `index`, or `episode_index` and `frame_index`, whichever is right."
+        )
+    return index
+
+
+def _refuse(where: str, keys: np.ndarray, wrong: np.ndarray, what: str, table: FrameTable) -> None:
+    if wrong.any():
+        last = len(table.length) - 1 if what == "episode" else table.size - 1
+        raise ValueError(
+            f"{where} weighs {what} {keys[wrong][0]}, which {table.name} does not have (its {what}s are 0 to {last}): it was "
+            "made for other data, make it anew."
+        )
+
+
+def _check_once(where: str, keys: np.ndarray, what: str) -> None:
+    values, counts = np.unique(keys, return_counts=True)
+    if (counts > 1).any():
+        raise ValueError(f"{where} weighs {what} {values[counts > 1][0]} {counts.max()} times: list every {what} once.")
+
+
+def _check_origin(path: Path, tables: Sequence[FrameTable]) -> None:
+    """Compare with what ptr-score has noted beside its files about the datasets that it read."""
+    if path.name not in (CHUNKS_FILE, EPISODES_FILE) or not path.with_name(SETTINGS_FILE).is_file():
+        return
+    try:
+        noted: list[dict[str, Any]] = json.loads(path.with_name(SETTINGS_FILE).read_text()).get("datasets", [])
+    except ValueError as error:
+        raise ValueError(f"{path.with_name(SETTINGS_FILE)} cannot be read: {error}. Run ptr-score again.") from error
+    if not noted:
+        return
+    if len(noted) != len(tables):
+        raise ValueError(
+            f"The weights file {path} was made for {len(noted)} datasets, and training reads {len(tables)}: run ptr-score on the "
+            "same data."
+        )
+    for number, (note, table) in enumerate(zip(noted, tables, strict=True)):
+        own = {"episodes": len(table.length), "frames": table.frames}
+        for what, count in own.items():
+            if note.get(what, count) > count:
+                raise ValueError(
+                    f"The weights file {path} was made for {note.get('repo_id', f'source {number}')} with {note[what]} {what}, "
+                    f"and {table.name} has {count}: run ptr-score on the same data."
+                )
+        changed = [
+            f"{what} {note[what]}, not {value}"
+            for what, value in (("repo_id", table.repo_id), ("revision", table.revision))
+            if note.get(what) is not None and value is not None and note[what] != value
+        ]
+        if changed:
+            logger.warning(
+                "The weights file %s was made for %s; its frames match, so it is used.", path, " and ".join(changed)
+            )
+
+
+def digest(path: str | Path) -> str:
+    """The sha256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
