@@ -40,7 +40,7 @@ from ptr_hf.hyperparameters import PRESETS
 COLUMNS = (
     *("preset", "condition", "seed", "success", "auc_chunk", "auc_episode", "ess", "commit", "command"),
     *("auc_chunk_25", "auc_episode_25", "weight_at_end", "corr_motion", "corr_length", "corr_loss"),
-    *("by_task", "auc_by_kind", "auc_by_score", "histogram"),
+    *("by_task", "auc_by_kind", "auc_by_score", "histogram", "flagged_clean", "flagged_corrupted"),
 )
 
 _NO_BELIEF = {"num_belief_tokens": 0}
@@ -65,7 +65,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 """Presets with options changed, each under a name of its own."""
 
 CORE = (
-    *("sft", "ptr_no_belief", "ptr_consequence_loss", "ptr_calibrated"),
+    *("sft", "ptr_offline", "ptr_no_belief", "ptr_consequence_loss", "ptr_calibrated"),
     *("small_loss", "small_loss_calibrated", "oracle"),
 )
 GRID: dict[str, list[tuple[str, tuple[str, ...]]]] = {
@@ -137,9 +137,15 @@ def finished(path: Path) -> set[tuple[str, str, int]]:
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row, and the header to a new file."""
+    """Add a row, and the header to a new file; one with fewer columns gets those that it lacks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.is_file()
+    if not fresh and len(path.open().readline().split(",")) < len(COLUMNS):
+        with path.open(newline="") as file:
+            older = list(csv.DictReader(file))
+        path.unlink()
+        for former in older:
+            append(path, former)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="raise", lineterminator="\n")
         if fresh:

@@ -19,6 +19,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
+from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
 from transformers import TrainerCallback, set_seed
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments, score_dataset
@@ -32,10 +33,12 @@ from ptr_hf.data.benchmark_data import (
 )
 from ptr_hf.data.benchmark_tasks import PIXEL_TASKS, STATE_TASKS, Goals, Track
 from ptr_hf.data.demonstrations import load_truth, truth_path
-from ptr_hf.hyperparameters import PTRHyperparameters
+from ptr_hf.hyperparameters import AUTO, PTRHyperparameters
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.report import ChunkScores, detection, effective_sample_share, episode_weights
 from ptr_hf.rollouts import evaluate_success
+from ptr_hf.scoring.dataset_scores import DatasetScores
+from ptr_hf.training.given_weights import INSPECTION_FOLDER
 
 TASKS: dict[str, tuple[str, ...]] = {"state": STATE_TASKS, "pixels": PIXEL_TASKS}
 # sizes of the VLM, and of the policy around it
@@ -197,6 +200,9 @@ def run(setting: Setting, cell: Cell, workspace: Path) -> dict[str, Any]:
         if quarter.scores is not None:
             early = judged(quarter.scores, truth)
             row |= {f"{name}_25": early[name] for name in ("auc_chunk", "auc_episode")}
+    elif trainer.policy.config.weights == AUTO:
+        row |= inspected(DatasetScores.load(folder / INSPECTION_FOLDER), truth)
+        row["ess"] = trainer.policy.config.weights_record["effective_sample_size"]
     return row | {"command": cell.command(setting)}
 
 
@@ -268,6 +274,40 @@ def judged(scores: ChunkScores, truth: dict[int, str]) -> dict[str, Any]:
         "corr_loss": _correlation(weight, scores.loss[scores.usable]),
         "histogram": json.dumps(np.histogram(weight, bins=np.geomspace(0.01, 4.5, 21).clip(max=4.5))[0].tolist()),
     }
+
+
+def inspected(scores: DatasetScores, truth: dict[int, str]) -> dict[str, Any]:
+    """What an inspection found: AUC of its z against the truth, and how many episodes of either kind it flagged."""
+    episodes = scores.episodes
+    done = [set(truth[episode].split("+")) - {"clean"} for episode in episodes["episode_index"]]
+    bad = np.array([bool(kinds) for kinds in done])
+    of_kind = {kind: np.array([kind in kinds for kinds in done]) for kind in sorted(set().union(*done))}
+    flagged = (episodes["weight"] < 1).to_numpy()
+    first = scores.chunks["episode_index"].to_numpy()
+    chunk_is_bad = bad[np.searchsorted(episodes["episode_index"].to_numpy(), first)]
+    columns = {"weight": "weight", **{name: name for name in scores.questions}}
+    return {
+        "auc_chunk": _auc(chunk_is_bad, scores.chunks["z"]),
+        "auc_episode": _auc(bad, episodes["z"]),
+        "auc_by_kind": json.dumps(
+            {kind: _auc(own[own | ~bad], episodes["z"][own | ~bad]) for kind, own in of_kind.items()}
+        ),
+        "auc_by_score": json.dumps({name: _auc(bad, episodes[column]) for name, column in columns.items()}),
+        "flagged_clean": int((flagged & ~bad).sum()),
+        "flagged_corrupted": int((flagged & bad).sum()),
+        "histogram": json.dumps(
+            np.histogram(scores.chunks["weight"], bins=np.geomspace(0.01, 4.5, 21).clip(max=4.5))[0].tolist()
+        ),
+    }
+
+
+def _auc(bad: np.ndarray, scores: Any) -> float | str:
+    """The chance that a bad one scores lower than a good one; empty where one of the two is missing."""
+    known = np.isfinite(np.asarray(scores, dtype=float))
+    bad, values = bad[known], np.asarray(scores, dtype=float)[known]
+    if not len(bad) or bad.all() or not bad.any():
+        return ""
+    return round(float(roc_auc_score(bad, -values)), 4)
 
 
 def _auc_by_score(scores: ChunkScores, truth: dict[int, str]) -> dict[str, float]:

@@ -138,7 +138,9 @@ class CardFacts:
     @property
     def weighed(self) -> bool:
         """Whether weights could leave 1; without them the loss is that of plain post-training."""
-        return self.config.scorer and self.config.alpha > 0.0
+        record = vars(self.config).get("weights_record", {})
+        given = self.config.weights is not None and not record.get("smallest", 0.0) == record.get("largest") == 1.0
+        return (self.config.scorer or given) and self.config.alpha > 0.0
 
     @property
     def measured(self) -> list[Evaluation]:

@@ -36,6 +36,7 @@ from ptr_hf.report import (
 from ptr_hf.report.dynamics import DYNAMICS_COLUMNS
 from ptr_hf.report.evaluation import main_run, number
 from ptr_hf.report.files import beside_the_run
+from ptr_hf.report.given_weights import weight_sentences
 from ptr_hf.report.page import DYNAMICS_CAPTION, HISTOGRAM_CAPTION, has_curves
 from ptr_hf.report.panels import clip_panel, loss_panel
 from ptr_hf.report.sources import SOURCES_CAPTION
@@ -65,7 +66,7 @@ PRESET_NOTES: dict[str, tuple[str, str]] = {
     "sft": ("plain post-training, the baseline", "there is no scorer, and every chunk counts the same"),
     "ptr_offline": (
         "ptr_hf's own, not the paper's",
-        "the demonstrations were inspected before training, and what was found bad weighs less; the step is plain post-training's",
+        "weights that were known before training, of an inspection or a file, multiply the loss; nothing is scored in the step",
     ),
     "ptr_consequence": (
         "ptr_hf's own, not the paper's",
@@ -183,7 +184,9 @@ def model_card(facts: CardFacts, pictures: Collection[str] | None = None) -> Mod
             changes=preset_changes(config),
             main=[row for row in _hyperparameters(facts) if row[0] in MAIN],
             others=[row for row in _hyperparameters(facts) if row[0] not in MAIN],
-            bounds=weight_bounds(config.alpha, config.weight_min, config.weight_max) if config.is_paper else None,
+            bounds=weight_bounds(config.alpha, config.weight_min, config.weight_max)
+            if config.is_paper and config.scorer
+            else None,
             trends=_trends(dynamics, config) if dynamics else [],
             statements=_statements(dynamics, config) if dynamics else [],
             controller=_controller(dynamics, config) if dynamics else "",
@@ -243,6 +246,10 @@ def preset_changes(config: PTRHyperparameters) -> dict[str, tuple[Any, Any]]:
     preset = PTRHyperparameters(preset=config.preset)
     both = ((name, value, vars(preset)[name]) for name, value in _published(config).items())
     return {name: (value, usual) for name, value, usual in both if usual not in (value, None)}
+
+
+def _weighs(config: PTRHyperparameters) -> bool:
+    return config.weights is not None
 
 
 def _published(config: PTRHyperparameters) -> dict[str, Any]:
@@ -318,6 +325,8 @@ def _chance(dynamics: Dynamics, config: PTRHyperparameters) -> float | None:
 
 def _statements(dynamics: Dynamics, config: PTRHyperparameters) -> list[str]:
     """The report's findings, where their words fit the score."""
+    if config.weights is not None:
+        return weight_sentences(vars(config).get("weights_record", {}))
     fit = config.reads_posterior or not config.scorer
     return findings(dynamics, chance=_chance(dynamics, config)) if fit else []
 
@@ -329,7 +338,8 @@ def _trends(dynamics: Dynamics, config: PTRHyperparameters) -> list[Trend]:
         values = dynamics.column(name, run)
         values = values[[math.isfinite(value) for value in values]]
         other_meaning = name in OF_POSTERIOR and not config.reads_posterior
-        if not len(values) or other_meaning or (name != "loss_action" and not config.scorer):
+        shown = config.scorer or name == "loss_action" or (name == "effective_sample_size" and _weighs(config))
+        if not len(values) or other_meaning or not shown:
             continue
         ends = float(values[0]), dynamics.tail(name, run)
         show = percent if column.unit == "fraction" else number
@@ -359,7 +369,7 @@ def _pictures(facts: CardFacts) -> list[Picture]:
     if dynamics is None or not has_curves(dynamics):
         return []
     run = main_run(dynamics)
-    weighed = config.scorer and dynamics.logged("effective_sample_size", run)
+    weighed = (config.scorer or _weighs(config)) and dynamics.logged("effective_sample_size", run)
     if config.reads_posterior and config.scorer:
         belief = "belief entropy, " if config.num_belief_tokens else ""
         alt = f"Training dynamics: identification accuracy, score T, margin, action loss, {belief}effective sample size and "

@@ -140,6 +140,10 @@ class PolicyAdapter(Protocol):
         """
         ...
 
+    def losses(self, batch: Batch) -> Float[Tensor, " batch"]:
+        """The loss of `trace` at the cost of the policy's own, where nothing else of the trace is read."""
+        ...
+
     def rollout(
         self, batch: Batch, belief: Float[Tensor, "batch tokens context_dim"] | None = None, **kwargs: Any
     ) -> RolloutTrace:

@@ -13,7 +13,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from rich.console import Console
 
 from ptr_hf.configuration_ptr import PTRConfig
-from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.mixture_metadata import MixtureMetadata, Source
 from ptr_hf.hyperparameters import AUTO
 from ptr_hf.scores import FrameWeights
 from ptr_hf.scoring.dataset_scores import CHUNKS_FILE, DatasetScores, weights_by_frame
@@ -143,7 +143,16 @@ def _inspected(
         if console is not None:
             console.print(f"The data are those of the inspection in {folder}, which is reused.", soft_wrap=True)
     else:
-        scores = inspect_dataset(given, episodes=episodes, revision=revision, progress=console is not None, **settings)
+        # where nothing is kept every process inspects for itself, and all have to find the same
+        device = None if folder is not None else "cpu"
+        shown = console is not None
+        if isinstance(meta, MixtureMetadata):
+            scores = inspect_dataset(
+                [_opened(source) for source in meta.sources], device=device, progress=shown, **settings
+            )
+        else:
+            own = {"episodes": episodes, "revision": revision}
+            scores = inspect_dataset(given, device=device, progress=shown, **own, **settings)
         if folder is not None:
             (folder / KEY_FILE).unlink(missing_ok=True)
             scores.save(folder)
@@ -151,6 +160,20 @@ def _inspected(
     if console is not None:
         console.print(scores)
     return scores
+
+
+def _opened(source: Source) -> Any:
+    """A source of a mixture as an inspection takes it."""
+    given = source.config
+    if isinstance(given.dataset, LeRobotDataset) or (given.episodes is None and given.revision is None):
+        return given.dataset
+    return LeRobotDataset(
+        source.meta.repo_id,
+        root=source.meta.root,
+        episodes=None if given.episodes is None else list(given.episodes),
+        revision=given.revision,
+        download_videos=False,
+    )
 
 
 def _read_key(path: Path) -> Any:
