@@ -145,14 +145,17 @@ def _inspected(
     else:
         # where nothing is kept every process inspects for itself, and all have to find the same
         device = None if folder is not None else "cpu"
-        shown = console is not None
-        if isinstance(meta, MixtureMetadata):
-            scores = inspect_dataset(
-                [_opened(source) for source in meta.sources], device=device, progress=shown, **settings
-            )
-        else:
-            own = {"episodes": episodes, "revision": revision}
-            scores = inspect_dataset(given, device=device, progress=shown, **own, **settings)
+        data = [_opened(source) for source in meta.sources] if isinstance(meta, MixtureMetadata) else given
+        scores = inspect_dataset(
+            data,
+            episodes=episodes,
+            revision=revision,
+            weight_min=config.weight_min,
+            group=config.standardize_by,
+            seed=seed,
+            device=device,
+            progress=console is not None,
+        )
         if folder is not None:
             (folder / KEY_FILE).unlink(missing_ok=True)
             scores.save(folder)
