@@ -140,3 +140,15 @@ def test_the_weights_of_a_whole_step_share_one_denominator(points: Path, tmp_pat
     head = "model.action_head.weight"
     torch.testing.assert_close(moved[1][head], moved[0][head], rtol=1e-3, atol=1e-7)
     assert not torch.allclose(moved[2][head], moved[0][head], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["smolvla", "act"])
+def test_the_losses_alone_are_those_of_the_trace(points: Path, family: str) -> None:
+    policy = ptr_policy(family, points, preset="sft")
+    batch = train_batch(policy, points, (0, 33, 60))
+    found = []
+    for read in (lambda: policy.adapter.trace(batch).loss, lambda: policy.adapter.losses(batch)):
+        torch.manual_seed(0)
+        found.append((read(), torch.rand(1)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])

@@ -103,7 +103,7 @@ class ACTAdapter(AdapterBase):
             predicted, (mean, log_variance) = model(inputs)
             tokens, position = calls[0]
             leaks = mean is not None and self._reads_context
-        context = self._prior_context(tokens, position) if leaks else encoded.value
+            context = self._prior_context(tokens, position) if leaks else encoded.value
         context = context[: tokens.shape[0]].transpose(0, 1).float()
         loss = per_sample_mean((action - predicted).abs(), mask, unused)
         if mean is not None:

@@ -1,0 +1,99 @@
+"""`weights="auto"`: the data are inspected before anything is trained, and a second run reuses what was found."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from demonstrations import write_dataset
+from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from small_policies import base_policy, tensors_equal
+
+from ptr_hf import PTRTrainer, PTRTrainingArguments
+from ptr_hf.configuration_ptr import PTRConfig
+from ptr_hf.data.mixture_config import MixtureConfig
+from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.scoring.dataset_scores import CHUNKS_FILE, DatasetScores
+from ptr_hf.training.given_weights import INSPECTION_FOLDER, KEY_FILE, fingerprint, training_weights
+
+
+@pytest.fixture(scope="module")
+def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("demonstrations") / "points", (12,) * 12)
+
+
+def trainer_of(folder: Path, data: Any, root: Path, **settings: Any) -> PTRTrainer:
+    options: dict[str, Any] = {
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+    }
+    args = PTRTrainingArguments(output_dir=str(folder), **{"preset": "ptr_offline", **options, **settings})
+    return PTRTrainer(base_policy("act", root), args, train_dataset=data)
+
+
+def test_clean_data_train_as_sft_and_are_inspected_once(
+    demonstrations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = trainer_of(tmp_path / "run", demonstrations, demonstrations)
+    assert "0 of 12 episodes weigh less" in capsys.readouterr().out
+    assert not first.policy.weighs
+    first.train()
+    plain = trainer_of(tmp_path / "sft", demonstrations, demonstrations, preset="sft")
+    plain.train()
+    assert tensors_equal(first.policy.state_dict(), plain.policy.state_dict())
+    folder = tmp_path / "run" / INSPECTION_FOLDER
+    assert len(DatasetScores.load(folder).episodes) == 12
+    # what is there counts where data, settings and code are the same, and is asked anew where they are not
+    chunks = DatasetScores.load(folder).chunks
+    chunks.loc[chunks["episode_index"] == 3, "weight"] = 0.02
+    chunks.to_parquet(folder / CHUNKS_FILE)
+    capsys.readouterr()
+    again = trainer_of(tmp_path / "run", demonstrations, demonstrations)
+    assert "is reused" in capsys.readouterr().out
+    assert again.policy.weighs
+    assert again.policy.frame_weights.record["episodes_below"] == pytest.approx(1 / 12)
+    again.train()
+    rows = [row for row in again.state.log_history if "weight_min" in row]
+    assert len(rows) == 2
+    key = json.loads((folder / KEY_FILE).read_text())
+    other = trainer_of(tmp_path / "run", demonstrations, demonstrations, weight_min=0.5)
+    assert not other.policy.weighs
+    assert json.loads((folder / KEY_FILE).read_text())["settings"] != key["settings"]
+
+
+def test_the_episodes_of_an_open_dataset_alone_are_inspected(demonstrations: Path, tmp_path: Path) -> None:
+    part = LeRobotDataset("tests/points", root=demonstrations, episodes=[2, 3, 5, 7, 8, 9, 10, 11])
+    trainer = trainer_of(tmp_path / "run", part, demonstrations)
+    chunks = DatasetScores.load(tmp_path / "run" / INSPECTION_FOLDER).chunks
+    assert sorted(set(chunks["episode_index"])) == [2, 3, 5, 7, 8, 9, 10, 11]
+    assert len(trainer.policy.frame_weights.values) == 144
+    trainer.train()
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    roots = [write_dataset(tmp_path / str(number), (9, 8), seed=seed) for number, seed in enumerate((0, 0, 1))]
+    found = [fingerprint_of(root) for root in roots]
+    assert found[0] != found[2]
+    (path,) = (roots[0] / "data").rglob("*.parquet")
+    path.write_bytes(path.read_bytes()[:-1] + b"0")
+    assert fingerprint_of(roots[1]) == found[1] != fingerprint_of(roots[0])
+
+
+def fingerprint_of(root: Path) -> str:
+    return fingerprint(LeRobotDatasetMetadata("tests/points", root=root))
+
+
+def test_a_mixture_is_inspected_source_by_source(demonstrations: Path, tmp_path: Path) -> None:
+    other = write_dataset(tmp_path / "other", (10,) * 12, seed=1)
+    config = MixtureConfig.of([str(demonstrations), str(other)])
+    assert config is not None
+    meta = MixtureMetadata.read(config)
+    weights = training_weights(PTRConfig(preset="ptr_offline", device="cpu"), config, meta, folder=tmp_path / "found")
+    assert weights is not None
+    assert len(weights.values) == 144 + 120
+    assert set(DatasetScores.load(tmp_path / "found").chunks["source"]) == {0, 1}
