@@ -149,7 +149,7 @@ def read_recordings(
     )
 
 
-def _vectors(table: pa.Table, key: str) -> np.ndarray:
+def _vectors(table: Any, key: str) -> np.ndarray:
     """A column of numbers or vectors as (frames, dimensions) float32."""
     column = table.column(key).combine_chunks()
     if isinstance(column, pa.ChunkedArray):
