@@ -17,6 +17,11 @@ from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.scoring.dataset_scores import CHUNKS_FILE, DatasetScores
 from ptr_hf.training.given_weights import INSPECTION_FOLDER, KEY_FILE, fingerprint, training_weights
 
+POINT = {
+    "action": ["right_ee_delta_x", "right_ee_delta_y"],
+    "state": ["right_ee_x", "right_ee_y", "environment_1", "environment_2"],
+}
+
 
 @pytest.fixture(scope="module")
 def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -90,7 +95,8 @@ def fingerprint_of(root: Path) -> str:
 
 def test_a_mixture_is_inspected_source_by_source(demonstrations: Path, tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "other", (10,) * 12, seed=1)
-    config = MixtureConfig.of([str(demonstrations), str(other)])
+    sources = [{"dataset": str(root), "embodiment": POINT, "name": root.name} for root in (demonstrations, other)]
+    config = MixtureConfig.of({"sources": sources})
     assert config is not None
     meta = MixtureMetadata.read(config)
     weights = training_weights(PTRConfig(preset="ptr_offline", device="cpu"), config, meta, folder=tmp_path / "found")
