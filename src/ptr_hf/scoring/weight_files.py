@@ -92,7 +92,7 @@ class FrameTable:
 
     def located(self, index: int) -> tuple[int, int]:
         """Episode of a frame, and its number in the episode."""
-        episode = int(self.episode_of(np.array(index)))
+        episode = int(self.episode_of(np.array([index]))[0])
         return episode, index - int(self.first[episode])
 
 
