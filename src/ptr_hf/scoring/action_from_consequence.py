@@ -56,7 +56,7 @@ class ActionFromConsequence(Question):
         return f"the robot does not do what {listed(parts)} command{'s' if len(parts) == 1 else ''}"
 
 
-FLOOR = 1e-3
+FLOOR = 0.1
 """Squared error, in deviations, below which errors count alike."""
 
 

@@ -64,5 +64,5 @@ class Completeness(Question):
         return "the episode is much shorter than others of its instruction"
 
 
-LENGTH_UNIT, PROGRESS_UNIT = 0.4, 0.2
+LENGTH_UNIT, PROGRESS_UNIT = 0.2, 0.1
 """Differences of a quarter of these, in log frames and in progress, mean nothing."""

@@ -25,7 +25,7 @@ from ptr_hf.scoring.recordings import Recordings
 
 ROUNDS = 3
 """Good episodes are found, and what they spread like, in so many rounds."""
-TRIMMED = 0.02
+TRIMMED = 0.01
 """An episode that a question gives a lower chance is left out where the spread of good ones is found."""
 WORST = -12.0
 """The lowest z that is told."""
@@ -163,7 +163,7 @@ def judge(
     flagged = (together < false_alarms) & enough & (group >= 0)
     weight = np.ones(len(recordings), np.float32)
     reasons = [""] * episodes
-    limit = false_alarms / len(judged)
+    limit = -np.expm1(np.log1p(-false_alarms) / len(judged))
     if flagged.any():
         bad_frames = [one.bad_windows(limit / 2) for one in judged]
         partly = _partly(judged, bad_frames, limit, recordings)
