@@ -77,6 +77,7 @@ from ptr_hf.report import (
     Dynamics,
     detection,
     episode_weights,
+    given_weights_figure,
     read_dynamics,
     save_figure,
     summary_figure,
@@ -361,13 +362,17 @@ def look_back(
                 hyperparameters=main_trainer.policy.config.hyperparameters(),
                 results=results,
                 chance=chance,
+                weights=main_trainer.policy.config.weights_record or None,
             )
             if folder != output:
                 # it is published from there
                 shutil.copyfile(report, folder / REPORT_FILE)
         if has_curves(dynamics):
             with beside_the_run("The picture of the run is missing"):
-                save_figure(summary_figure(dynamics.identified, scores, truth, chance), output / "summary.png")
+                record = main_trainer.policy.config.weights_record
+                picture = given_weights_figure(dynamics, record) if record else None
+                picture = picture or summary_figure(dynamics.identified, scores, truth, chance)
+                save_figure(picture, output / "summary.png")
     with beside_the_run(f"{RESULTS_FILE} is missing"):
         (output / RESULTS_FILE).write_text(json.dumps({"seed": args.seed, **results}, indent=2) + "\n")
     return results

@@ -40,6 +40,8 @@ class MetricsWindow:
         self._config = config
         named = {"sources": tuple(sources), "tasks": tuple(tasks)} if config is not None else {}
         self._names = {kind: names for kind, names in named.items() if len(names) > 1}
+        self.weight_range: tuple[float, float] | None = None
+        """Of weights that are known before training, which the hyperparameters do not bound."""
         self.clear()
 
     def __bool__(self) -> bool:
@@ -97,12 +99,12 @@ class MetricsWindow:
             columns = {"weight_histogram": counts.long().tolist(), "weight_bin_edges": list(edges)}
         for kind, sums in self._groups.items():
             everywhere = accelerator.gather(sums[None]).sum(dim=0)
-            rows = _group_rows(self._names[kind], everywhere)
+            rows = _group_rows(self._names[kind], everywhere, scored=self._config is None or self._config.scorer)
             if kind == "tasks":
                 rows = sorted(rows, key=lambda row: -row["chunks"])[:MOST_TASKS]
             columns[kind] = rows
         if self._groups and self._config is not None:
-            columns["share_bound"] = share_bound(*self._config.weight_range)[1]
+            columns["share_bound"] = share_bound(*(self.weight_range or self._config.weight_range))[1]
         self.clear()
         return values, columns
 
@@ -131,8 +133,10 @@ class MetricsWindow:
         self._count = 0
 
 
-def _group_rows(names: Sequence[str], sums: Float[Tensor, "groups statistics"]) -> list[dict[str, Any]]:
-    """What the log keeps of every group; see `GROUP_FIELDS`."""
+def _group_rows(
+    names: Sequence[str], sums: Float[Tensor, "groups statistics"], scored: bool = True
+) -> list[dict[str, Any]]:
+    """What the log keeps of every group, without a score where chunks are not scored; see `GROUP_FIELDS`."""
     groups = [dict(zip(GROUP_STATISTICS, row, strict=True)) for row in sums.tolist()]
     chunks, weight = (sum(group[name] for group in groups) for name in ("chunks", "weight"))
     return [
@@ -143,7 +147,7 @@ def _group_rows(names: Sequence[str], sums: Float[Tensor, "groups statistics"]) 
             "share": _ratio(group["chunks"], chunks),
             "weight_share": _ratio(group["weight"], weight),
             "weight": _ratio(group["weight"], group["chunks"]),
-            "score": _ratio(group["score"], group["targets"]),
+            "score": _ratio(group["score"], group["targets"]) if scored else None,
             "loss": _ratio(group["loss"], group["chunks"]),
             "at_floor": _ratio(group["at_floor"], group["targets"]),
             "at_ceiling": _ratio(group["at_ceiling"], group["targets"]),

@@ -139,6 +139,7 @@ class PublishingTrainer(Trainer):
                     dynamics=dynamics,
                     hyperparameters=self.policy.config.hyperparameters(),
                     chance=dynamics.chance(main_run(dynamics)),
+                    weights=self.policy.config.weights_record or None,
                 )
                 logger.info("report written to %s", report)
 

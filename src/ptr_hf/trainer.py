@@ -168,6 +168,8 @@ class PTRTrainer(GuardedTrainer):
             sources=meta.names if isinstance(meta, MixtureMetadata) else (),
             tasks=() if meta is None else instructions_of(meta),
         )
+        if policy.frame_weights is not None:
+            self.window.weight_range = policy.frame_weights.bounds
         dispatches = bool(args.accelerator_config.dispatch_batches)
         self._instructions: dict[str, tuple[str, ...]] = {}
         if dispatches:

@@ -23,6 +23,7 @@ from ptr_hf.report.evaluation import (
 )
 from ptr_hf.report.figures import (
     dynamics_figure,
+    given_weights_figure,
     save_figure,
     summary_figure,
     weight_histogram_figure,
@@ -51,6 +52,7 @@ __all__ = [
     "effective_sample_share",
     "episode_weights",
     "findings",
+    "given_weights_figure",
     "group_shares",
     "logged_share_bound",
     "read_dynamics",

@@ -1,6 +1,7 @@
 """The figures of a run, each a matplotlib Figure; `save_figure` writes one as PNG."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -11,6 +12,7 @@ from ptr_hf.report.panels import (
     accuracy_panel,
     clip_panel,
     controller_panel,
+    given_weights_panel,
     loss_panel,
     metric_panel,
     quality_panel,
@@ -20,7 +22,14 @@ from ptr_hf.report.panels import (
 from ptr_hf.report.style import INK, TITLE_SIZE, board, save_figure
 from ptr_hf.report.text import drawable
 
-__all__ = ["dynamics_figure", "save_figure", "summary_figure", "weight_histogram_figure", "weights_by_quality_figure"]
+__all__ = [
+    "dynamics_figure",
+    "given_weights_figure",
+    "save_figure",
+    "summary_figure",
+    "weight_histogram_figure",
+    "weights_by_quality_figure",
+]
 
 
 def dynamics_figure(dynamics: Dynamics, chance: float | None = None) -> Figure:
@@ -84,6 +93,15 @@ def summary_figure(
         quality_panel(axes[5], scores, truth, compact=True)
     else:
         metric_panel(axes[5], dynamics, "belief_entropy", "Belief entropy $H_{tok}$", "nats")
+    return figure
+
+
+def given_weights_figure(dynamics: Dynamics, record: Mapping[str, Any]) -> Figure:
+    """A run whose weights were known before training: their distribution, the action loss, the effective sample size."""
+    figure, axes = board(1, 3, 11.0, 3.4)
+    given_weights_panel(axes[0], record)
+    loss_panel(axes[1], dynamics)
+    clip_panel(axes[2], dynamics)
     return figure
 
 

@@ -24,10 +24,14 @@ def findings(
     scores: ChunkScores | None = None,
     truth: Mapping[int, str] | None = None,
     chance: float | None = None,
+    given: bool = False,
 ) -> list[str]:
-    """Plain sentences about the run the report is about, from the last tenth of its rows and, if given, the scores."""
+    """Plain sentences about the run the report is about, from the last tenth of its rows and, if there are any, the scores.
+
+    Where its weights were `given` before training, nothing is said of a scorer.
+    """
     run = main_run(dynamics)
-    sentences = [*_scorer(dynamics, run, chance), *_weights(dynamics, run)]
+    sentences = [] if given else [*_scorer(dynamics, run, chance), *_weights(dynamics, run)]
     sentences += [*_sources(dynamics, run), *_loss(dynamics, run)]
     if scores is not None:
         sentences += _futures(scores)

@@ -30,3 +30,12 @@ def weight_sentences(record: Mapping[str, Any]) -> list[str]:
         f"{record['smallest']:.3g} and {record['largest']:.3g} (mean {record['mean']:.3g}).",
     ]
     return sentences
+
+
+OPTIONS = ("preset", "weights", "alpha", "weight_min", "standardize_by", "chunk_size", "segment_length", "chunk_stride")
+"""Hyperparameters that count in a run whose weights were known before training."""
+
+
+def given_options(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's hyperparameters those that count where weights were known before training."""
+    return {name: hyperparameters[name] for name in OPTIONS if name in hyperparameters}

@@ -27,6 +27,7 @@ from ptr_hf.report.evaluation import (
 from ptr_hf.report.figures import (
     check_chance,
     dynamics_figure,
+    given_weights_figure,
     save_figure,
     summary_figure,
     weight_histogram_figure,
@@ -34,6 +35,7 @@ from ptr_hf.report.figures import (
 )
 from ptr_hf.report.files import beside_the_run, replacing
 from ptr_hf.report.findings import findings
+from ptr_hf.report.given_weights import given_options, weight_sentences
 from ptr_hf.report.sources import SOURCES_CAPTION, group_shares, logged_share_bound, sources_figure
 from ptr_hf.report.text import visible, without_local_paths
 
@@ -57,6 +59,10 @@ DYNAMICS_CAPTION = (
 )
 HISTOGRAM_CAPTION = (
     "Weights of the first and the last tenth of training after the scorer's warm-up; dotted lines are the bounds."
+)
+GIVEN_WEIGHTS_CAPTION = (
+    "The weights that were known before training, over all chunks of the data; the action loss; and, of the chunks that each "
+    "step has read, the effective sample size."
 )
 QUALITY_CAPTION = (
     "Weights of clean and of corrupted data. Filled: chunks; dots: episode means. AUC: the chance that a corrupted "
@@ -89,6 +95,7 @@ def write_report(
     hyperparameters: Mapping[str, object] | None = None,
     results: Mapping[str, Mapping[str, float]] | None = None,
     chance: float | None = None,
+    weights: Mapping[str, object] | None = None,
     title: str = "Posterior-Transition Reweighting: training report",
 ) -> Path:
     """Write `ptr_report.html` and `figures/*.png` into a run's output folder and return the page's path.
@@ -101,6 +108,7 @@ def write_report(
         truth: kind of every scored episode, for the detection of known corruptions.
         results: run → name of a measured result → value, e.g. {"sft": {"success rate": 0.51}, "ptr": {...}}.
         chance: identification accuracy of guessing, 1 / |Y|.
+        weights: record of the weights that were known before training (`PTRConfig.weights_record`), where there were any.
 
     Raises:
         FileNotFoundError: no dynamics were given and the folder holds none.
@@ -117,14 +125,25 @@ def write_report(
     if hyperparameters is None and (folder / CONFIG_FILE).exists():
         with beside_the_run(f"The report leaves {CONFIG_FILE} out"):
             hyperparameters = dict(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    if weights is None and hyperparameters is not None:
+        recorded = hyperparameters.get("weights_record")
+        weights = recorded if isinstance(recorded, Mapping) and recorded else None
+    hyperparameters = {name: value for name, value in (hyperparameters or {}).items() if name != "weights_record"}
+    if weights is not None:
+        hyperparameters = given_options(hyperparameters)
     run, curves = main_run(dynamics), has_curves(dynamics)
+    identifies = any(dynamics.logged("accuracy", name) for name in dynamics.runs)
     figures: list[tuple[str, Callable[[], Figure | None], str]] = []
-    if curves:
+    if weights is not None and not identifies:
+        draw = partial(given_weights_figure, dynamics, weights)
+        figures.append(("ptr_summary", draw, GIVEN_WEIGHTS_CAPTION))
+    elif curves:
         figures += [
             ("ptr_summary", partial(summary_figure, dynamics, scores, truth, chance), SUMMARY_CAPTION),
             ("ptr_dynamics", partial(dynamics_figure, dynamics, chance), DYNAMICS_CAPTION),
         ]
-    figures.append(("ptr_weights", partial(weight_histogram_figure, dynamics), HISTOGRAM_CAPTION))
+    if weights is None or identifies:
+        figures.append(("ptr_weights", partial(weight_histogram_figure, dynamics), HISTOGRAM_CAPTION))
     if scores is not None and truth is not None:
         figures.append(("ptr_weights_by_quality", partial(weights_by_quality_figure, scores, truth), QUALITY_CAPTION))
     sources = _page_figure(folder, SOURCES_NAME, partial(sources_figure, dynamics), SOURCES_CAPTION) if curves else None
@@ -141,7 +160,11 @@ def write_report(
     page = environment.get_template("report.html.j2").render(
         title=title,
         run=run,
-        findings=findings(dynamics, scores, truth, chance),
+        findings=[
+            *(weight_sentences(weights) if weights is not None else ()),
+            *findings(dynamics, scores, truth, chance, given=weights is not None),
+        ],
+        given_weights=weights is not None,
         summary=summary_table(dynamics, results),
         figures=[figure for figure in drawn if figure is not None],
         narrow=("ptr_weights.png", "ptr_weights_by_quality.png"),

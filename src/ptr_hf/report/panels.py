@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -160,6 +161,21 @@ def weight_histogram_panel(ax: Axes, dynamics: Dynamics) -> None:
     ax.set_ylabel("share of chunks", fontsize=TEXT_SIZE, color=INK)
     ax.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
     legend(ax)
+
+
+def given_weights_panel(ax: Axes, record: Mapping[str, Any]) -> None:
+    """The weights of all chunks, of which a run has known before training; the share of chunks is drawn logarithmically."""
+    name_axes(ax, "Weights of the data", x="weight w")
+    shares, edges = np.asarray(record["histogram"], np.float64), np.asarray(record["edges"], np.float64)
+    ax.stairs(shares, edges, fill=True, color=BLUE, alpha=0.45, baseline=0)
+    ax.stairs(shares, edges, color=BLUE, linewidth=1.5, baseline=0)
+    ax.set_xlim(float(edges[0]), float(edges[-1]))
+    ax.set_ylim(0.0, 1.12)
+    ax.set_ylabel("share of chunks", fontsize=TEXT_SIZE, color=INK)
+    ax.yaxis.set_major_formatter(PercentFormatter(xmax=1.0, decimals=0))
+    below, size = float(record["below"]), float(record["effective_sample_size"])
+    words = f"{below:.1%} weigh less than 1\neffective sample size {size:.1%}"
+    ax.text(0.03, 0.96, words, transform=ax.transAxes, va="top", fontsize=TICK_SIZE, color=INK)
 
 
 def quality_panel(ax: Axes, scores: ChunkScores, truth: Mapping[int, str], compact: bool = False) -> None:
