@@ -43,7 +43,7 @@ class ActionFromConsequence(Question):
             return -(network.of_fold(fold, changes(rows)) - frames.action[rows]).square()
 
         def trust(errors: np.ndarray) -> np.ndarray:
-            return reweigh(-np.log(np.maximum(-errors, 0) + FLOOR))
+            return reweigh(-np.log(np.maximum(-errors, 0) + TRUST_FLOOR))
 
         scores = fit.fit(network, loss, judge, trust, self.title)
         scores[:, ~moving(fit)] = np.nan
@@ -56,8 +56,9 @@ class ActionFromConsequence(Question):
         return f"the robot does not do what {listed(parts)} command{'s' if len(parts) == 1 else ''}"
 
 
-FLOOR = 0.1
-"""Squared error, in deviations, below which errors count alike."""
+FLOOR, TRUST_FLOOR = 0.1, 0.01
+"""Squared errors, in deviations, below which errors count alike: where episodes are judged, and where it is chosen what to learn
+from."""
 
 
 class _Changes:

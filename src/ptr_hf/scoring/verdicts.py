@@ -116,7 +116,8 @@ class _Judged:
         if self.worst is None or self.windows is None:
             return np.zeros(len(self.recordings), bool)
         z = self.worst.z(self.windows, self.recordings.episode)
-        return (np.nan_to_num(z) < lowest_of_minima(chance / self.worst.parts)).any(axis=1)
+        low = np.nan_to_num(z) < lowest_of_minima(chance / self.worst.parts)
+        return np.asarray(low.any(axis=1))
 
     def worst_parts(self, episode: int) -> tuple[str, ...]:
         """The parts that an episode fails in, the worst first; empty where it is all of them a little."""
