@@ -36,6 +36,7 @@ from tqdm import tqdm
 from ptr_hf.cli import interrupts
 from ptr_hf.cli.parser import OptionParser
 from ptr_hf.cli.refusals import refusals
+from ptr_hf.data.bookkeeping import mend_dataset
 from ptr_hf.data.corruption import KINDS, CorruptionPlan, Episode, TruthRecord
 from ptr_hf.data.datasets import dataset_metadata, episode_spans, video_backend
 from ptr_hf.data.demonstrations import Truth, save_truth, truth_path, write_demonstrations
@@ -110,6 +111,8 @@ class Recorded:
         self.dataset = LeRobotDataset(
             self.meta.repo_id, root=self.meta.root, revision=revision, video_backend=video_backend()
         )
+        for sentence in mend_dataset(self.dataset):
+            logging.warning("%s", sentence)
         self.spans = episode_spans(self.dataset)
         self.tasks = [self._task(*span) for span in self.spans]
 

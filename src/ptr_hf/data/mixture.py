@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as images
 
 from ptr_hf.data.action_space import to_slots
 from ptr_hf.data.datasets import check_episodes, episode_spans, open_dataset
+from ptr_hf.data.frame_times import check_rate
 from ptr_hf.data.in_memory import InMemorySegments, collate_segments
 from ptr_hf.data.mixture_metadata import MixtureMetadata, Source
 from ptr_hf.data.segment_dataset import TASK, TASK_INDEX
@@ -51,7 +52,8 @@ class Mixture(Dataset[dict[str, Any]]):
         datasets: open, by source.
 
     Raises:
-        ValueError: a dataset holds nothing to learn from under this layout.
+        ValueError: a dataset holds nothing to learn from under this layout, or was recorded at another rate than it says where
+            the mixture chooses one.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class Mixture(Dataset[dict[str, Any]]):
                 frame_stride=source.frame_stride,
             )
             check_episodes(source.meta, source.episodes, layout, source.frame_stride)
+            if meta.config.fps is not None and (wrong := check_rate(dataset)):
+                raise ValueError(f"The mixture's fps={meta.config.fps:g} cannot be kept. {wrong}")
             self.datasets.append(dataset)
             self._segments.append(
                 InMemorySegments(
