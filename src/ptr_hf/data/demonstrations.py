@@ -19,15 +19,22 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from ptr_hf.data.corruption import CLEAN, Episode, TruthRecord
 
 BUNDLED = Path(__file__).parent / "bundled"
-SPLITS = {"train": "metaworld_uneven", "heldout": "metaworld_heldout", "lift": "robosuite_lift"}
+SPLITS = {
+    "train": "metaworld_uneven",
+    "heldout": "metaworld_heldout",
+    "lift": "robosuite_lift",
+    "states": "metaworld_combined",
+}
 
 
-def bundled_demonstrations(split: Literal["train", "heldout", "lift"] = "train") -> Path:
+def bundled_demonstrations(split: Literal["train", "heldout", "lift", "states"] = "train") -> Path:
     """The folder of a LeRobotDataset shipped with the package: use it as ``LeRobotDataset(path.name, root=path)``.
 
     ``train`` holds scripted Meta-World demonstrations of which a known third is corrupted (``load_truth`` knows which);
     ``heldout`` holds clean ones of the same tasks in other scenes. ``recipes/record_demonstrations.py`` makes both. ``lift``
     is of another robot with another schema, camera and rate (a UR5e in robosuite, ``recipes/record_lift.py``), for mixtures.
+    ``states`` is the benchmark's condition *combined* (docs/corruption.md): eight Meta-World tasks on states without a camera,
+    more than half of the episodes noisy, cut short or wrongly instructed, some of them several at once.
 
     Raises:
         ValueError: for another split.
