@@ -3,7 +3,7 @@
 import base64
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -70,6 +70,10 @@ QUALITY_CAPTION = (
 )
 
 
+type Drawing = tuple[str, Callable[[], Figure | None], str]
+"""Name of the file in the figures folder, what draws it, and its caption."""
+
+
 class PageFigure(NamedTuple):
     """A figure of the page: `name` is its file in the figures folder, `data` the same PNG as base64."""
 
@@ -96,6 +100,7 @@ def write_report(
     results: Mapping[str, Mapping[str, float]] | None = None,
     chance: float | None = None,
     weights: Mapping[str, object] | None = None,
+    more: Sequence[Drawing] = (),
     title: str = "Posterior-Transition Reweighting: training report",
 ) -> Path:
     """Write `ptr_report.html` and `figures/*.png` into a run's output folder and return the page's path.
@@ -109,6 +114,7 @@ def write_report(
         results: run → name of a measured result → value, e.g. {"sft": {"success rate": 0.51}, "ptr": {...}}.
         chance: identification accuracy of guessing, 1 / |Y|.
         weights: record of the weights that were known before training (`PTRConfig.weights_record`), where there were any.
+        more: further figures, which come first.
 
     Raises:
         FileNotFoundError: no dynamics were given and the folder holds none.
@@ -133,7 +139,7 @@ def write_report(
         hyperparameters = given_options(hyperparameters)
     run, curves = main_run(dynamics), has_curves(dynamics)
     identifies = any(dynamics.logged("accuracy", name) for name in dynamics.runs)
-    figures: list[tuple[str, Callable[[], Figure | None], str]] = []
+    figures: list[Drawing] = list(more)
     if weights is not None and not identifies:
         draw = partial(given_weights_figure, dynamics, weights)
         figures.append(("ptr_summary", draw, GIVEN_WEIGHTS_CAPTION))
