@@ -1,6 +1,7 @@
 """Post-train a LeRobot policy with Posterior-Transition Reweighting.
 
-Without arguments: a tiny SmolVLA on the bundled Meta-World demonstrations, a third of which are corrupted, SFT beside PTR.
+Without arguments: the bundled Meta-World demonstrations, more than half of which are corrupted, are inspected; a small pretrained
+SmolVLA is fine-tuned on them, SFT beside PTR; and both act in simulation, from starts that no demonstration begins at.
 
     accelerate launch recipes/train_ptr.py
 
@@ -15,7 +16,8 @@ Several datasets, also of different robots (docs/mixtures.md; without --policy_p
 A run that was killed goes on with `--resume_from_checkpoint last` and otherwise the same options; where both SFT and PTR are
 trained, the one that had ended is not trained again. Checkpoints are written with `--save_strategy steps --save_steps N`.
 
-The preset is `ptr_calibrated`, chosen by the benchmark in docs/corruption.md; `--preset ptr` is the paper's method.
+The preset is `ptr_calibrated` on your own data, chosen by the benchmark in docs/corruption.md, and without arguments it is
+`ptr_offline` (docs/weights.md); `--preset ptr` is the paper's method.
 `--config file.yaml` reads any of the options from a file. Of several files (`--config base.yaml variant.yaml`) the later ones
 override the earlier ones, and options on the command line override them all. `recipes/experiments/` has ready ones.
 """
@@ -40,7 +42,8 @@ import copy
 import json
 import shutil
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import draccus
 import torch
@@ -66,7 +69,8 @@ from ptr_hf.data.mixture_config import MixtureConfig
 from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.data.segments import CAMERA_MASK_SUFFIX, SegmentLayout
 from ptr_hf.hub import is_ptr_source
-from ptr_hf.hyperparameters import PRESETS
+from ptr_hf.hyperparameters import AUTO, PRESETS
+from ptr_hf.policies.bundled import bundled_policy
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.policy_sources import widest_vector
 from ptr_hf.publish import PushError
@@ -84,13 +88,25 @@ from ptr_hf.report import (
     write_report,
     write_scores,
 )
+from ptr_hf.report.evaluation import corruption_kinds
 from ptr_hf.report.files import beside_the_run
+from ptr_hf.report.inspected import (
+    INSPECTION_CAPTION,
+    SUCCESS,
+    SUCCESS_OF_TASK,
+    inspection_by_truth,
+    inspection_figure,
+)
 from ptr_hf.report.page import has_curves
 from ptr_hf.scoring import action_loss
+from ptr_hf.scoring.dataset_scores import DatasetScores
+from ptr_hf.training.given_weights import INSPECTION_FOLDER
 from ptr_hf.training_sources import DataSource, read_metadata
 
 RESULTS_FILE = "results.json"
 PLAIN = SegmentLayout(None, (0,), 1, 1, None)
+FIRST_START = 100_000
+"""Of the held-out starts: demonstrations begin at those below it."""
 
 
 @dataclass
@@ -106,7 +122,7 @@ class RecipeArguments:
     )
     policy_path: str | None = field(
         default=None,
-        metadata={"help": "Hub id or folder of a LeRobot policy or a PTR checkpoint. None: the tiny demo policy."},
+        metadata={"help": "Hub id or folder of a LeRobot policy or a PTR checkpoint. None: the small demo policy."},
     )
     policy_overrides: list[str] | None = field(
         default=None,
@@ -126,6 +142,16 @@ class RecipeArguments:
     only: str | None = field(
         default=None,
         metadata={"help": "Train on this source of the mixture alone: a specialist in the same action space."},
+    )
+    bundled: Literal["states", "images"] = field(
+        default="states",
+        metadata={"help": "Which bundled demonstrations, where no dataset is named: without or with a camera."},
+    )
+    evaluation_starts: int = field(
+        default=15,
+        metadata={
+            "help": "After training on the bundled states: held-out starts of each of the eight tasks in simulation; 0 for none."
+        },
     )
     eval_dataset: str | None = field(
         default=None,
@@ -255,6 +281,20 @@ def comparison_table(results: dict[str, dict[str, float]]) -> Table:
     return table
 
 
+def reasons_table(scores: DatasetScores, truth: dict[int, str]) -> Table:
+    """Why episodes of the bundled demonstrations weigh less, and how many of them are really bad."""
+    table = Table(title="What the inspection found, beside what was done to the episodes")
+    for name, justify in (("reason", "left"), ("episodes", "right"), ("of them bad", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for reason, rows in sorted(scores.flagged.groupby("reason"), key=lambda group: -len(group[1])):
+        bad = sum(truth[episode] != "clean" for episode in rows["episode_index"])
+        table.add_row(str(reason), str(len(rows)), str(bad))
+    kept = scores.episodes[scores.episodes["weight"] >= 1]
+    bad = sum(truth[episode] != "clean" for episode in kept["episode_index"])
+    table.add_row("nothing found: full weight", str(len(kept)), str(bad))
+    return table
+
+
 def main(argv: list[str]) -> None:
     """Parse, train, compare, report."""
     recipe, args = parse_arguments(argv)
@@ -262,10 +302,14 @@ def main(argv: list[str]) -> None:
     output = Path(args.output_dir)
     interrupts.writes_to(output)
     mixture = read_mixture(recipe)
-    demo = recipe.dataset is None and mixture is None
-    dataset: Any = mixture or (bundled_demonstrations("train") if demo else recipe.dataset)
-    heldout = bundled_demonstrations("heldout") if demo else recipe.eval_dataset
-    truth = {record.episode_index: record.kind for record in load_truth(dataset).records} if demo else None
+    demo = recipe.bundled if recipe.dataset is None and mixture is None else None
+    dataset: Any = mixture or recipe.dataset
+    heldout: Any = recipe.eval_dataset
+    if demo is not None:
+        dataset = bundled_demonstrations("states" if demo == "states" else "train")
+    if demo == "images" and heldout is None:
+        heldout = bundled_demonstrations("heldout")
+    truth = None if demo is None else kinds(dataset)
     model: Any = recipe.policy_path
     with refusals(PROGRAM, OPTIONS):
         if recipe.eval_dataset is not None:
@@ -276,30 +320,42 @@ def main(argv: list[str]) -> None:
             else:
                 MixtureMetadata.read(several)
         if recipe.policy_path is None:
-            model = tiny_policy(output, dataset, args)
+            model = bundled_policy(output) if demo == "states" else tiny_policy(output, dataset, args)
         elif recipe.policy_overrides:
             model = adapted_policy(recipe.policy_path, recipe.policy_overrides, dataset, args)
 
-    trainers: dict[str, PTRTrainer] = {}
     name = args.preset
-    if recipe.compare_sft and name != "sft":
-        console.rule("SFT: the base policy alone")
-        trainers["sft"] = train(copy.deepcopy(model), sft_arguments(args, output / "sft"), dataset)
-    console.rule(
-        f"{name.upper()}: {recipe.policy_path or 'a tiny SmolVLA'} on "
-        f"{'the bundled demonstrations' if demo else recipe.mixture or recipe.dataset}"
-    )
-    folder = output / name if trainers else output
-    if trainers:
-        # killed while SFT was in training
-        resumed = args.resume_from_checkpoint if checkpoints(folder) else None
-        args = replace(args, output_dir=str(folder), resume_from_checkpoint=resumed)
-    trainers[name] = train(model, args, dataset)
+    data = "the bundled demonstrations" if demo is not None else recipe.mixture or recipe.dataset
+    tiny = "a small pretrained SmolVLA" if demo == "states" else "a tiny SmolVLA"
+    heading = {
+        "sft": "SFT: the base policy alone",
+        name: f"{name.upper()}: {recipe.policy_path or tiny} on {data}",
+    }
+    compares = recipe.compare_sft and name != "sft"
+    folder = output / name if compares else output
+    runs = {name: args.with_options(output_dir=str(folder)) if compares else args}
+    if compares:
+        runs = {"sft": sft_arguments(args, output / "sft"), **runs}
+    # an inspection is shown before anything is trained
+    order = list(runs) if args.weights != AUTO else list(runs)[::-1]
+    trained: dict[str, PTRTrainer] = {}
+    for run in order:
+        console.rule(heading[run])
+        if trained and not checkpoints(Path(runs[run].output_dir)):
+            # killed while the first was in training
+            runs[run] = replace(runs[run], resume_from_checkpoint=None)
+        trained[run] = train(model if run == order[-1] else copy.deepcopy(model), runs[run], dataset)
+    args, trainers = runs[name], {run: trained[run] for run in runs}
     main_trainer = trainers[name]
     if not main_trainer.is_world_process_zero():
         return
 
+    if demo == "states" and recipe.evaluation_starts:
+        console.rule("Success in simulation")
     results = look_back(recipe, args, trainers, dataset, heldout, truth, output)
+    if truth is not None and args.weights == AUTO:
+        with beside_the_run("The table of reasons is missing"):
+            console.print(reasons_table(DatasetScores.load(folder / INSPECTION_FOLDER), truth))
     console.print(comparison_table(results))
     if args.push_to_hub:
         try:
@@ -338,6 +394,15 @@ def look_back(
             with beside_the_run(f"The action loss of {run} on held-out episodes is missing"):
                 loss = action_loss(trainer.policy, heldout, trainer.preprocessor, layout=layout, seed=args.seed)
                 results[run]["action loss, held-out clean episodes"] = loss
+    if truth is not None and recipe.bundled == "states" and recipe.evaluation_starts:
+        for run, trainer in trainers.items():
+            with beside_the_run(f"The success of {run} on held-out starts is missing"):
+                results[run] |= success(trainer, recipe.evaluation_starts, args.seed)
+    inspection = None
+    if truth is not None and main_trainer.policy.config.weights == AUTO:
+        with beside_the_run("The inspection is missing beside the truth"):
+            inspection = DatasetScores.load(folder / INSPECTION_FOLDER)
+            results[name] |= inspection_by_truth(inspection, truth)
     scores = dynamics = chance = None
     with beside_the_run("The report is missing"):
         dynamics = Dynamics.join(*(read_dynamics(Path(t.args.output_dir) / DYNAMICS_FILE) for t in trainers.values()))
@@ -353,6 +418,9 @@ def look_back(
         if truth is not None and scores is not None:
             results[name] |= weights_by_truth(scores, truth)
     if dynamics is not None:
+        beside = None
+        if inspection is not None and truth is not None:
+            beside = partial(inspection_figure, inspection, truth, dynamics, results)
         with beside_the_run("The report is missing"):
             report = write_report(
                 output,
@@ -363,6 +431,7 @@ def look_back(
                 results=results,
                 chance=chance,
                 weights=main_trainer.policy.config.weights_record or None,
+                more=[("ptr_inspection", beside, INSPECTION_CAPTION)] if beside is not None else (),
             )
             if folder != output:
                 # it is published from there
@@ -370,12 +439,42 @@ def look_back(
         if has_curves(dynamics):
             with beside_the_run("The picture of the run is missing"):
                 record = main_trainer.policy.config.weights_record
-                picture = given_weights_figure(dynamics, record) if record else None
+                picture = beside() if beside is not None else None
+                if picture is None and record:
+                    picture = given_weights_figure(dynamics, record)
                 picture = picture or summary_figure(dynamics.identified, scores, truth, chance)
                 save_figure(picture, output / "summary.png")
     with beside_the_run(f"{RESULTS_FILE} is missing"):
         (output / RESULTS_FILE).write_text(json.dumps({"seed": args.seed, **results}, indent=2) + "\n")
     return results
+
+
+def kinds(dataset: Path) -> dict[int, str]:
+    """What was done to every bundled episode, several things joined by +."""
+    found: dict[int, list[str]] = {}
+    for record in load_truth(dataset).records:
+        found.setdefault(record.episode_index, []).append(record.kind)
+    return {episode: "+".join(done) for episode, done in found.items()}
+
+
+def success(trainer: PTRTrainer, starts: int, seed: int) -> dict[str, float]:
+    """How often a policy solves the benchmark's tasks in simulation, each from the same held-out starts."""
+    # the extra `metaworld`, which only this needs
+    from ptr_hf.data.benchmark_tasks import STATE_TASKS
+    from ptr_hf.rollouts import evaluate_success
+
+    first = FIRST_START + 1000 * seed
+    rollouts = evaluate_success(
+        trainer.policy,
+        trainer.preprocessor,
+        trainer.postprocessor,
+        tasks=STATE_TASKS,
+        track="state",
+        seeds=range(first, first + starts),
+        seed=seed,
+        progress=not trainer.args.disable_tqdm,
+    )
+    return {SUCCESS: rollouts.mean, **{SUCCESS_OF_TASK + task: value for task, value in rollouts.by_task.items()}}
 
 
 def weights_by_truth(scores: Any, truth: dict[int, str]) -> dict[str, float]:
@@ -390,7 +489,7 @@ def weights_by_truth(scores: Any, truth: dict[int, str]) -> dict[str, float]:
         "AUC, corrupted episodes weigh less (chance 0.5)": detection(scores, truth).auc,
         "AUC of the action loss instead (baseline)": detection(small_loss, truth).auc,
     }
-    for kind in sorted(set(truth.values()) - {"clean"}):
+    for kind in corruption_kinds(truth):
         rows[f"AUC, {kind.replace('_', ' ')}"] = detection(scores, truth, kind=kind).auc
         rows[f"AUC of the action loss, {kind.replace('_', ' ')}"] = detection(small_loss, truth, kind=kind).auc
     return rows

@@ -19,7 +19,10 @@ from small_policies import base_policy
 
 from ptr_hf import PTRPolicy
 from ptr_hf.export import export
+from ptr_hf.policies.bundled import BUNDLED_POLICY
 from ptr_hf.report import read_dynamics, read_scores
+from ptr_hf.report.inspected import SUCCESS, SUCCESS_OF_TASK
+from ptr_hf.scoring.dataset_scores import DatasetScores
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "train_ptr.py"
 LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", str(RECIPE)]
@@ -33,23 +36,54 @@ def run(command: list[str], *options: str, expect: int = 0) -> subprocess.Comple
 
 
 def test_the_demo_from_launch_to_report(tmp_path: Path) -> None:
-    done = run(LAUNCH, "--output_dir", str(tmp_path / "demo"), "--max_steps", "6", "--logging_steps", "2")
     folder = tmp_path / "demo"
+    short = ("--max_steps", "6", "--logging_steps", "2", "--evaluation_starts", "2")
+    done = run(LAUNCH, "--output_dir", str(folder), *short)
+    # the inspection comes first, and says who is bad and why; then both runs, then the table
+    shown = done.stdout
+    places = [shown.index(text) for text in ("episodes weigh less", "PTR_OFFLINE:", "SFT: the", "SFT beside PTR")]
+    assert places[1] < places[0] < places[2] < places[3]
+    assert "rollouts: 100%" in done.stderr
     results = json.loads((folder / "results.json").read_text())
+    sft, ptr = results["sft"], results["ptr_offline"]
+    for values in (sft, ptr):
+        tasks = [value for name, value in values.items() if name.startswith(SUCCESS_OF_TASK)]
+        assert len(tasks) == 8
+        assert set(tasks) <= {0.0, 0.5, 1.0}
+        assert values[SUCCESS] == pytest.approx(sum(tasks) / 8)
+        # the policy that both start from solves tasks
+        assert values[SUCCESS] > 0.1
+    assert ptr["AUC, bad episodes have a lower z (chance 0.5)"] > 0.95
+    assert ptr["bad episodes that weigh less"] > 0.8
+    assert ptr["clean episodes that weigh less"] < 0.05
+    inspected = DatasetScores.load(folder / "ptr_offline" / "inspection")
+    assert len(inspected.episodes) == 240
+    assert read_dynamics(folder / "ptr_offline" / "ptr_dynamics.parquet").steps("ptr_offline").tolist() == [2, 4, 6]
+    page = (folder / "ptr_report.html").read_text()
+    assert "as the inspection found it before training" in page
+    assert SUCCESS in page
+    assert (folder / "figures" / "ptr_inspection.png").is_file()
+    assert (folder / "summary.png").read_bytes()[:4] == b"\x89PNG"
+    assert list((folder / "ptr_offline" / "runs").rglob("events.out.tfevents.*"))
+    trained = PTRPolicy.from_pretrained(folder / "ptr_offline")
+    assert trained.config.preset == "ptr_offline"
+    # both began at the bundled policy, and the weights told them apart
+    start = load_file(BUNDLED_POLICY / "model.safetensors")
+    ends = [load_file(folder / name / "model.safetensors") for name in ("sft", "ptr_offline")]
+    name = next(name for name in start if "action_out_proj.weight" in name)
+    assert (ends[0][name] != ends[1][name]).any()
+    assert all((end[name] - start[name]).abs().max() < 0.02 for end in ends)
+
+
+def test_the_demo_with_a_camera(recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = RECIPE.parent / "experiments" / "demo_images.yaml"
+    short = ("--max_steps", "2", "--logging_steps", "1", "--report_to", "none")
+    recipe.main(["--config", str(images), "--output_dir", str(tmp_path), *short])
+    results = json.loads((tmp_path / "results.json").read_text())
     assert results["sft"]["action loss, held-out clean episodes"] > 0
     assert results["ptr_calibrated"]["action loss, held-out clean episodes"] > 0
-    assert "SFT beside PTR" in done.stdout
-    folder_ptr = folder / "ptr_calibrated"
-    assert str(folder_ptr) in done.stdout
-    assert "it/s" in done.stderr or "s/it" in done.stderr
-    dynamics = read_dynamics(folder_ptr / "ptr_dynamics.parquet")
-    assert dynamics.steps("ptr_calibrated").tolist() == [2, 4, 6]
-    scores = read_scores(folder / "ptr_scores.parquet")
-    assert len(set(scores.episode_index.tolist())) == 60
-    assert (folder / "ptr_report.html").stat().st_size > 100_000
-    assert (folder / "summary.png").read_bytes()[:4] == b"\x89PNG"
-    assert PTRPolicy.from_pretrained(folder_ptr).config.preset == "ptr_calibrated"
-    assert list((folder_ptr / "runs").rglob("events.out.tfevents.*"))
+    assert "SFT beside PTR" in capsys.readouterr().out
+    assert len(set(read_scores(tmp_path / "ptr_scores.parquet").episode_index.tolist())) == 60
 
 
 def test_somebodys_policy_and_data_with_a_configuration_file(points: Path, tmp_path: Path) -> None:
