@@ -150,7 +150,7 @@ def open_dataset(
         revision: of the Hub repo.
         frame_stride: recorded frames to one step of the layout.
         root: folder for what is fetched from the Hub; None takes LeRobot's cache.
-        download_videos: whether a Hub dataset's videos are fetched.
+        download_videos: whether a Hub dataset's videos are fetched; without them no video is looked at.
         announce: is given a sentence for everything that was set right in memory.
 
     Raises:
@@ -203,7 +203,8 @@ def open_dataset(
     # the files of a folder have just been compared, those of a Hub dataset are here only now
     is_folder = not isinstance(source, LeRobotDataset) and is_dataset_folder(source)
     said += mend_dataset(dataset, known=meta if is_folder else None)
-    dataset.wrong_times = frozenset(wrong_times(dataset).tolist())
+    if download_videos:
+        dataset.wrong_times = frozenset(wrong_times(dataset).tolist())
     for sentence in dict.fromkeys(filter(None, [*said, check_rate(dataset)])):
         announce(sentence)
     return dataset

@@ -172,6 +172,8 @@ def _inspect(
         )
     elif alone := int((judged_within(group) < 0).sum()):
         notes.append(f"{alone} episodes have too few others of their {group_name} to be judged by; they weigh 1.")
+    if not answers:
+        notes.append("No question could be asked: nothing is known of these episodes, and they weigh 1.")
     if not recordings.finite.all():
         broken = np.unique(recordings.episode_index[recordings.episode[~recordings.finite]])
         notes.append(

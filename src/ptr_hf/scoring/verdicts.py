@@ -151,6 +151,11 @@ def judge(
         window: frames whose scores are pooled.
     """
     episodes = len(recordings.length)
+    if not answers:
+        nothing = np.full((episodes, 0), np.nan)
+        unknown = np.full((len(recordings), 0), np.nan, np.float32)
+        usual = np.ones(len(recordings), np.float32)
+        return Verdicts(nothing, np.full(episodes, np.nan), unknown, np.zeros(episodes, bool), usual, [""] * episodes)
     judged = [_Judged(question, answer, recordings, window) for question, answer in answers.items()]
     group = judged_within(group)
     enough = episodes >= LEAST_TO_JUDGE
@@ -168,9 +173,9 @@ def judge(
     if flagged.any():
         bad_frames = [one.bad_windows(limit / 2) for one in judged]
         partly = _partly(judged, bad_frames, limit, recordings)
-        for episode in np.flatnonzero(flagged):
+        for episode in np.flatnonzero(flagged).tolist():
             span = slice(recordings.first[episode], recordings.last[episode] + 1)
-            failing = [number for number in chance[episode].argsort() if chance[episode, number] < limit]
+            failing = [number for number in chance[episode].argsort().tolist() if chance[episode, number] < limit]
             if partly[episode]:
                 bad = np.logical_or.reduce([bad_frames[number][span] for number in failing])
                 weight[span] = np.where(bad, weight_min, 1)
