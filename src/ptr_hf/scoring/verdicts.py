@@ -56,7 +56,7 @@ class _Judged:
     """One question's answer against the spread of good episodes."""
 
     def __init__(self, question: Question, answer: Answer, recordings: Recordings, window: int) -> None:
-        self.question, self.answer, self.recordings = question, answer, recordings
+        self.question, self.answer, self.recordings, self.window = question, answer, recordings, window
         frames = answer.frames
         self.windows = None
         if frames is None:
@@ -204,6 +204,13 @@ def _partly(judged: list[_Judged], bad_frames: list[np.ndarray], limit: float, r
         partly &= ~fails | ((share > 0) & (share < 0.5) & (rest >= limit / 2))
         some |= fails
     return partly & some
+
+
+def _covered(bad: np.ndarray, recordings: Recordings, window: int) -> np.ndarray:
+    """(frames,) whether a frame lies in a window that is bad, given which windows' first frames are."""
+    places = np.arange(len(bad))
+    begun = np.maximum.accumulate(np.where(bad, places, -1))
+    return (begun >= recordings.first[recordings.episode]) & (places - begun < window)
 
 
 def _reason(one: _Judged, episode: int, bad: np.ndarray, recordings: Recordings) -> str:
