@@ -1,0 +1,173 @@
+"""The command `ptr-score`: which demonstrations of a dataset are bad, why, and what to do next.
+
+ptr-score --dataset me/my_demos
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING
+
+from ptr_hf.cli import interrupts
+from ptr_hf.cli.refusals import as_options, refusals
+from ptr_hf.cli.score_options import PROGRAM, ScoreOptions, parse
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ptr_hf.scoring.dataset_scores import DatasetScores
+
+FAILED, REFUSED = 1, 2
+
+
+def main() -> None:
+    """Run the command; exit code 1 says that --fail_over was exceeded, 2 that something was refused."""
+    interrupts.end_quietly(PROGRAM)
+    with refusals(PROGRAM):
+        options = parse(sys.argv[1:])
+    with _refusing(options):
+        code = score(options)
+    raise SystemExit(code)
+
+
+def score(options: ScoreOptions) -> int:
+    """Inspect, show, write.
+
+    Args:
+        options: of a command line.
+
+    Returns:
+        the exit code.
+
+    Raises:
+        ValueError, OSError: a dataset cannot be read or a file not be written; the sentence says which and why.
+    """
+    if not options.json:
+        return _score(options, sys.stdout)
+    # libraries print as well, and stdout is for the JSON object alone
+    with redirect_stdout(sys.stderr):
+        return _score(options, sys.__stdout__ or sys.stdout)
+
+
+def _score(options: ScoreOptions, answers: object) -> int:
+    from ptr_hf.cli.console import PlainConsole
+    from ptr_hf.scoring import next_steps
+    from ptr_hf.scoring.inspection import inspect_dataset
+
+    console = PlainConsole(stderr=options.json)
+    sources = list(options.dataset)
+    _show_plan(options, console)
+    scores = inspect_dataset(
+        sources if len(sources) > 1 else sources[0],
+        episodes=options.episodes,
+        revision=options.revision,
+        false_alarms=options.false_alarms,
+        weight_min=options.weight_min,
+        group=options.group,
+        questions=options.questions,
+        max_frames=options.max_frames,
+        seed=options.seed,
+        device=options.device,
+    )
+    folder = scores.save(options.output_dir)
+    next_steps.write_lists(scores, folder)
+    page = False
+    if options.page:
+        from ptr_hf.scoring.page import write_page
+
+        write_page(scores, sources, folder, episodes=options.episodes, revision=options.revision)
+        page = True
+    _show(scores, sources, options, console)
+    if options.write_dataset is not None:
+        _write_copy(scores, sources[0], options, console)
+    if options.export_lerobot is not None:
+        from ptr_hf.scoring.lerobot_weights import export_lerobot, lerobot_options
+
+        path = export_lerobot(scores, options.export_lerobot)
+        console.print(
+            f"{path} holds the weights for LeRobot's own sample weighting: lerobot-train ... {lerobot_options(path)}"
+        )
+    failed = options.fail_over is not None and scores.moved > options.fail_over
+    if failed:
+        console.print(
+            f"{scores.moved:.1%} of the weight moves, more than --fail_over {options.fail_over}: exit code {FAILED}."
+        )
+    if options.json:
+        found = next_steps.summary(scores, folder, page) | {"failed": failed}
+        print(json.dumps(found, indent=2), file=answers)  # type: ignore[call-overload]
+    return FAILED if failed else 0
+
+
+def _show_plan(options: ScoreOptions, console: "Console") -> None:
+    from ptr_hf.data.datasets import dataset_metadata
+    from ptr_hf.scoring.inspection import QUESTIONS
+
+    for source in options.dataset:
+        meta = dataset_metadata(source, options.revision, options.episodes)
+        number = meta.total_episodes if options.episodes is None else len(set(options.episodes))
+        cameras = len(meta.camera_keys)
+        unread = f"; {cameras} camera{'s' if cameras != 1 else ''} not read" if cameras else ""
+        console.print(
+            f"{source}: {number} of {meta.total_episodes} episodes, {meta.total_frames} frames in all, "
+            f"{meta.total_tasks} tasks{unread}."
+        )
+    asked = [
+        question.title for question in QUESTIONS if options.questions is None or question.name in options.questions
+    ]
+    console.print(f"{len(asked)} questions: {' '.join(asked)}")
+    console.print(
+        f"At most {options.false_alarms:.1%} of good episodes should be flagged; compared within {options.group}. "
+        f"Files go to {options.output_dir}."
+    )
+
+
+def _show(scores: "DatasetScores", sources: list[str], options: ScoreOptions, console: "Console") -> None:
+    from ptr_hf.scoring import next_steps
+
+    said = next_steps.recommendation(scores)
+    if scores.flagged.empty:
+        for note in scores.notes:
+            console.print(note)
+    else:
+        console.print(scores)
+    console.print(f"\n{said.headline}. {said.sentence}\n", style="bold")
+    for command in next_steps.commands(scores, sources, options.output_dir):
+        console.print(f"{command.does}:")
+        console.print(f"  {command.line}\n", soft_wrap=True)
+    first = f"{options.output_dir / next_steps.PAGE_FILE} shows it; " if options.page else ""
+    console.print(f"{first}{options.output_dir} holds weights, scores, keep.txt and exclude.txt.", soft_wrap=True)
+
+
+def _write_copy(scores: "DatasetScores", source: str, options: ScoreOptions, console: "Console") -> None:
+    from lerobot.datasets import LeRobotDataset, delete_episodes
+
+    from ptr_hf.data.datasets import dataset_metadata
+    from ptr_hf.scoring.next_steps import excluded_episodes, kept_episodes
+
+    assert options.write_dataset is not None
+    excluded = excluded_episodes(scores)
+    if not excluded:
+        console.print("No episode is bad from end to end, so no copy is written.")
+        return
+    if not kept_episodes(scores):
+        raise ValueError("--write_dataset: every episode would be left out.")
+    meta = dataset_metadata(source, options.revision)
+    dataset = LeRobotDataset(meta.repo_id, root=meta.root, revision=options.revision)
+    copy = delete_episodes(dataset, excluded, output_dir=options.write_dataset, repo_id=f"{meta.repo_id}_kept")
+    console.print(f"{options.write_dataset} holds the other {copy.meta.total_episodes} episodes.", soft_wrap=True)
+
+
+@contextmanager
+def _refusing(options: ScoreOptions) -> Iterator[None]:
+    """End with one sentence and exit code 2 where something is refused."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        sentence = as_options(" ".join(str(error).split()), vars(options))
+        print(f"{PROGRAM}: {sentence}", file=sys.stderr)
+        raise SystemExit(REFUSED) from None
+
+
+if __name__ == "__main__":
+    main()

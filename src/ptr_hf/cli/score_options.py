@@ -1,0 +1,149 @@
+"""The options of `ptr-score`, without torch or LeRobot, so that help and refusals take no time."""
+
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from ptr_hf.cli.option_names import unknown_options
+from ptr_hf.cli.refusals import UsageError
+
+PROGRAM = "ptr-score"
+DESCRIPTION = """Find the bad demonstrations of a LeRobot dataset, before training and without a policy.
+
+States, actions and instructions are read, no video is; small networks then ask what a demonstration should satisfy: do the
+actions explain what happened, does what happened follow from the actions, does the instruction fit, is the task carried to its
+end. Written are a page to look at, weights to train with, and lists of episodes to keep and to exclude."""
+DEFAULTS = {"false_alarms": 0.01, "weight_min": 0.02, "group": "task", "max_frames": 100_000, "seed": 0}
+"""As `ptr_hf.scoring.inspection` has them; a test compares the two."""
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What a command line of `ptr-score` asks for; each field is the option of its name."""
+
+    dataset: tuple[str, ...]
+    episodes: tuple[int, ...] | None
+    revision: str | None
+    output_dir: Path
+    false_alarms: float
+    weight_min: float
+    group: str
+    questions: tuple[str, ...] | None
+    max_frames: int
+    seed: int
+    device: str | None
+    page: bool
+    json: bool
+    fail_over: float | None
+    write_dataset: Path | None
+    export_lerobot: Path | None
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}.")
+
+
+class _Help(ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: object) -> str | None:
+        default = getattr(action, "default", None)
+        return getattr(action, "help", None) if default in (None, False) else super()._get_help_string(action)  # type: ignore[arg-type]
+
+
+def parser() -> ArgumentParser:
+    """The parser of the command, its options in groups."""
+    made = _Parser(prog=PROGRAM, description=DESCRIPTION, allow_abbrev=False, formatter_class=_Help)
+    what = made.add_argument_group("what is inspected")
+    what.add_argument(
+        "--dataset", nargs="+", action="extend", metavar="DATASET", help="Hub ids or folders; each is judged by itself"
+    )
+    what.add_argument("--episodes", nargs="+", type=int, metavar="N", help="these alone (of a single dataset)")
+    what.add_argument("--revision", help="of a single dataset on the Hub")
+    how = made.add_argument_group("how it is judged")
+    how.add_argument(
+        "--false_alarms",
+        type=float,
+        default=DEFAULTS["false_alarms"],
+        help="share of good episodes that may be flagged",
+    )
+    how.add_argument("--weight_min", type=float, default=DEFAULTS["weight_min"], help="weight of flagged frames")
+    how.add_argument(
+        "--group",
+        default=DEFAULTS["group"],
+        help="episodes are compared within their task, an episode column such as operator, or none",
+    )
+    how.add_argument("--questions", nargs="+", metavar="NAME", help="ask these alone; all without it")
+    how.add_argument(
+        "--max_frames", type=int, default=DEFAULTS["max_frames"], help="the networks learn from at most so many frames"
+    )
+    how.add_argument("--seed", type=int, default=DEFAULTS["seed"], help="of folds and networks")
+    how.add_argument("--device", help="e.g. cuda or cpu; a GPU is used by itself")
+    out = made.add_argument_group("what is written")
+    out.add_argument("--output_dir", type=Path, help="folder of all files (default: ptr_scores/<dataset>)")
+    out.add_argument("--page", action=BooleanOptionalAction, default=True, help="write ptr_scores.html")
+    out.add_argument("--write_dataset", type=Path, metavar="FOLDER", help="a copy without the episodes to exclude")
+    out.add_argument(
+        "--export_lerobot",
+        type=Path,
+        metavar="FILE",
+        help="the weights as a parquet file that lerobot-train's own sample weighting (rabc) reads",
+    )
+    out.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
+    out.add_argument(
+        "--fail_over",
+        type=float,
+        metavar="SHARE",
+        help="exit with code 1 where more than this share of the weight moves, for instance 0.05",
+    )
+    return made
+
+
+def parse(argv: Sequence[str]) -> ScoreOptions:
+    """The options of a command line.
+
+    Args:
+        argv: without the program's name.
+
+    Raises:
+        UsageError: an option is unknown, missing, or contradicts another.
+        SystemExit: help was asked for and printed.
+    """
+    command = parser()
+    given, rest = command.parse_known_args(argv)
+    known = sorted(set(vars(given)))
+    if rest:
+        raise UsageError(unknown_options(rest, known))
+    if not given.dataset:
+        raise UsageError("--dataset is needed: a dataset's Hub id or folder.")
+    several = len(given.dataset) > 1
+    for name in ("episodes", "revision", "write_dataset", "export_lerobot"):
+        if several and getattr(given, name) is not None:
+            raise UsageError(f"--{name} is of a single dataset; {len(given.dataset)} are given.")
+    if given.write_dataset is not None and given.episodes is not None:
+        raise UsageError("--write_dataset copies a whole dataset: leave --episodes out.")
+    if given.write_dataset is not None and given.write_dataset.exists():
+        raise UsageError(f"--write_dataset {given.write_dataset} is there already: name a new folder.")
+    if not 0 < given.false_alarms <= 0.5:
+        raise UsageError("--false_alarms must be above 0 and at most 0.5.")
+    if not 0 <= given.weight_min <= 1:
+        raise UsageError("--weight_min must be between 0 and 1.")
+    if given.fail_over is not None and not 0 <= given.fail_over <= 1:
+        raise UsageError("--fail_over is a share of the weight, between 0 and 1.")
+    if given.max_frames < 1:
+        raise UsageError("--max_frames must be 1 or more.")
+    output = given.output_dir or Path("ptr_scores") / "+".join(_last(source) for source in given.dataset)
+    for path in (output, *output.parents):
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"--output_dir {output}: {path} is a file; name a folder.")
+    settings: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(given).items()
+        if name != "output_dir"
+    }
+    return ScoreOptions(output_dir=output, **settings)
+
+
+def _last(source: str) -> str:
+    return Path(source).expanduser().resolve().name if Path(source).exists() else source.rstrip("/").split("/")[-1]

@@ -1,0 +1,252 @@
+"""One self-contained HTML page about an inspected dataset: who is bad, what it looks like, and what to do next."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ptr_hf.report.files import beside_the_run, replacing
+from ptr_hf.report.page import shown
+from ptr_hf.report.text import without_local_paths
+from ptr_hf.scoring.dataset_scores import DatasetScores
+from ptr_hf.scoring.next_steps import PAGE_FILE, commands, recommendation
+from ptr_hf.scoring.page.drawings import distribution, motion, score_curve
+from ptr_hf.scoring.page.filmstrips import filmstrips
+from ptr_hf.scoring.page.moments import Moment, moments
+from ptr_hf.scoring.page.tables import group_tables
+from ptr_hf.scoring.recordings import Recordings, read_recordings
+
+MOST_CARDS, MOST_CELLS, MOST_MOTIONS = 12, 3000, 6
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A frame of a filmstrip: a data URL, and its time in the episode."""
+
+    url: str
+    time: str
+
+
+@dataclass(frozen=True)
+class Card:
+    """One bad episode as the page shows it."""
+
+    anchor: str
+    name: str
+    z: float
+    weight: float
+    reason: str
+    task: str
+    question: str
+    camera: str
+    pictures: tuple[Picture, ...]
+    companion: str
+    companion_pictures: tuple[Picture, ...]
+    curve: Markup
+    motions: tuple[Markup, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """An episode in the overview: `kind` is "good", "part" or "bad"."""
+
+    anchor: str
+    kind: str
+    says: str
+
+
+def write_page(
+    scores: DatasetScores,
+    sources: Sequence[Any],
+    folder: str | Path,
+    *,
+    episodes: Sequence[int] | None = None,
+    revision: str | None = None,
+    most: int = MOST_CARDS,
+) -> Path:
+    """Write ptr_scores.html: it needs no network and no script.
+
+    Pictures that cannot be decoded are left out with a warning.
+
+    Args:
+        scores: of these datasets.
+        sources: Hub ids, folders or open LeRobotDatasets, in the order of the inspection.
+        folder: for the page.
+        episodes: the subset of a single dataset that was inspected.
+        revision: of a single Hub dataset.
+        most: bad episodes that are shown with pictures.
+
+    Returns:
+        the page's path.
+    """
+    several = "source" in scores.episodes
+    read = [read_recordings(source, episodes=episodes, revision=revision) for source in sources]
+    cards: list[Card] = []
+    for number, (source, recordings) in enumerate(zip(sources, read, strict=True)):
+        of = number if several else None
+        window = scores.settings["window_frames"][number]
+        found = moments(scores, recordings, window, most, of)
+        camera, pictures = _pictures(source, recordings, found, revision)
+        cards += [_card(moment, recordings, scores, window, camera, pictures, of) for moment in found]
+    cards.sort(key=lambda card: card.z)
+    said = recommendation(scores)
+    names = [settings["repo_id"] for settings in scores.settings["datasets"]]
+    flagged = scores.episodes["weight"].to_numpy() < 1
+    environment = Environment(
+        loader=PackageLoader("ptr_hf.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.finalize = shown
+    page = environment.get_template("inspection.html.j2").render(
+        names=names,
+        said=said,
+        episodes=len(scores.episodes),
+        frames=len(scores.chunks),
+        flagged=int(flagged.sum()),
+        excluded=len(scores.excluded),
+        moved=scores.moved,
+        cells=_cells(scores, {card.anchor for card in cards[:most]}),
+        cards=cards[:most],
+        distributions=[
+            (title, distribution(scores.episodes[name].to_numpy(np.float64), flagged))
+            for name, title in scores.settings["questions"].items()
+            if scores.episodes[name].notna().any() and scores.episodes[name].std() > 0.01
+        ],
+        tables=group_tables(scores.episodes, _columns(scores, read, names)),
+        notes=scores.notes,
+        commands=commands(scores, [str(source) for source in sources], Path(folder)),
+        settings=sorted((name, _readable(value)) for name, value in without_local_paths(dict(scores.settings)).items()),
+    )
+    path = Path(folder) / PAGE_FILE
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return path
+
+
+def _pictures(
+    source: Any, recordings: Recordings, found: Sequence[Moment], revision: str | None
+) -> tuple[str, dict[tuple[int, int], str]]:
+    wanted: dict[int, set[int]] = {}
+    for moment in found:
+        wanted.setdefault(int(recordings.episode_index[moment.row]), set()).update(moment.frames.tolist())
+        if moment.companion is not None:
+            number = int(recordings.episode_index[moment.companion])
+            wanted.setdefault(number, set()).update(moment.companion_frames.tolist())
+    with beside_the_run(f"The page shows no pictures of {recordings.name}"):
+        return filmstrips(source, {number: sorted(frames) for number, frames in wanted.items()}, revision)
+    return "", {}
+
+
+def _card(
+    moment: Moment,
+    recordings: Recordings,
+    scores: DatasetScores,
+    window: int,
+    camera: str,
+    pictures: dict[tuple[int, int], str],
+    source: int | None,
+) -> Card:
+    number = int(recordings.episode_index[moment.row])
+    rows = scores.episodes["episode_index"] == number
+    if source is not None:
+        rows &= scores.episodes["source"] == source
+    row = scores.episodes[rows].iloc[0]
+    companion = None if moment.companion is None else int(recordings.episode_index[moment.companion])
+    curve = Markup("")
+    if moment.curve is not None:
+        marked = moment.frames.tolist() if pictures else []
+        curve = score_curve(
+            moment.curve, moment.flagged, window, recordings.fps, moment.worst, marked, moment.companion_curve
+        )
+    return Card(
+        anchor=_anchor(source, number),
+        name=f"Episode {number}" if source is None else f"{recordings.name}, episode {number}",
+        z=float(row["z"]),
+        weight=float(row["weight"]),
+        reason=str(row["reason"]),
+        task=str(row["task"]),
+        question=scores.settings["questions"][moment.question],
+        camera=camera,
+        pictures=_strip(pictures, number, moment.frames, recordings.fps),
+        companion="" if companion is None else f"episode {companion}",
+        companion_pictures=()
+        if companion is None
+        else _strip(pictures, companion, moment.companion_frames, recordings.fps),
+        curve=curve,
+        motions=_motions(moment, recordings),
+    )
+
+
+def _strip(pictures: dict[tuple[int, int], str], episode: int, frames: np.ndarray, fps: float) -> tuple[Picture, ...]:
+    return tuple(
+        Picture(pictures[episode, frame], f"{frame / fps:.1f} s")
+        for frame in frames.tolist()
+        if (episode, frame) in pictures
+    )
+
+
+def _motions(moment: Moment, recordings: Recordings) -> tuple[Markup, ...]:
+    """The actions and states that differ most from the good episode's in their course."""
+    own = slice(recordings.first[moment.row], recordings.last[moment.row] + 1)
+    other = None
+    if moment.companion is not None:
+        other = slice(recordings.first[moment.companion], recordings.last[moment.companion] + 1)
+    found: list[tuple[float, Markup]] = []
+    for kind, values, names in (
+        ("action", recordings.action, recordings.action_names),
+        ("state", recordings.state, recordings.state_names),
+    ):
+        spread = values.std(axis=0)
+        drawn = []
+        for column in np.flatnonzero(spread > 0):
+            mine, its = values[own, column], None if other is None else values[other, column]
+            apart = float(mine.std()) if its is None else _apart(mine, its)
+            drawn.append((apart / float(spread[column]), motion(mine, its, f"{kind} {names[column]}")))
+        found += sorted(drawn, key=lambda pair: -pair[0])[: MOST_MOTIONS // 2]
+    return tuple(drawing for _, drawing in found)
+
+
+def _apart(mine: np.ndarray, its: np.ndarray) -> float:
+    places = np.linspace(0, 1, 50)
+    course = [np.interp(places, np.linspace(0, 1, len(series)), series) for series in (mine, its)]
+    return float(np.abs(course[0] - course[1]).mean())
+
+
+def _cells(scores: DatasetScores, anchors: set[str]) -> list[Cell]:
+    """Every episode, in order; none where there are too many to show."""
+    if len(scores.episodes) > MOST_CELLS:
+        return []
+    cells = []
+    for row in scores.episodes.itertuples():
+        source = getattr(row, "source", None)
+        anchor = _anchor(source, row.episode_index)
+        kind = "good" if row.weight == 1 else "bad" if row.weight <= scores.settings["weight_min"] else "part"
+        says = f"episode {row.episode_index}: {row.reason or 'nothing found'} (z {row.z:.1f})"
+        cells.append(Cell(anchor if anchor in anchors else "", kind, says))
+    return cells
+
+
+def _anchor(source: int | None, episode: int) -> str:
+    return f"episode-{episode}" if source is None else f"episode-{source}-{episode}"
+
+
+def _columns(scores: DatasetScores, read: Sequence[Recordings], names: Sequence[str]) -> dict[str, np.ndarray]:
+    columns: dict[str, np.ndarray] = {"task": scores.episodes["task"].to_numpy()}
+    if len(read) > 1:
+        columns["source"] = np.asarray(names, dtype=object)[scores.episodes["source"]]
+    shared = set.intersection(*(set(recordings.attributes) for recordings in read))
+    for name in sorted(shared - columns.keys()):
+        columns[name] = np.concatenate([np.asarray(recordings.attributes[name], dtype=object) for recordings in read])
+    return columns
+
+
+def _readable(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

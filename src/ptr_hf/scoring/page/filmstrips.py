@@ -1,0 +1,91 @@
+"""Small pictures of some frames of a dataset, as data URLs; nothing else is decoded."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lerobot.datasets import LeRobotDataset
+from lerobot.datasets.video_utils import decode_video_frames
+from PIL import Image
+
+from ptr_hf.data.datasets import dataset_metadata, video_backend
+
+HEIGHT, WIDTH = 132, 200
+"""Pictures are made to fit, in pixels; smaller ones are enlarged twice at most."""
+QUALITY = 72
+
+
+def filmstrips(
+    source: Any, wanted: Mapping[int, Sequence[int]], revision: str | None = None
+) -> tuple[str, dict[tuple[int, int], str]]:
+    """Pictures of the first camera that is no depth map.
+
+    Args:
+        source: Hub id, folder, or open LeRobotDataset. Of a Hub dataset the videos of these episodes are fetched.
+        wanted: frames by episode, as the dataset numbers them.
+        revision: of the Hub repo.
+
+    Returns:
+        the camera's name ("" where there is none), and a WebP data URL by (episode, frame).
+
+    Raises:
+        ValueError, OSError: a video cannot be read.
+    """
+    meta = dataset_metadata(source, revision)
+    cameras = [key for key in meta.camera_keys if key not in set(getattr(meta, "depth_keys", ()))]
+    if not cameras or not wanted:
+        return "", {}
+    camera = cameras[0]
+    episodes = sorted(wanted)
+    dataset = LeRobotDataset(
+        meta.repo_id,
+        root=meta.root,
+        revision=revision,
+        episodes=episodes,
+        video_backend=video_backend(),
+    )
+    numbers = np.asarray(dataset.hf_dataset.with_format("numpy")["episode_index"])
+    pictures: dict[tuple[int, int], str] = {}
+    for episode, frames in wanted.items():
+        chosen = sorted(set(frames))
+        first = int(np.flatnonzero(numbers == episode)[0])
+        if camera in meta.video_keys:
+            shown = _from_video(dataset, episode, camera, [first + frame for frame in chosen])
+        else:
+            shown = [np.asarray(dataset.hf_dataset[first + frame][camera]) for frame in chosen]
+        for frame, picture in zip(chosen, shown, strict=True):
+            pictures[episode, frame] = data_url(picture)
+    return camera.removeprefix("observation.images.").removeprefix("observation."), pictures
+
+
+def data_url(picture: np.ndarray) -> str:
+    """A picture made small, as WebP.
+
+    Args:
+        picture: (3, H, W) or (H, W, 3); uint8, or floats in [0, 1].
+    """
+    if picture.ndim == 3 and picture.shape[0] in (1, 3) and picture.shape[-1] not in (1, 3):
+        picture = picture.transpose(1, 2, 0)
+    if picture.dtype.kind == "f":
+        picture = np.clip(np.rint(picture * 255), 0, 255).astype(np.uint8)
+    image = Image.fromarray(picture.squeeze()).convert("RGB")
+    scale = min(HEIGHT / image.height, WIDTH / image.width, 2.0)
+    size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=QUALITY, method=6)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _from_video(dataset: LeRobotDataset, episode: int, camera: str, rows: Sequence[int]) -> list[np.ndarray]:
+    meta = dataset.meta
+    times = np.asarray(dataset.hf_dataset.with_format("numpy")["timestamp"])[list(rows)]
+    begin = float(meta.episodes[episode][f"videos/{camera}/from_timestamp"])
+    path = Path(meta.root) / meta.get_video_file_path(episode, camera)
+    frames = decode_video_frames(
+        path, [begin + float(time) for time in times], dataset.tolerance_s, video_backend(), return_uint8=True
+    )
+    return list(frames.numpy())

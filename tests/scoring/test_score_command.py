@@ -1,0 +1,180 @@
+"""`ptr-score` as a user runs it: files, page, exit codes, and one clear sentence for what it cannot do."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from demonstrations import write_dataset
+from lerobot.datasets import LeRobotDataset
+
+from ptr_hf.cli.refusals import UsageError
+from ptr_hf.cli.score import score
+from ptr_hf.cli.score_options import DEFAULTS, parse
+from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
+from ptr_hf.scoring import inspection
+from ptr_hf.scoring.dataset_scores import CHUNKS_FILE, DatasetScores
+from ptr_hf.scoring.next_steps import PAGE_FILE, commands, excluded_episodes, kept_episodes, recommendation
+from ptr_hf.scoring.recordings import TASK_GROUP
+
+QUICK = ("--questions", "roughness", "completeness", "--max_frames", "2000")
+
+
+@pytest.fixture(scope="module")
+def inspected(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled demonstrations, asked two questions."""
+    folder = tmp_path_factory.mktemp("inspected") / "out"
+    root = bundled_demonstrations()
+    assert score(parse(["--dataset", str(root), "--output_dir", str(folder), *QUICK])) == 0
+    return folder
+
+
+def test_files_and_page(inspected: Path) -> None:
+    scores = DatasetScores.load(inspected)
+    bad = {episode for episode, kind in load_truth(bundled_demonstrations()).items() if kind != "clean"}
+    out = [int(line) for line in (inspected / "exclude.txt").read_text().split()]
+    keep = [int(line) for line in (inspected / "keep.txt").read_text().split()]
+    assert out
+    assert set(out) <= bad
+    assert sorted(out + keep) == list(range(60))
+    page = (inspected / PAGE_FILE).read_text()
+    assert recommendation(scores).headline in page
+    assert page.count("<article") == min(12, len(scores.flagged))
+    assert page.count("data:image/webp") >= 10 * min(12, len(scores.flagged)) * 0.9
+    # nothing is fetched and nothing runs
+    assert not re.search(r"""(src|href)=["'](?!data:|#)|<script|@import|url\(""", page)
+
+
+def test_json_is_alone_on_stdout(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "points", (12,) * 10, cameras=())
+    command = [sys.executable, "-m", "ptr_hf.cli.score", "--dataset", str(root), "--output_dir", str(tmp_path / "out")]
+    done = subprocess.run([*command, "--json", "--questions", "roughness", "--no-page"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["episodes"], found["frames"], found["failed"]) == (10, 120, False)
+    assert found["recommendation"]["kind"] == ("nothing" if not found["flagged"] else found["recommendation"]["kind"])
+    assert all(Path(path).is_file() for path in found["files"])
+
+
+def test_too_much_weight_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = bundled_demonstrations()
+    options = ["--dataset", str(root), "--output_dir", str(tmp_path), "--no-page", "--fail_over", "0.05", *QUICK]
+    assert score(parse(options)) == 1
+    assert "exit code 1" in capsys.readouterr().out
+
+
+def test_a_cleaned_copy(tmp_path: Path, points: Path) -> None:
+    root = write_dataset(tmp_path / "points", (14,) * 12, cameras=())
+    frames = next((root / "data").rglob("*.parquet"))
+    table = pd.read_parquet(frames)
+    noise = np.random.default_rng(0).normal(0, 1, (14, 2)).astype(np.float32)
+    rows = table["episode_index"] == 4
+    table.loc[rows, "action"] = pd.Series(list(noise), index=table.index[rows])
+    table.to_parquet(frames)
+    copy = tmp_path / "copy"
+    options = ["--dataset", str(root), "--output_dir", str(tmp_path / "out"), "--write_dataset", str(copy)]
+    score(parse([*options, "--questions", "roughness", "--group", "none"]))
+    assert excluded_episodes(DatasetScores.load(tmp_path / "out")) == [4]
+    assert LeRobotDataset("copy", root=copy).num_episodes == 11
+    # a dataset without cameras is shown by its actions and states
+    assert "action dx" in (tmp_path / "out" / PAGE_FILE).read_text()
+
+
+def test_help_needs_no_torch() -> None:
+    begun = time.perf_counter()
+    hidden = (
+        "import sys; sys.modules['torch'] = None; sys.modules['lerobot'] = None; sys.argv = ['ptr-score', '--help'];"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", f"{hidden} from ptr_hf.cli.score import main; main()"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - begun < 2.0
+    assert "--false_alarms" in done.stdout
+
+
+def test_defaults_are_those_of_the_library() -> None:
+    assert DEFAULTS["false_alarms"] == inspection.FALSE_ALARMS
+    assert DEFAULTS["weight_min"] == inspection.WEIGHT_MIN
+    assert DEFAULTS["group"] == TASK_GROUP
+    defaults = inspection.inspect_dataset.__kwdefaults__
+    assert DEFAULTS["max_frames"] == defaults["max_frames"]
+    assert DEFAULTS["seed"] == defaults["seed"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "--dataset is needed"),
+        (["--dataset", "a", "--false_alarms", "0"], "--false_alarms must be above 0"),
+        (["--dataset", "a", "b", "--episodes", "1"], "--episodes is of a single dataset; 2 are given"),
+        (["--dataset", "a", "--fail_over", "7"], "--fail_over is a share"),
+        (["--dataset", "a", "--output_dir", __file__], "is a file; name a folder"),
+        (["--dataset", "a", "--outputdir", "b"], "did you mean --output_dir?"),
+        (["--dataset", "a", "--write_dataset", "/"], "is there already"),
+    ],
+)
+def test_command_lines_that_cannot_be(words: list[str], sentence: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        parse(words)
+    assert sentence in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--questions", "beauty"], "There is no question 'beauty'; there are"),
+        (["--group", "operator"], "has no episode column 'operator' to compare episodes within"),
+        (["--episodes", "99"], "episodes [99] do not exist"),
+    ],
+)
+def test_refused_in_a_sentence(words: list[str], sentence: str, points: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        score(parse(["--dataset", str(points), "--output_dir", str(tmp_path), *words]))
+
+
+def test_exit_code_and_sentence_of_a_missing_dataset(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ptr_hf.cli.score", "--dataset", str(tmp_path), "--output_dir", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("ptr-score: ")
+    assert "is no LeRobotDataset" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def found(weights: list[float], z: list[float], notes: tuple[str, ...] = ()) -> DatasetScores:
+    episodes = pd.DataFrame({"episode_index": range(len(weights)), "weight": weights, "z": z, "reason": "noisy"})
+    chunks = pd.DataFrame({"index": range(len(weights)), "weight": weights})
+    settings = {"false_alarms": 0.01, "weight_min": 0.02, "questions": {}, "datasets": [{"repo_id": "me/demos"}]}
+    return DatasetScores(chunks, episodes, settings, notes)
+
+
+def test_recommendations() -> None:
+    assert recommendation(found([1.0] * 9, [0.0] * 9)).kind == "nothing"
+    assert recommendation(found([0.02] * 5 + [1.0] * 5, [-9.0] * 10)).kind == "majority"
+    assert recommendation(found([0.02] + [1.0] * 99, [-3.1] + [0.0] * 99)).kind == "chance"
+    assert recommendation(found([0.02] + [1.0] * 99, [-8.0] + [0.0] * 99)).kind == "train"
+    assert recommendation(found([1.0] * 2, [0.0] * 2, ("Too few episodes to judge: 2.",))).kind == "unjudged"
+
+
+def test_the_next_commands() -> None:
+    scores = found([0.02, 1.0, 0.6, 1.0], [-9.0, 0.0, -5.0, 0.0])
+    assert excluded_episodes(scores) == [0]
+    assert kept_episodes(scores) == [1, 2, 3]
+    lines = [command.line for command in commands(scores, ["me/demos"], Path("out"))]
+    assert any(f"--weights out/{CHUNKS_FILE}" in line for line in lines)
+    assert any(
+        line == "lerobot-edit-dataset --repo_id me/demos --new_repo_id me/demos_kept --operation.type delete_episodes "
+        '--operation.episode_indices "[0]"'
+        for line in lines
+    )
+    assert any('--dataset.episodes="[1,2,3]"' in line for line in lines)
+    assert commands(found([1.0] * 9, [0.0] * 9), ["me/demos"], Path("out")) == []
