@@ -67,7 +67,8 @@ def test_lerobot_train_runs_with_the_file(points: Path, tmp_path: Path, monkeypa
     path = export_lerobot(DatasetScores(chunks, pd.DataFrame(), {}), tmp_path / "weights.parquet")
     base_policy("smolvla", points, chunk_size=8, n_action_steps=8).save_pretrained(tmp_path / "policy")
     arguments = [
-        f"--policy.path={tmp_path / 'policy'} --policy.device=cpu --policy.push_to_hub=false --dataset.repo_id=tests/points --dataset.root={points}",
+        f"--policy.path={tmp_path / 'policy'} --policy.device=cpu --policy.push_to_hub=false",
+        f"--dataset.repo_id=tests/points --dataset.root={points}",
         f"--output_dir={tmp_path / 'run'} --steps=3 --save_checkpoint=false --log_freq=1 --batch_size=4 --num_workers=0",
         f"--env_eval_freq=0 {lerobot_options(path)}",
     ]
