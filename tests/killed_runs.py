@@ -159,7 +159,9 @@ class Runs:
         self._server.wait(PATIENCE)
 
 
-def kill_again_and_again(runs: Runs, folder: Path, ranks: int, kills: int, seed: int) -> list[dict[str, Any]]:
+def kill_again_and_again(
+    runs: Runs, folder: Path, ranks: int, kills: int, seed: int, steps: int = SETTINGS["max_steps"]
+) -> list[dict[str, Any]]:
     """Start a run and kill it, as often as asked, each time somewhat later; then let it end.
 
     Half of the kills wait for a checkpoint that is being written, the others for a step or the start; all then wait a
@@ -170,10 +172,11 @@ def kill_again_and_again(runs: Runs, folder: Path, ranks: int, kills: int, seed:
     """
     random_ = random.Random(seed)
     happened = []
-    moments = sorted(random_.sample(range(1, SETTINGS["max_steps"] - 10), kills))
+    moments = sorted(random_.sample(range(1, steps - 10), kills))
+    settings = {"max_steps": steps}
     for number, step in enumerate(moments):
         kind = ("saving", "stepping", "saving", "starting" if number % 8 == 3 else "stepping")[number % 4]
-        run = runs.start(folder, ranks, "last" if checkpoints(folder) else None)
+        run = runs.start(folder, ranks, "last" if checkpoints(folder) else None, settings=settings)
         if kind == "saving":
             run.until(lambda _, due=step: any(number >= due for number in _partial_steps(folder)))
             time.sleep(random_.uniform(0, 0.03))
@@ -190,7 +193,7 @@ def kill_again_and_again(runs: Runs, folder: Path, ranks: int, kills: int, seed:
         assert all(codes), f"a process went on without the one that was killed: {codes}"
         happened.append({"kind": kind, "step": run.step, "killed": first, "partial": sorted(_partial_steps(folder))})
     print(f"seed {seed}, {ranks} process(es), killed: {json.dumps(happened)}")
-    runs.finish(folder, ranks, "last" if checkpoints(folder) else None)
+    runs.finish(folder, ranks, "last" if checkpoints(folder) else None, settings=settings)
     return happened
 
 

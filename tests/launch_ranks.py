@@ -1,4 +1,4 @@
-"""Ranks of test_launch.py: one process imports everything once and forks two ranks for each case.
+"""Ranks of test_launch.py: one process imports everything once and forks two ranks for each case that is named.
 
 Each rank writes what it was refused with, or its gradients of the first step and its tensors after the last one.
 """
@@ -171,16 +171,18 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for built in ("act", "smolvla"):
         base_policy(built, points)
-    in_ranks("unlike", partial(unlike, "unlike"))
-    in_ranks("uneven", partial(build, "uneven", accelerator_config={"even_batches": False}))
-    in_ranks("alone", partial(build, "alone", use_cpu=False))
-    in_ranks("unsynchronised", partial(build, "unsynchronised", use_cpu=False, ddp_backend="gloo"))
-    in_ranks("fsdp on cpu", partial(build, "fsdp on cpu"), FSDP2)
-    in_ranks("nested fsdp", partial(nested, "nested fsdp"), FSDP2 | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"})
-    for case in CASES:
+    named = sys.argv[3:]
+    if "refusals" in named:
+        in_ranks("unlike", partial(unlike, "unlike"))
+        in_ranks("uneven", partial(build, "uneven", accelerator_config={"even_batches": False}))
+        in_ranks("alone", partial(build, "alone", use_cpu=False))
+        in_ranks("unsynchronised", partial(build, "unsynchronised", use_cpu=False, ddp_backend="gloo"))
+        in_ranks("fsdp on cpu", partial(build, "fsdp on cpu"), FSDP2)
+        in_ranks("nested fsdp", partial(nested, "nested fsdp"), FSDP2 | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"})
+    for case in [case for case in CASES if case in named]:
         in_ranks(f"{case}-ddp", partial(run, f"{case}-ddp", case, False))
         in_ranks(f"{case}-fsdp", partial(run, f"{case}-fsdp", case, True), FSDP2)
-    for case in ("act", "smolvla"):
+    for case in [case for case in ("act", "smolvla") if case in named]:
         checkpoints = folder / f"{case}-fsdp" / "run"
         resumed = f"{case}-fsdp-resumed"
         in_ranks(resumed, partial(run, resumed, case, True, checkpoints / "checkpoint-2"), FSDP2)

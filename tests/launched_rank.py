@@ -26,6 +26,7 @@ args = PTRTrainingArguments(
     use_cpu="--use_cpu" in sys.argv,
 )
 check_launch(args)
+answer = {"processes": args.world_size, "steps": 0}
 if sys.argv[2] != "none":
     from small_policies import base_policy
 
@@ -38,4 +39,4 @@ if sys.argv[2] != "none":
     state = {name: value.clone().contiguous() for name, value in trainer.policy.state_dict().items()}
     save_file(state, folder / f"rank-{args.process_index}.safetensors")
     answer = {"processes": trainer.accelerator.num_processes, "steps": trainer.state.global_step}
-    (folder / f"rank-{args.process_index}.json").write_text(json.dumps(answer))
+(folder / f"rank-{args.process_index}.json").write_text(json.dumps(answer))

@@ -49,7 +49,7 @@ def run(rank: int, points: Path, root: Path, folder: Path, port: str) -> None:
         ddp_backend="gloo",
     )
     torch.manual_seed(0)
-    trainer = PTRTrainer(base_policy("act", points), args, train_dataset=root)
+    trainer = PTRTrainer(base_policy("smolvla", points), args, train_dataset=root)
     assert trainer.accelerator.num_processes == RANKS
     # one rank alone meets a gradient that is not finite, at one step
     parameter = next(parameter for parameter in trainer.policy.parameters() if parameter.requires_grad)

@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
@@ -89,13 +92,24 @@ class TestConfigurations:
         assert " --use_cpu true " in (CONFIGS / "cpu.yaml").read_text()
 
 
-def test_that_the_cpu_configuration_starts_two_processes_that_agree(points: Path, tmp_path: Path) -> None:
-    launch = [*LAUNCH, "--config_file", str(CONFIGS / "cpu.yaml"), "--main_process_port", "0"]
-    run = start(tmp_path / "two", launch, "--use_cpu", points=str(points))
+CPU = [*LAUNCH, "--config_file", str(CONFIGS / "cpu.yaml"), "--main_process_port", "0"]
+
+
+def launched(folder: Path, points: str) -> list[dict[str, int]]:
+    """What the two ranks have to say."""
+    run = start(folder, CPU, "--use_cpu", points=points)
     output, _ = run.communicate()
     assert run.returncode == 0, output[-3000:]
-    answers = [json.loads((tmp_path / "two" / f"rank-{rank}.json").read_text()) for rank in range(2)]
-    assert answers == [{"processes": 2, "steps": 2}] * 2
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_that_the_cpu_configuration_starts_two_processes(tmp_path: Path) -> None:
+    assert launched(tmp_path / "two", "none") == [{"processes": 2, "steps": 0}] * 2
+
+
+@pytest.mark.slow
+def test_that_the_cpu_configuration_starts_two_processes_that_agree(points: Path, tmp_path: Path) -> None:
+    assert launched(tmp_path / "two", str(points)) == [{"processes": 2, "steps": 2}] * 2
     states = [load_file(tmp_path / "two" / f"rank-{rank}.safetensors") for rank in range(2)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -118,7 +132,7 @@ def test_a_launch_that_starts_one_process_for_two(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        ["--config_file", str(CONFIGS / "cpu.yaml"), "--main_process_port", "0"],
+        CPU[2:],
         ["--cpu", "--num_processes", "1"],
     ],
     ids=["two processes", "one process"],
@@ -176,13 +190,34 @@ def test_what_is_no_launcher(command: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(points: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that `launch_ranks.py` filled."""
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, str(TESTS / "launch_ranks.py"), str(points), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return folder
+def filled(points: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder that `launch_ranks.py` has filled with the cases that are named."""
+
+    @cache
+    def fill(*cases: str) -> Path:
+        folder = tmp_path_factory.mktemp("ranks")
+        command = [sys.executable, str(TESTS / "launch_ranks.py"), str(points), str(folder), *cases]
+        done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return folder
+
+    return fill
+
+
+@pytest.fixture
+def ranks(filled: Callable[..., Path]) -> Path:
+    """With the refusals, and SmolVLA under DDP and FSDP2."""
+    return filled("refusals", "smolvla")
+
+
+@pytest.fixture
+def ranks_of(filled: Callable[..., Path], ranks: Path, case: str) -> Path:
+    """With the policy of a case under DDP and FSDP2."""
+    return ranks if case.startswith("smolvla") else filled("act", "frozen")
+
+
+def slow(*values: Any) -> ParameterSet:
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def refusals(folder: Path) -> list[str]:
@@ -238,29 +273,29 @@ class TestFSDP2:
     """On CPU, with Accelerate's limit to GPUs lifted: its code, PyTorch's FSDP2 and gloo are the real ones."""
 
     # two micro-batches are summed before FSDP reduces them and after DDP does
-    @pytest.mark.parametrize(("case", "allowed"), [("act", 1e-6), ("smolvla", 0.0), ("frozen", 0.0)])
-    def test_the_gradients_are_those_of_ddp(self, ranks: Path, case: str, allowed: float) -> None:
-        sharded, copied = answers(ranks / f"{case}-fsdp"), answers(ranks / f"{case}-ddp")
+    @pytest.mark.parametrize(("case", "allowed"), [slow("act", 1e-6), ("smolvla", 0.0), slow("frozen", 0.0)])
+    def test_the_gradients_are_those_of_ddp(self, ranks_of: Path, case: str, allowed: float) -> None:
+        sharded, copied = answers(ranks_of / f"{case}-fsdp"), answers(ranks_of / f"{case}-ddp")
         assert [(row["kind"], row["processes"]) for row in sharded] == [("FSDP", 2)] * 2
         assert [(row["kind"], row["processes"]) for row in copied] == [("MULTI_CPU", 2)] * 2
         assert sharded[0]["sharded"] > 100 > copied[0]["sharded"] == 0
         assert sharded[0]["losses"] == pytest.approx(copied[0]["losses"], rel=1e-5)
         for rank in range(2):
             name = f"gradients-{rank}.safetensors"
-            assert difference(ranks / f"{case}-fsdp" / name, ranks / f"{case}-ddp" / name) <= allowed
+            assert difference(ranks_of / f"{case}-fsdp" / name, ranks_of / f"{case}-ddp" / name) <= allowed
 
-    @pytest.mark.parametrize("case", ["act-fsdp", "smolvla-fsdp", "frozen-fsdp", "act-ddp"])
-    def test_that_the_ranks_hold_the_same(self, ranks: Path, case: str) -> None:
+    @pytest.mark.parametrize("case", [slow("act-fsdp"), "smolvla-fsdp", slow("frozen-fsdp"), slow("act-ddp")])
+    def test_that_the_ranks_hold_the_same(self, ranks_of: Path, case: str) -> None:
         """Weights, moving average, queue, controller: though they started from different ones."""
-        folder = ranks / case
+        folder = ranks_of / case
         assert difference(folder / "state-0.safetensors", folder / "state-1.safetensors") == 0.0
 
-    @pytest.mark.parametrize("case", ["act-fsdp", "smolvla-fsdp"])
-    def test_resuming(self, ranks: Path, case: str) -> None:
-        whole, resumed = ranks / case, ranks / f"{case}-resumed"
+    @pytest.mark.parametrize("case", [slow("act-fsdp"), "smolvla-fsdp"])
+    def test_resuming(self, ranks_of: Path, case: str) -> None:
+        whole, resumed = ranks_of / case, ranks_of / f"{case}-resumed"
         assert difference(resumed / "state-0.safetensors", whole / "state-0.safetensors") == 0.0
 
-    @pytest.mark.parametrize("case", ["act-fsdp", "smolvla-fsdp"])
-    def test_that_a_checkpoint_is_a_policy(self, ranks: Path, case: str) -> None:
-        folder = ranks / case
+    @pytest.mark.parametrize("case", [slow("act-fsdp"), "smolvla-fsdp"])
+    def test_that_a_checkpoint_is_a_policy(self, ranks_of: Path, case: str) -> None:
+        folder = ranks_of / case
         assert difference(folder / "loaded.safetensors", folder / "state-0.safetensors") == 0.0

@@ -17,11 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ptr_hf.checkpoints import MANIFEST_NAME, checkpoints, fault, step_of
 from ptr_hf.report import DYNAMICS_FILE, read_dynamics
 
-KILLS_OF_TWO = 2
-LAST = f"checkpoint-{SETTINGS['max_steps']}"
+STEPS: int = SETTINGS["max_steps"]
 
 
-type Undisturbed = Callable[[int], Path]
+type Undisturbed = Callable[..., Path]
 
 
 @pytest.fixture(scope="module")
@@ -36,26 +35,27 @@ def undisturbed(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Undistu
     """The folder of a run of as many processes that nothing has happened to, with what its ranks have seen beside it."""
 
     @cache
-    def run(ranks: int) -> Path:
+    def run(ranks: int, steps: int = STEPS) -> Path:
         folder = tmp_path_factory.mktemp("undisturbed") / f"{ranks}"
-        runs.finish(folder, ranks, seen=f"{folder}.seen")
+        runs.finish(folder, ranks, seen=f"{folder}.seen", settings={"max_steps": steps})
         return folder
 
     return run
 
 
-def assert_same_run(first: Path, second: Path) -> None:
+def assert_same_run(first: Path, second: Path, steps: int = STEPS) -> None:
     """Bit for bit: policy, side pathway, optimiser, schedule, random streams, window; and every logged number."""
-    names = {path.name for path in (first / LAST).iterdir()}
-    assert names == {path.name for path in (second / LAST).iterdir()}
+    last = f"checkpoint-{steps}"
+    names = {path.name for path in (first / last).iterdir()}
+    assert names == {path.name for path in (second / last).iterdir()}
     assert {"optimizer.pt", "scheduler.pt", "ptr_scorer.safetensors", "ptr_window_0.safetensors"} <= names
     # the arguments name the folder, and the manifest their size
     for name in names - {"training_args.json", MANIFEST_NAME}:
-        assert (first / LAST / name).read_bytes() == (second / LAST / name).read_bytes(), name
+        assert (first / last / name).read_bytes() == (second / last / name).read_bytes(), name
     for name in ("model.safetensors", "ptr_scorer.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     tables = [read_dynamics(folder / DYNAMICS_FILE).table for folder in (first, second)]
-    assert len(tables[0]) == SETTINGS["max_steps"] // SETTINGS["logging_steps"]
+    assert len(tables[0]) == steps // SETTINGS["logging_steps"]
     assert tables[0].equals(tables[1])
 
 
@@ -74,15 +74,17 @@ class TestKilled:
         assert_same_run(undisturbed(1), tmp_path / "run")
         assert unfinished(tmp_path / "run") == []
 
-    @pytest.mark.parametrize("kills", [KILLS_OF_TWO, pytest.param(10, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(("kills", "steps"), [(2, 24), pytest.param(10, STEPS, marks=pytest.mark.slow)])
     def test_one_or_both_of_two_processes(
-        self, runs: Runs, undisturbed: Undisturbed, tmp_path: Path, kills: int
+        self, runs: Runs, undisturbed: Undisturbed, tmp_path: Path, kills: int, steps: int
     ) -> None:
-        killed = kill_again_and_again(runs, tmp_path / "run", ranks=2, kills=kills, seed=2)
+        killed = kill_again_and_again(runs, tmp_path / "run", ranks=2, kills=kills, seed=2, steps=steps)
         assert len(killed) == kills
         assert any(kill["partial"] for kill in killed)
-        assert {"rng_state_1.pth", "ptr_window_1.safetensors"} <= {p.name for p in (tmp_path / "run" / LAST).iterdir()}
-        assert_same_run(undisturbed(2), tmp_path / "run")
+        assert {"rng_state_1.pth", "ptr_window_1.safetensors"} <= {
+            path.name for path in (tmp_path / "run" / f"checkpoint-{steps}").iterdir()
+        }
+        assert_same_run(undisturbed(2, steps), tmp_path / "run", steps)
         assert unfinished(tmp_path / "run") == []
 
     def test_after_the_last_step_nothing_is_trained(self, runs: Runs, undisturbed: Undisturbed, tmp_path: Path) -> None:
@@ -148,11 +150,11 @@ class TestNoSpace:
         if "mount_small_disk" in text:
             pytest.skip("this kernel does not let an ordinary process mount a disk")
         assert code == 1, "the final files do not fit either, and that is an error"
-        assert run.step == SETTINGS["max_steps"], "training goes on"
+        assert run.step == STEPS, "training goes on"
         files = {path.name for path in (tmp_path / "left" / "checkpoint-3").iterdir()}
         assert {name for name in files if f"full disk: {name} does not fit" in text} == files
         failed = [line for line in text.splitlines() if "could not be written: " in line and "Training goes on" in line]
-        assert len(failed) == text.count("full disk: ") == SETTINGS["max_steps"] // 3 - 1
+        assert len(failed) == text.count("full disk: ") == STEPS // 3 - 1
         assert all(f"the last good checkpoint is {tmp_path / 'disk' / 'checkpoint-3'}" in line for line in failed)
         assert f"The policy could not be written into {tmp_path / 'disk'}: " in text
         assert sorted(path.name for path in (tmp_path / "left").iterdir()) == ["checkpoint-3", "filler", DYNAMICS_FILE]
@@ -160,6 +162,7 @@ class TestNoSpace:
         runs.finish(tmp_path / "left", resume="last")
         assert_same_run(undisturbed(1), tmp_path / "left")
 
+    @pytest.mark.slow
     def test_space_comes_back(self, runs: Runs, undisturbed: Undisturbed, tmp_path: Path) -> None:
         """The kernel fails writes in the middle; also those of the logs."""
         limits = {"6": 600, "9": 3000, "12": 5500, "15": 10_000, "18": 600_000, "21": 1_500_000, "24": -1}
@@ -195,7 +198,7 @@ class TestNoSpace:
 
 
 class TestOtherLayout:
-    @pytest.mark.parametrize("ranks", [1, 2])
+    @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
     def test_another_number_of_processes(
         self, runs: Runs, undisturbed: Undisturbed, tmp_path: Path, ranks: int
     ) -> None:

@@ -95,17 +95,20 @@ class TestBitForBit:
         ("family", "steps", "settings"),
         [
             # 14 batches an epoch: 5 steps, the last of two batches
-            (
+            pytest.param(
                 "smolvla",
                 [4, 5, 7],
                 {**ACCUMULATION, "per_device_train_batch_size": 8, "max_steps": 12, "save_steps": 1},
+                marks=pytest.mark.slow,
             ),
             (
                 "smolvla",
                 [3],
                 {"preset": "ptr_calibrated", "num_belief_tokens": 0, "score_refresh_steps": 2, "max_steps": 8},
             ),
-            ("smolvla", [3], {"preset": "sft", "num_belief_tokens": 0, "max_steps": 8}),
+            pytest.param(
+                "smolvla", [3], {"preset": "sft", "num_belief_tokens": 0, "max_steps": 8}, marks=pytest.mark.slow
+            ),
             ("act", [3], {"max_steps": 4}),
         ],
         ids=["accumulation over epochs", "weights per episode", "sft", "dropout of act"],
@@ -320,6 +323,7 @@ class TestRotationAndBest:
         assert step_of(Path(resumed.state.best_model_checkpoint)) == 9
         assert fault(Path(resumed.state.best_model_checkpoint)) is None
 
+    @pytest.mark.slow
     def test_a_best_that_lies_elsewhere_is_not_followed(
         self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -10,13 +10,16 @@ import pytest
 import torch
 from bad_frames import FRAME, SEEN_FROM, arguments, rows_of, spoil_gradients, spoiled, trainer_for
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from small_policies import FAMILIES, base_policy, ptr_policy, raw_batch, tensors_equal
+from small_policies import base_policy, ptr_policy, raw_batch, tensors_equal
 from torch import Tensor
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments
 from ptr_hf.data.screening import Screen, leave_out
 from ptr_hf.processor_ptr import preprocess
 from ptr_hf.training.processors import policy_processors
+
+FAMILIES = (pytest.param("act", marks=pytest.mark.slow), "smolvla")
+"""ACT takes longer, with bfloat16 eight times as long on a CPU that does not compute with it."""
 
 
 class LeavesOut(PTRTrainer):
@@ -48,7 +51,7 @@ class TestABadSampleHasNoSay:
         state = screened.policy.state_dict()
         assert all(tensor.isfinite().all() for name, tensor in state.items() if "memory" not in name)
         assert tensors_equal(state, masked.policy.state_dict())
-        if family == "act":
+        if preset == "ptr":
             ordinary = trainer_for(family, points, points, tmp_path / "ordinary", preset=preset)
             ordinary.train()
             assert not tensors_equal(state, ordinary.policy.state_dict()), "the sample would have had a say"
@@ -135,9 +138,9 @@ class TestPlainPostTraining:
         for number, other in enumerate((0.3, -0.7)):
             values = {("action", FRAME): np.nan, ("observation.state", FRAME): other}
             root = spoiled(points, tmp_path / f"bad-{number}", values)
-            trainer = trainer_for("act", points, root, tmp_path / f"run-{number}", preset="sft", max_steps=20)
+            trainer = trainer_for("smolvla", points, root, tmp_path / f"run-{number}", preset="sft", max_steps=14)
             leaves_out_all_that_see = trainer.train()
-            assert leaves_out_all_that_see.global_step == 20
+            assert leaves_out_all_that_see.global_step == 14
             states.append(trainer.policy.state_dict())
         assert tensors_equal(*states)
 

@@ -78,7 +78,7 @@ def output_of(trainer: PTRTrainer) -> Path:
 
 
 class TestPlainPostTraining:
-    @pytest.mark.parametrize(("family", "steps"), [("smolvla", 20), ("act", 8)])
+    @pytest.mark.parametrize(("family", "steps"), [("smolvla", 20), pytest.param("act", 8, marks=pytest.mark.slow)])
     def test_sft_equals_a_hand_written_loop_bit_for_bit(
         self, points: Path, family: str, steps: int, tmp_path: Path
     ) -> None:
@@ -236,7 +236,8 @@ class TestResume:
             num_belief_tokens=0,
             **SMALL,
         )
-        trainer = PTRTrainer(base_policy("smolvla", points), args, train_dataset=points, eval_dataset=points)
+        few = LeRobotDataset("tests/points", root=points, episodes=[3])
+        trainer = PTRTrainer(base_policy("smolvla", points), args, train_dataset=points, eval_dataset=few)
         trainer.train()
         assert trainer.state.best_model_checkpoint.endswith("checkpoint-1"), "the second step is far too long"
         best = PTRPolicy.from_pretrained(trainer.state.best_model_checkpoint)
@@ -244,6 +245,7 @@ class TestResume:
         assert not tensors_equal(last.state_dict(), best.state_dict())
         assert tensors_equal(trainer.policy.state_dict(), best.state_dict())
 
+    @pytest.mark.slow
     def test_a_peft_run_resumes(self, points: Path, tmp_path: Path) -> None:
         def run(folder: Path) -> PTRTrainer:
             torch.manual_seed(0)
@@ -286,11 +288,11 @@ class TestModels:
         "name",
         [
             "folder of a LeRobot policy",
-            "path of a LeRobot policy",
+            pytest.param("path of a LeRobot policy", marks=pytest.mark.slow),
             "LeRobot policy",
-            "PTRPolicy",
+            pytest.param("PTRPolicy", marks=pytest.mark.slow),
             "PTR checkpoint",
-            "loaded PTR checkpoint",
+            pytest.param("loaded PTR checkpoint", marks=pytest.mark.slow),
         ],
     )
     def test_every_kind_of_model_trains(self, points: Path, tmp_path: Path, sources: dict[str, Any], name: str) -> None:

@@ -34,7 +34,7 @@ COMPLETE = {
 }
 
 
-def trainer_for(points: Path, folder: Path, family: str = "act", **settings: Any) -> PTRTrainer:
+def trainer_for(points: Path, folder: Path, family: str = "smolvla", **settings: Any) -> PTRTrainer:
     args = PTRTrainingArguments(
         **{
             "preset": "ptr",
@@ -64,7 +64,7 @@ class TestPush:
     def test_a_run_is_published_whole_and_comes_back_to_the_bit(
         self, online: LoopbackHub, points: Path, tmp_path: Path
     ) -> None:
-        trainer = trainer_for(points, tmp_path / "run")
+        trainer = trainer_for(points, tmp_path / "run", "act")
         trainer.train()
         address = trainer.push_to_hub(tags=["v1"])
         assert address is not None
@@ -140,6 +140,7 @@ class TestPush:
         assert not [path for path in local if online.token.encode() in path.read_bytes()]
         assert online.leaks == []
 
+    @pytest.mark.slow
     def test_training_continues_from_the_hub(self, online: LoopbackHub, points: Path, tmp_path: Path) -> None:
         trainer = trainer_for(points, tmp_path / "run")
         trainer.train()
@@ -150,6 +151,7 @@ class TestPush:
         again.train()
         assert not tensors_equal(again.policy.state_dict(), trainer.policy.state_dict())
 
+    @pytest.mark.slow
     def test_private_repo_and_branch(self, online: LoopbackHub, points: Path, tmp_path: Path) -> None:
         trainer = trainer_for(points, tmp_path / "run")
         trainer.train()
@@ -271,6 +273,7 @@ class TestRefusals:
         assert caught.value.final
         assert vars(online)[which] not in str(caught.value)
 
+    @pytest.mark.slow
     def test_a_hub_that_is_down_does_not_stop_training(
         self, online: LoopbackHub, points: Path, tmp_path: Path, waits: list[float]
     ) -> None:
@@ -287,6 +290,7 @@ class TestRefusals:
         assert caught.value.final
 
 
+@pytest.mark.slow
 def test_saving_publishes_where_training_was_asked_to(
     online: LoopbackHub, points: Path, tmp_path: Path, waits: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -21,6 +21,8 @@ ON_EVERY_FAMILY = {
     "test_padded_steps_do_not_count",
 }
 """Conformance checks that the default run makes on every family; the others it makes on act and smolvla alone."""
+COMPILED = "smolvla-frozen"
+"""The one that the default run compiles: in 3 seconds, the others in up to 30."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -29,8 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name != "test_conformance.py" or not isinstance(item, pytest.Function):
             continue
-        policy_type = item.callspec.params["family"].name.partition("-")[0]
-        if policy_type not in ("act", "smolvla") and item.originalname not in ON_EVERY_FAMILY:
+        name = item.callspec.params["family"].name
+        compiles = item.originalname == "test_compiled_regions"
+        here = name == COMPILED if compiles else name.partition("-")[0] in ("act", "smolvla")
+        if not here and item.originalname not in ON_EVERY_FAMILY:
             item.add_marker(pytest.mark.slow)
 
 

@@ -229,6 +229,8 @@ def moved(before: dict[str, torch.Tensor], module: torch.nn.Module) -> bool:
     return any(not torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
+FEW = ("ptr", "sft_belief", "frozen_encoder")
+"""Variants that the default run trains."""
 CHANGED: dict[str, dict[str, Any]] = {
     "ptr": {},
     "sft": {"alpha": 0.0, "num_belief_tokens": 0, "scorer": False},
@@ -241,7 +243,9 @@ CHANGED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [variant if variant in FEW else pytest.param(variant, marks=pytest.mark.slow) for variant in VARIANTS]
+)
 def test_every_variant_trains(variant: str, datasets: dict[str, Path], smolvla_base: Path, tmp_path: Path) -> None:
     trainer = trainer_of("libero", variant, datasets["libero"], smolvla_base, tmp_path)
     policy = trainer.policy
@@ -296,7 +300,13 @@ def drawn(shapes: Any, random: np.random.Generator, environments: int) -> Any:
     return random.uniform(-1, 1, (environments, *shapes)).astype(np.float32)
 
 
-@pytest.mark.parametrize(("suite", "variant"), [("libero", "sft"), ("libero", "ptr"), ("robocasa", "ptr")])
+@pytest.mark.parametrize(
+    ("suite", "variant"),
+    [
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("libero", "sft"), ("robocasa", "ptr"))),
+        ("libero", "ptr"),
+    ],
+)
 def test_a_checkpoint_acts_as_lerobot_eval_drives_it(
     suite: str, variant: str, datasets: dict[str, Path], smolvla_base: Path, tmp_path: Path
 ) -> None:

@@ -26,13 +26,22 @@ from ptr_hf.scoring.dataset_scores import DatasetScores
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "train_ptr.py"
 LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", str(RECIPE)]
-PLAIN = [sys.executable, str(RECIPE)]
 
 
 def run(command: list[str], *options: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([*command, *options], capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"})
     assert done.returncode == expect, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+@pytest.fixture(scope="module")
+def recipe() -> ModuleType:
+    """The recipe as a module, to call its `main` without another start of Python."""
+    specification = importlib.util.spec_from_file_location("train_ptr", RECIPE)
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["train_ptr"] = module
+    specification.loader.exec_module(module)
+    return module
 
 
 def test_the_demo_from_launch_to_report(tmp_path: Path) -> None:
@@ -86,7 +95,7 @@ def test_the_demo_with_a_camera(recipe: ModuleType, tmp_path: Path, capsys: pyte
     assert len(set(read_scores(tmp_path / "ptr_scores.parquet").episode_index.tolist())) == 60
 
 
-def test_somebodys_policy_and_data_with_a_configuration_file(points: Path, tmp_path: Path) -> None:
+def test_somebodys_policy_and_data_with_a_configuration_file(recipe: ModuleType, points: Path, tmp_path: Path) -> None:
     policy, folder = base_policy("act", points), tmp_path / "policy"
     policy.save_pretrained(folder)
     stats = LeRobotDatasetMetadata("tests/points", root=points).stats
@@ -97,32 +106,13 @@ def test_somebodys_policy_and_data_with_a_configuration_file(points: Path, tmp_p
         f"policy_path: {folder}\ndataset: {points}\noutput_dir: {tmp_path / 'unused'}\nmax_steps: 50\n"
         "num_belief_tokens: 0\nsegment_length: 2\nreport_to: none\nper_device_train_batch_size: 4\nuse_cpu: true\n"
     )
-    run(
-        PLAIN,
-        "--config",
-        str(config),
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--max_steps",
-        "3",
-        "--logging_steps",
-        "1",
-    )
+    given = ("--config", config, "--output_dir", tmp_path / "out", "--max_steps", "3", "--logging_steps", "1")
+    recipe.main([str(word) for word in given])
     assert not (tmp_path / "unused").exists()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["type"] == "act"
     assert PTRPolicy.from_pretrained(tmp_path / "out").config.num_belief_tokens == 0
     trained = load_file(tmp_path / "out" / "model.safetensors")
     assert any((value != load_file(folder / "model.safetensors")[name]).any() for name, value in trained.items())
-
-
-@pytest.fixture(scope="module")
-def recipe() -> ModuleType:
-    """The recipe as a module, to call its `main` without another start of Python."""
-    specification = importlib.util.spec_from_file_location("train_ptr", RECIPE)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["train_ptr"] = module
-    specification.loader.exec_module(module)
-    return module
 
 
 def test_help_explains_every_option(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
