@@ -1,7 +1,5 @@
 """The plain policy of a checkpoint."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from small_policies import base_policy, observation, ptr_policy, stats_of, tensors_equal
 
 from ptr_hf import PTRConfig, PTRPolicy
-from ptr_hf.export import export
+from ptr_hf.export import export, main
 
 SMALL: dict[str, Any] = {"segment_length": 2, "queue_size": 16, "queue_negatives": 4, "device": "cpu"}
 
@@ -26,13 +24,14 @@ def saved(policy: PTRPolicy, points: Path, folder: Path) -> Path:
     return folder
 
 
-def test_the_command_gives_what_lerobot_loads(points: Path, tmp_path: Path) -> None:
+def test_the_command_gives_what_lerobot_loads(
+    points: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     policy = ptr_policy("act", points, num_belief_tokens=0, **SMALL).eval()
     source = saved(policy, points, tmp_path / "ptr")
-    command = [sys.executable, "-m", "ptr_hf.export", "--source", str(source), "--output_dir", str(tmp_path / "plain")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "plain policy" in done.stdout
+    monkeypatch.setattr("sys.argv", ["ptr-export", "--source", str(source), "--output_dir", str(tmp_path / "plain")])
+    main()
+    assert "plain policy" in capsys.readouterr().out
     assert not [path for path in (tmp_path / "plain").iterdir() if path.name.startswith("ptr_")]
     plain = ACTPolicy.from_pretrained(tmp_path / "plain").eval()
     assert tensors_equal(plain.state_dict(), policy.base.state_dict())

@@ -99,7 +99,10 @@ def checkpoint(output: Path, step: int) -> Path:
     return output / CHECKPOINTS_DIR / f"{step:06d}" / PRETRAINED_MODEL_DIR
 
 
-@pytest.mark.parametrize(("run", "tokens"), [(as_a_command, 0), (in_this_process, 2)], ids=["M=0", "M=2"])
+@pytest.mark.parametrize(
+    ("run", "tokens"),
+    [pytest.param(as_a_command, 0, id="M=0", marks=pytest.mark.slow), pytest.param(in_this_process, 2, id="M=2")],
+)
 def test_it_trains_saves_and_resumes(points: Path, tmp_path: Path, run: Run, tokens: int) -> None:
     output = tmp_path / "run"
     log = start(run, points, output, steps=4, num_belief_tokens=tokens)

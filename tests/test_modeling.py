@@ -73,7 +73,11 @@ def step(policy: PTRPolicy, batch: dict[str, Any], optimizer: torch.optim.Optimi
 class TestPlainPostTraining:
     """The control every claim stands on: alpha = 0 is LeRobot's own fine-tuning."""
 
-    @pytest.mark.parametrize(("family", "settings"), [("act", {"use_vae": True}), ("smolvla", {})], ids=settings_id)
+    @pytest.mark.parametrize(
+        ("family", "settings"),
+        [pytest.param("act", {"use_vae": True}, marks=pytest.mark.slow), ("smolvla", {})],
+        ids=settings_id,
+    )
     def test_sft_equals_the_base_policy_alone_bit_for_bit(
         self, points: Path, family: str, settings: dict[str, Any]
     ) -> None:

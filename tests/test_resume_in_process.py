@@ -309,6 +309,7 @@ class TestRotationAndBest:
         assert tensors_equal(loaded.state_dict(), resumed.policy.state_dict())
         assert not list(tmp_path.rglob(f"*{PARTIAL}"))
 
+    @pytest.mark.slow
     def test_a_best_that_was_deleted_is_looked_for_anew(
         self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -35,7 +35,11 @@ class LeavesOut(PTRTrainer):
 class TestABadSampleHasNoSay:
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize(
-        ("preset", "feature", "value"), [("ptr", "observation.state", np.nan), ("ptr_calibrated", "action", np.inf)]
+        ("preset", "feature", "value"),
+        [
+            ("ptr", "observation.state", np.nan),
+            pytest.param("ptr_calibrated", "action", np.inf, marks=pytest.mark.slow),
+        ],
     )
     def test_training_equals_training_without_it(
         self, points: Path, tmp_path: Path, family: str, preset: str, feature: str, value: float

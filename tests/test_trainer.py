@@ -62,7 +62,8 @@ def long_run(folder: Path, points: Path) -> PTRTrainer:
         controller_interval=2,
         **SMALL,
     )
-    return PTRTrainer(base_policy("smolvla", points), args, train_dataset=points, eval_dataset=points)
+    few = LeRobotDataset("tests/points", root=points, episodes=[3])
+    return PTRTrainer(base_policy("smolvla", points), args, train_dataset=points, eval_dataset=few)
 
 
 @pytest.fixture(scope="module")

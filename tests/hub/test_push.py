@@ -246,6 +246,7 @@ class TestDuringTraining:
 
 
 class TestRefusals:
+    @pytest.mark.slow
     def test_a_final_push_that_fails_says_what_to_do(
         self, online: LoopbackHub, points: Path, tmp_path: Path, waits: list[float]
     ) -> None:

@@ -50,8 +50,20 @@ def variants(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return first, second
 
 
-@pytest.mark.parametrize("preset", ["ptr", "sft"])
-@pytest.mark.parametrize("family", FIRST_OF_EACH, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [
+        # a family that looks at `action_is_pad` and one that does not
+        pytest.param(
+            family,
+            preset,
+            id=f"{family.name}-{preset}",
+            marks=pytest.mark.slow if preset == "sft" and family.name not in ("smolvla", "diffusion") else (),
+        )
+        for family in FIRST_OF_EACH
+        for preset in ("ptr", "sft")
+    ],
+)
 def test_its_values_change_nothing(family: Family, preset: str) -> None:
     """In plain post-training a good sample takes its place: LeRobot's own losses do not all leave padding out."""
     own = {"scorer": False, "num_belief_tokens": 0} if preset == "sft" else {"num_belief_tokens": 2}

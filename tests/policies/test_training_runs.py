@@ -21,7 +21,7 @@ from ptr_hf.processor_ptr import preprocess
 from ptr_hf.report import read_dynamics
 
 STEPS, WINDOW = 30, 5
-LONG = ("act", "pi0", "pi05", "pi0_fast", "diffusion", "multi_task_dit", "xvla", "evo1", "vla_jepa", "groot")
+LONG = ("act", "smolvla", "pi0", "pi05", "pi0_fast", "diffusion", "multi_task_dit", "xvla", "evo1", "vla_jepa", "groot")
 """Families whose runs CI leaves out: 8 to 22 seconds each."""
 EPISODES = [24] * 24
 FIRST_OF_EACH = tuple({family.name.split("-")[0]: family for family in reversed(FAMILIES)}.values())[::-1]
