@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lerobot.policies.factory import make_pre_post_processors
 from lerobot.rewards.sarm.rabc import RABCWeights
 from lerobot.scripts import lerobot_train
-from small_policies import base_policy
+from small_policies import base_policy, stats_of
 
 from ptr_hf.scoring.dataset_scores import DatasetScores
 from ptr_hf.scoring.lerobot_weights import export_lerobot, lerobot_options, progress_table
@@ -65,7 +66,10 @@ def test_lerobot_train_runs_with_the_file(points: Path, tmp_path: Path, monkeypa
     weight = two_values(112)
     chunks = pd.DataFrame({"index": np.arange(112), "weight": weight})
     path = export_lerobot(DatasetScores(chunks, pd.DataFrame(), {}), tmp_path / "weights.parquet")
-    base_policy("smolvla", points, chunk_size=8, n_action_steps=8).save_pretrained(tmp_path / "policy")
+    policy = base_policy("smolvla", points, chunk_size=8, n_action_steps=8)
+    policy.save_pretrained(tmp_path / "policy")
+    for pipeline in make_pre_post_processors(policy.config, dataset_stats=stats_of(points)):
+        pipeline.save_pretrained(tmp_path / "policy")
     arguments = [
         f"--policy.path={tmp_path / 'policy'} --policy.device=cpu --policy.push_to_hub=false",
         f"--dataset.repo_id=tests/points --dataset.root={points}",

@@ -1,5 +1,6 @@
 """`ptr-score` as a user runs it: files, page, exit codes, and one clear sentence for what it cannot do."""
 
+import inspect
 import json
 import re
 import subprocess
@@ -20,7 +21,6 @@ from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
 from ptr_hf.scoring import inspection
 from ptr_hf.scoring.dataset_scores import CHUNKS_FILE, DatasetScores
 from ptr_hf.scoring.next_steps import PAGE_FILE, commands, excluded_episodes, kept_episodes, recommendation
-from ptr_hf.scoring.recordings import TASK_GROUP
 
 QUICK = ("--questions", "roughness", "completeness", "--max_frames", "2000")
 
@@ -36,7 +36,7 @@ def inspected(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_files_and_page(inspected: Path) -> None:
     scores = DatasetScores.load(inspected)
-    bad = {episode for episode, kind in load_truth(bundled_demonstrations()).items() if kind != "clean"}
+    bad = set(np.flatnonzero(load_truth(bundled_demonstrations()).corrupted).tolist())
     out = [int(line) for line in (inspected / "exclude.txt").read_text().split()]
     keep = [int(line) for line in (inspected / "keep.txt").read_text().split()]
     assert out
@@ -99,12 +99,8 @@ def test_help_needs_no_torch() -> None:
 
 
 def test_defaults_are_those_of_the_library() -> None:
-    assert DEFAULTS["false_alarms"] == inspection.FALSE_ALARMS
-    assert DEFAULTS["weight_min"] == inspection.WEIGHT_MIN
-    assert DEFAULTS["group"] == TASK_GROUP
-    defaults = inspection.inspect_dataset.__kwdefaults__
-    assert DEFAULTS["max_frames"] == defaults["max_frames"]
-    assert DEFAULTS["seed"] == defaults["seed"]
+    own = inspect.signature(inspection.inspect_dataset).parameters
+    assert {name: own[name].default for name in DEFAULTS} == DEFAULTS
 
 
 @pytest.mark.parametrize(

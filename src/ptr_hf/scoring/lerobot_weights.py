@@ -16,8 +16,8 @@ Here p is chosen so that this is our weight, for LeRobot's own κ and ε and eve
 - δ = (w - w₀) κ, with w₀ the lowest weight (at most 0.4), needs 4σ + ε = κ and μ = 2σ - w₀ κ: rows beyond the dataset, which no
   batch asks for, see to that.
 
-The weights act in policies whose loss LeRobot can have by sample (`forward(batch, reduction="none")`): SmolVLA, π₀, π₀.₅,
-EVO-1 and `ptr`; ACT and Diffusion refuse them.
+The weights act in policies whose loss LeRobot can have by sample (`forward(batch, reduction="none")`): SmolVLA, π₀, π₀.₅, EVO-1
+and `ptr`; ACT and Diffusion refuse them.
 """
 
 import math

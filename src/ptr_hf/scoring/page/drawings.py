@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup, escape
 
+type Number = float | int | np.floating
+
 WIDTH, HEIGHT = 500, 120
 LEFT, BOTTOM, TOP = 30, 18, 6
 LOWEST, HIGHEST, DEEPEST = -8.0, 3.0, -30.0
@@ -37,10 +39,10 @@ def score_curve(
     length = len(z)
     low = max(DEEPEST, min(-4.0, float(np.nanmin(z)) - 0.5)) if np.isfinite(z).any() else -4.0
 
-    def x(frame: float) -> float:
+    def x(frame: Number) -> Number:
         return LEFT + (WIDTH - LEFT - 2) * frame / max(length - 1, 1)
 
-    def y(value: float) -> float:
+    def y(value: Number) -> Number:
         return TOP + (HEIGHT - TOP - BOTTOM) * (HIGHEST - min(max(value, low), HIGHEST)) / (HIGHEST - low)
 
     parts = []
@@ -75,7 +77,7 @@ def motion(values: np.ndarray, other: np.ndarray | None, name: str) -> Markup:
     everything = values if other is None else np.concatenate([values, other])
     low, high = float(everything.min()), float(everything.max())
 
-    def points(series: np.ndarray) -> list[tuple[float, float]]:
+    def points(series: np.ndarray) -> list[tuple[Number, Number]]:
         places = np.linspace(4, width - 4, len(series))
         return [
             (places[frame], 18 + (height - 24) * (high - value) / max(high - low, 1e-9))
@@ -143,17 +145,17 @@ def _svg(width: int, height: int, parts: Sequence[str], label: str) -> Markup:
     return Markup(f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>')
 
 
-def _rect(x: float, y: float, width: float, height: float, kind: str) -> str:
+def _rect(x: Number, y: Number, width: Number, height: Number, kind: str) -> str:
     return f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{max(height, 0):.1f}" rx="1.5" class="{kind}"/>'
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
+def _line(x1: Number, y1: Number, x2: Number, y2: Number, kind: str) -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
+def _text(x: Number, y: Number, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _polyline(points: Sequence[tuple[float, float]], kind: str) -> str:
+def _polyline(points: Sequence[tuple[Number, Number]], kind: str) -> str:
     return f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" class="{kind}"/>'
