@@ -15,7 +15,7 @@ from demonstrations import write_dataset
 from lerobot.datasets import LeRobotDataset
 
 from ptr_hf.cli.refusals import UsageError
-from ptr_hf.cli.score import score
+from ptr_hf.cli.score import main, score
 from ptr_hf.cli.score_options import DEFAULTS, parse
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
 from ptr_hf.scoring import inspection
@@ -50,15 +50,17 @@ def test_files_and_page(inspected: Path) -> None:
     assert not re.search(r"""(src|href)=["'](?!data:|#)|<script|@import|url\(""", page)
 
 
-def test_json_is_alone_on_stdout(tmp_path: Path) -> None:
+def test_json_is_alone_on_stdout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     root = write_dataset(tmp_path / "points", (12,) * 10, cameras=())
-    command = [sys.executable, "-m", "ptr_hf.cli.score", "--dataset", str(root), "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run([*command, "--json", "--questions", "roughness", "--no-page"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    capfd.readouterr()
+    options = ["--dataset", str(root), "--output_dir", str(tmp_path / "out"), "--json", "--no-page"]
+    assert score(parse([*options, "--questions", "roughness"])) == 0
+    out, err = capfd.readouterr()
+    found = json.loads(out)
     assert (found["episodes"], found["frames"], found["failed"]) == (10, 120, False)
-    assert found["recommendation"]["kind"] == ("nothing" if not found["flagged"] else found["recommendation"]["kind"])
+    assert len(found["flagged"]) == len(DatasetScores.load(tmp_path / "out").flagged)
     assert all(Path(path).is_file() for path in found["files"])
+    assert "10 of 10 episodes, 120 frames" in err
 
 
 def test_too_much_weight_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,16 +136,40 @@ def test_refused_in_a_sentence(words: list[str], sentence: str, points: Path, tm
         score(parse(["--dataset", str(points), "--output_dir", str(tmp_path), *words]))
 
 
-def test_exit_code_and_sentence_of_a_missing_dataset(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "ptr_hf.cli.score", "--dataset", str(tmp_path), "--output_dir", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("ptr-score: ")
-    assert "is no LeRobotDataset" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_exit_code_and_sentence_of_a_missing_dataset(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ptr-score", "--dataset", str(tmp_path), "--output_dir", str(tmp_path / "out")])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ptr-score: ")
+    assert "is no LeRobotDataset" in line
+
+
+def test_bad_recordings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_dataset(tmp_path / "one", (20,), cameras=())
+    options = ["--dataset", str(root), "--output_dir", str(tmp_path / "out"), "--questions", "roughness"]
+    assert score(parse(options)) == 0
+    assert "Too few episodes to judge: 1" in capsys.readouterr().out
+    root = write_dataset(tmp_path / "broken", (12,) * 10, cameras=())
+    frames = next((root / "data").rglob("*.parquet"))
+    table = pd.read_parquet(frames)
+    table.at[30, "action"] = np.array([np.nan, 0], np.float32)
+    table.to_parquet(frames)
+    options = ["--dataset", str(root), "--output_dir", str(tmp_path / "broken_out"), "--questions", "roughness"]
+    assert score(parse(options)) == 0
+    assert "hold NaN or Inf" in (tmp_path / "broken_out" / PAGE_FILE).read_text()
+
+
+def test_several_datasets(tmp_path: Path, point_videos: Path) -> None:
+    other = write_dataset(tmp_path / "other", (12,) * 10, cameras=())
+    options = ["--dataset", str(point_videos), str(other), "--output_dir", str(tmp_path / "out")]
+    assert score(parse([*options, "--questions", "roughness"])) == 0
+    assert (tmp_path / "out" / "keep.txt").read_text().startswith("0:0\n0:1\n")
+    assert '<th scope="col">source</th>' in (tmp_path / "out" / PAGE_FILE).read_text()
 
 
 def found(weights: list[float], z: list[float], notes: tuple[str, ...] = ()) -> DatasetScores:

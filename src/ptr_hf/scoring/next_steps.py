@@ -188,5 +188,5 @@ def _lerobot_names(source: str, prefix: str, between: str) -> str:
 
 def _copy_names(source: str, name: str) -> str:
     copy = f"{name}_kept"
-    root = f" --new_root {shlex.quote(str(Path(source).resolve().parent / copy))}" if _is_folder(source) else ""
+    root = f" --new_root {shlex.quote(str(Path(source).parent / copy))}" if _is_folder(source) else ""
     return f"--new_repo_id {shlex.quote(copy)}{root}"

@@ -73,7 +73,7 @@ def motion(values: np.ndarray, other: np.ndarray | None, name: str) -> Markup:
         other: (frames of the good episode,), or None.
         name: of the dimension.
     """
-    width, height = 300, 84
+    width, height = 180, 72
     everything = values if other is None else np.concatenate([values, other])
     low, high = float(everything.min()), float(everything.max())
 
