@@ -60,7 +60,7 @@ def test_json_is_alone_on_stdout(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert (found["episodes"], found["frames"], found["failed"]) == (10, 120, False)
     assert len(found["flagged"]) == len(DatasetScores.load(tmp_path / "out").flagged)
     assert all(Path(path).is_file() for path in found["files"])
-    assert "10 of 10 episodes, 120 frames" in err
+    assert "10 of 10 episodes, 120 frames" in " ".join(err.split())
 
 
 def test_too_much_weight_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

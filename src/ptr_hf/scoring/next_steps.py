@@ -142,7 +142,7 @@ def write_lists(scores: DatasetScores, folder: Path) -> None:
     several = "source" in scores.episodes
     for name, numbers in ((KEEP_FILE, kept_episodes), (EXCLUDE_FILE, excluded_episodes)):
         if several:
-            sources = sorted(scores.episodes["source"].unique())
+            sources = sorted(scores.episodes["source"].unique().tolist())
             lines = [f"{source}:{number}" for source in sources for number in numbers(scores, source)]
         else:
             lines = [str(number) for number in numbers(scores)]
