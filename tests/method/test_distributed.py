@@ -12,6 +12,8 @@ from distributed_step import STEPS, TERMS, run
 from safetensors.torch import load_file
 from torch import Tensor
 
+# test_exact_distribution.py compares whole runs of one, two and four processes
+pytestmark = pytest.mark.slow
 RANKS = 2
 
 

@@ -55,7 +55,10 @@ def trainer_of(preset: str, folder: Path, points: Path, truth: Path, **settings:
     return PTRTrainer(base_policy("smolvla", points), args, train_dataset=points)
 
 
-@pytest.fixture(scope="module", params=PRESETS)
+@pytest.fixture(
+    scope="module",
+    params=[*PRESETS[:2], *(pytest.param(preset, marks=pytest.mark.slow) for preset in PRESETS[2:])],
+)
 def finished(request: Any, points: Path, truth: Path, tmp_path_factory: pytest.TempPathFactory) -> PTRTrainer:
     trainer = trainer_of(request.param, tmp_path_factory.mktemp("runs") / request.param, points, truth)
     trainer.train()
