@@ -333,7 +333,7 @@ def test_datasets_in_order_pass_without_a_word(
     good: Path, filed: Path, point_videos: Path, said: Callable[[], list[str]]
 ) -> None:
     bundled = Path(__file__).parents[2] / "src" / "ptr_hf" / "data" / "bundled"
-    for root in (good, filed, point_videos, *sorted(path for path in bundled.iterdir() if path.is_dir())):
+    for root in (good, filed, point_videos, *sorted(path for path in bundled.iterdir() if (path / "meta").is_dir())):
         open_dataset(root, LAYOUT)
         open_dataset(root, LAYOUT, episodes=[2, 0])
     assert said() == []
