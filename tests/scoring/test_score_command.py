@@ -13,11 +13,14 @@ import pandas as pd
 import pytest
 from demonstrations import write_dataset
 from lerobot.datasets import LeRobotDataset
+from small_policies import ptr_policy, stats_of
 
 from ptr_hf.cli.refusals import UsageError
 from ptr_hf.cli.score import main, score
 from ptr_hf.cli.score_options import DEFAULTS, parse
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
+from ptr_hf.processor_ptr import make_ptr_pre_post_processors
+from ptr_hf.report import SCORES_FILE, read_scores
 from ptr_hf.scoring import inspection
 from ptr_hf.scoring.dataset_scores import CHUNKS_FILE, DatasetScores
 from ptr_hf.scoring.next_steps import PAGE_FILE, commands, excluded_episodes, kept_episodes, recommendation
@@ -162,6 +165,18 @@ def test_bad_recordings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     options = ["--dataset", str(root), "--output_dir", str(tmp_path / "broken_out"), "--questions", "roughness"]
     assert score(parse(options)) == 0
     assert "hold NaN or Inf" in (tmp_path / "broken_out" / PAGE_FILE).read_text()
+
+
+def test_the_scorer_of_a_checkpoint(points: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    policy = ptr_policy("act", points, num_belief_tokens=2, segment_length=2, scorer_warmup_steps=0)
+    policy.save_pretrained(tmp_path)
+    names = ("policy_preprocessor.json", "policy_postprocessor.json")
+    for pipeline, name in zip(make_ptr_pre_post_processors(policy.config, stats_of(points)), names, strict=True):
+        pipeline.save_pretrained(tmp_path, config_filename=name)
+    options = ["--dataset", str(points), "--output_dir", str(tmp_path / "out"), "--questions", "roughness", "--no-page"]
+    assert score(parse([*options, "--scorer", str(tmp_path)])) == 0
+    assert set(read_scores(tmp_path / "out" / SCORES_FILE).episode_index) == {0, 1, 2, 3}
+    assert "Its lowest episodes" in capsys.readouterr().out
 
 
 def test_several_datasets(tmp_path: Path, point_videos: Path) -> None:

@@ -88,6 +88,12 @@ def _score(options: ScoreOptions, answers: object) -> int:
         console.print(
             f"{path} holds the weights for LeRobot's own sample weighting: lerobot-train ... {lerobot_options(path)}"
         )
+    if options.scorer is not None:
+        _ask_scorer(sources[0], options, console)
+    if options.push_to_hub is not None:
+        from ptr_hf.scoring.published import push_scores
+
+        console.print(f"Pushed: {push_scores(scores, sources, folder, options.push_to_hub)}", soft_wrap=True)
     failed = options.fail_over is not None and scores.moved > options.fail_over
     if failed:
         console.print(
@@ -156,6 +162,24 @@ def _write_copy(scores: "DatasetScores", source: str, options: ScoreOptions, con
     dataset = LeRobotDataset(meta.repo_id, root=meta.root, revision=options.revision)
     copy = delete_episodes(dataset, excluded, output_dir=options.write_dataset, repo_id=f"{meta.repo_id}_kept")
     console.print(f"{options.write_dataset} holds the other {copy.meta.total_episodes} episodes.", soft_wrap=True)
+
+
+def _ask_scorer(source: str, options: ScoreOptions, console: "Console") -> None:
+    import numpy as np
+
+    from ptr_hf.report import SCORES_FILE, write_scores
+    from ptr_hf.scoring import score_dataset
+
+    assert options.scorer is not None
+    known = score_dataset(options.scorer, source, episodes=options.episodes, seed=options.seed)
+    path = write_scores(known, options.output_dir / SCORES_FILE)
+    usable = known.usable
+    episodes, rows = np.unique(known.episode_index[usable], return_inverse=True)
+    means = np.bincount(rows, known.score[usable]) / np.bincount(rows)
+    lowest = ", ".join(f"{episodes[place]} ({means[place]:.2f})" for place in means.argsort()[:10])
+    console.print(
+        f"{path} holds what the scorer of {options.scorer} says. Its lowest episodes: {lowest}.", soft_wrap=True
+    )
 
 
 @contextmanager

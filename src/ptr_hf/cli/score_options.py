@@ -39,6 +39,8 @@ class ScoreOptions:
     fail_over: float | None
     write_dataset: Path | None
     export_lerobot: Path | None
+    scorer: str | None
+    push_to_hub: str | None
 
 
 class _Parser(ArgumentParser):
@@ -90,6 +92,12 @@ def parser() -> ArgumentParser:
         metavar="FILE",
         help="the weights as a parquet file that lerobot-train's own sample weighting (rabc) reads",
     )
+    out.add_argument(
+        "--scorer",
+        metavar="CHECKPOINT",
+        help="score with the scorer of a trained checkpoint as well, into ptr_scores.parquet",
+    )
+    out.add_argument("--push_to_hub", metavar="REPO", help="publish the files and a card as this dataset repo")
     out.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
     out.add_argument(
         "--fail_over",
@@ -118,7 +126,7 @@ def parse(argv: Sequence[str]) -> ScoreOptions:
     if not given.dataset:
         raise UsageError("--dataset is needed: a dataset's Hub id or folder.")
     several = len(given.dataset) > 1
-    for name in ("episodes", "revision", "write_dataset", "export_lerobot"):
+    for name in ("episodes", "revision", "write_dataset", "export_lerobot", "scorer"):
         if several and getattr(given, name) is not None:
             raise UsageError(f"--{name} is of a single dataset; {len(given.dataset)} are given.")
     if given.write_dataset is not None and given.episodes is not None:
