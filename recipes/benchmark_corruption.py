@@ -33,9 +33,9 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from ptr_hf.cli.console import PlainConsole
 from ptr_hf.data.benchmark_data import CONDITIONS
 from ptr_hf.hyperparameters import PRESETS
+from ptr_hf.report.console import PlainConsole
 
 COLUMNS = (
     *("preset", "condition", "seed", "success", "auc_chunk", "auc_episode", "ess", "commit", "command"),

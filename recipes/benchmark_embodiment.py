@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 from rich.table import Column, Table
 from tqdm import tqdm
 
-from ptr_hf.cli.console import PlainConsole
+from ptr_hf.report.console import PlainConsole
 from ptr_hf.report.style import (
     BLUE,
     FAINT,

@@ -26,9 +26,9 @@ from speed_probes import Case, paired_steps, spread, training_run
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from ptr_hf.cli.console import PlainConsole
 from ptr_hf.data.demonstrations import bundled_demonstrations
 from ptr_hf.data.segments import SegmentLayout
+from ptr_hf.report.console import PlainConsole
 
 RUNNERS = ("lerobot-train", "sft", "ptr")
 STEPS = [

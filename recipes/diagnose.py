@@ -21,7 +21,6 @@ from torch import nn
 
 from ptr_hf import PTRTrainingArguments
 from ptr_hf.cli import interrupts
-from ptr_hf.cli.console import PlainConsole
 from ptr_hf.cli.parser import OptionParser
 from ptr_hf.cli.refusals import refusals
 from ptr_hf.data.datasets import dataset_metadata, open_dataset, video_backend
@@ -35,6 +34,7 @@ from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.policy_sources import resolve_policy
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
+from ptr_hf.report.console import PlainConsole
 from ptr_hf.report.diagnosis import DIAGNOSIS_FILE, show, write_diagnosis
 from ptr_hf.training.ranges import check_renames, check_structures
 

@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import HfArgumentParser
 
-from ptr_hf.cli.console import PlainConsole
+from ptr_hf.report.console import PlainConsole
 
 sys.path.insert(0, str(Path(__file__).parent))
 from speed_probes import write_real_vlm

@@ -14,9 +14,9 @@ from pathlib import Path
 import pyarrow as pa
 from transformers import HfArgumentParser
 
-from ptr_hf.cli.console import PlainConsole
 from ptr_hf.data.benchmark_data import CONDITIONS, Condition
 from ptr_hf.report import Dynamics, read_dynamics
+from ptr_hf.report.console import PlainConsole
 from ptr_hf.report.corruption import read_runs, write_corruption_report
 
 

@@ -58,7 +58,6 @@ from transformers import set_seed
 from ptr_hf import PTRTrainer, PTRTrainingArguments, score_dataset
 from ptr_hf.artifacts.base_source import check_base
 from ptr_hf.checkpoints import SaveError, checkpoints
-from ptr_hf.cli.console import PlainConsole
 from ptr_hf.cli.parser import OptionParser
 from ptr_hf.configuration_ptr import chunk_settings
 from ptr_hf.data.datasets import dataset_metadata
@@ -88,6 +87,7 @@ from ptr_hf.report import (
     write_report,
     write_scores,
 )
+from ptr_hf.report.console import PlainConsole
 from ptr_hf.report.evaluation import corruption_kinds
 from ptr_hf.report.files import beside_the_run
 from ptr_hf.report.inspected import (

@@ -1,8 +1,9 @@
 """What the inspection finds of faults injected into real recordings, and how many good episodes it flags.
 
-    python recipes/benchmarks/inspection.py --dataset data/arm --seeds 1 2 --results results/inspection.json
+    python recipes/benchmarks/inspection.py --dataset data/arm --seeds 1 --results results/inspection.json
 
-Twenty per cent of the episodes get one fault, in memory; the dataset is not changed. Rows are added to the file.
+Twenty per cent of the episodes get one fault, in memory; the dataset is not changed. A dataset with a truth sidecar beside its
+folder, as recipes/corrupt_dataset.py and the corruption benchmark write it, is measured as it is. Rows are added to the file.
 """
 
 import argparse
@@ -15,12 +16,15 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
+from ptr_hf.data.demonstrations import load_truth, truth_path
 from ptr_hf.scoring.crossfit import FitSettings
 from ptr_hf.scoring.inspection import QUESTIONS, ask_all
 from ptr_hf.scoring.recordings import Recordings, read_recordings
 from ptr_hf.scoring.verdicts import judge
 
 SHARE = 0.2
+AS_RECORDED = "as recorded"
+COMMAND = "python recipes/benchmarks/inspection.py --dataset FOLDER ... --seeds 1"
 Episode = tuple[np.ndarray, np.ndarray]
 
 
@@ -127,9 +131,8 @@ def inject(recordings: Recordings, fault: Callable[..., Episode] | None, seed: i
     ), bad
 
 
-def measure(recordings: Recordings, name: str, seed: int) -> dict[str, object]:
-    """AUC by episode, flagged episodes and processor seconds of one fault."""
-    spoiled, bad = inject(recordings, FAULTS[name], seed)
+def measure(spoiled: Recordings, bad: np.ndarray, name: str, seed: int) -> dict[str, object]:
+    """AUC by episode, flagged episodes and processor seconds of one fault, for the episodes (episodes,) that have it."""
     began = time.process_time()
     answers, _ = ask_all(spoiled, [question() for question in QUESTIONS], FitSettings(progress=False), spoiled.task)
     window = int(np.clip(round(spoiled.fps * 0.5), 8, 32))
@@ -137,7 +140,7 @@ def measure(recordings: Recordings, name: str, seed: int) -> dict[str, object]:
     seconds = time.process_time() - began
     weight = spoiled.means(found.weight[:, None])[:, 0]
     return {
-        "dataset": recordings.name,
+        "dataset": spoiled.name,
         "fault": name,
         "seed": seed,
         "auc": round(float(roc_auc_score(bad, -found.worst)), 4) if bad.any() else None,
@@ -154,21 +157,25 @@ def main() -> None:
     """Measure every fault on every dataset and seed; what is in the file already is kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", nargs="+", required=True, help="folders or Hub ids of recordings taken to be good")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2], help="of the injected faults")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="of the injected faults")
     parser.add_argument("--results", type=Path, default=Path("results/inspection.json"), help="JSON file of all rows")
     options = parser.parse_args()
     rows = json.loads(options.results.read_text())["runs"] if options.results.exists() else []
     done = {(row["dataset"], row["fault"], row["seed"]) for row in rows}
-    command = "python recipes/benchmarks/inspection.py --dataset teleop_arm teleop_humanoid --seeds 1 2"
     for source in options.dataset:
         recordings = read_recordings(source)
-        for seed in options.seeds:
-            for fault in FAULTS:
-                if (recordings.name, fault, seed) in done:
-                    continue
-                rows.append(measure(recordings, fault, seed))
-                print(json.dumps(rows[-1]), flush=True)
-                options.results.write_text(json.dumps({"command": command, "runs": rows}, indent=1) + "\n")
+        recorded = truth_path(Path(source)).is_file()
+        cases = [(AS_RECORDED, 0)] if recorded else [(fault, seed) for seed in options.seeds for fault in FAULTS]
+        for fault, seed in cases:
+            if (recordings.name, fault, seed) in done:
+                continue
+            if recorded:
+                spoiled, bad = recordings, load_truth(Path(source)).corrupted
+            else:
+                spoiled, bad = inject(recordings, FAULTS[fault], seed)
+            rows.append(measure(spoiled, bad, fault, seed))
+            print(json.dumps(rows[-1]), flush=True)
+            options.results.write_text(json.dumps({"command": COMMAND, "runs": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

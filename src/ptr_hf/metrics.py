@@ -104,7 +104,9 @@ class MetricsWindow:
                 rows = sorted(rows, key=lambda row: -row["chunks"])[:MOST_TASKS]
             columns[kind] = rows
         if self._groups and self._config is not None:
-            columns["share_bound"] = share_bound(*(self.weight_range or self._config.weight_range))[1]
+            low, high = self.weight_range or self._config.weight_range
+            # a weight of 0 bounds nothing (Eq. 30)
+            columns["share_bound"] = share_bound(low, high)[1] if low > 0 else None
         self.clear()
         return values, columns
 

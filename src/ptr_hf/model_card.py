@@ -191,7 +191,7 @@ def model_card(facts: CardFacts, pictures: Collection[str] | None = None) -> Mod
             statements=_statements(dynamics, config) if dynamics else [],
             controller=_controller(dynamics, config) if dynamics else "",
             sources=_sources(dynamics, facts) if dynamics else [],
-            share_bounds=share_bound(*config.weight_range),
+            share_bounds=_share_bounds(config),
             pictures=[picture for picture in _pictures(facts) if pictures is None or picture.file in pictures],
         )
     )
@@ -250,6 +250,15 @@ def preset_changes(config: PTRHyperparameters) -> dict[str, tuple[Any, Any]]:
 
 def _weighs(config: PTRHyperparameters) -> bool:
     return config.weights is not None
+
+
+def _share_bounds(config: PTRHyperparameters) -> tuple[float, float] | None:
+    """What Eq. 30 bounds the shares of sources with; None where a weight is 0, or is not known."""
+    if not _weighs(config):
+        return share_bound(*config.weight_range)
+    record = vars(config).get("weights_record") or {}
+    low, high = float(record.get("smallest", 0.0)), float(record.get("largest", 0.0))
+    return share_bound(low, high) if 0 < low <= high else None
 
 
 def _published(config: PTRHyperparameters) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from ptr_hf.artifact import read_config
-from ptr_hf.cli.console import PlainConsole
 from ptr_hf.data.in_memory import collate_segments
 from ptr_hf.data.mixture import Mixture, MixtureSampler
 from ptr_hf.data.mixture_config import MixtureConfig
@@ -46,6 +45,7 @@ from ptr_hf.policy_sources import ModelSource, resolve_policy, widest_vector
 from ptr_hf.processor_embodiment import for_robot
 from ptr_hf.processor_ptr import keep_statistics, preprocess
 from ptr_hf.report import DYNAMICS_COLUMNS
+from ptr_hf.report.console import PlainConsole
 from ptr_hf.scores import weighed_loss, weight_metrics
 from ptr_hf.sharding import prepare_sharding, share_weights
 from ptr_hf.training.given_weights import INSPECTION_FOLDER, other_weights, training_weights
@@ -169,7 +169,7 @@ class PTRTrainer(GuardedTrainer):
             tasks=() if meta is None else instructions_of(meta),
         )
         if policy.frame_weights is not None:
-            self.window.weight_range = policy.frame_weights.bounds
+            self.window.weight_range = policy.frame_weights.range
         dispatches = bool(args.accelerator_config.dispatch_batches)
         self._instructions: dict[str, tuple[str, ...]] = {}
         if dispatches:

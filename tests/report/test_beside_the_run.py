@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from synthetic_runs import ptr_rows
 
-from ptr_hf.cli.console import PlainConsole
 from ptr_hf.report import (
     ChunkScores,
     DynamicsLog,
@@ -21,6 +20,7 @@ from ptr_hf.report import (
     write_report,
     write_scores,
 )
+from ptr_hf.report.console import PlainConsole
 from ptr_hf.report.dynamics import DYNAMICS_COLUMNS, DYNAMICS_SCHEMA
 from ptr_hf.report.evaluation import number
 from ptr_hf.report.text import drawable, visible, without_local_paths

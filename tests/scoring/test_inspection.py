@@ -119,6 +119,26 @@ class TestWhatIsNotFlagged:
         assert any("3 frames hold NaN or Inf, in 1 episodes (first: 3)" in note for note in found.notes)
         assert np.isfinite(found.episodes["z"]).all()
 
+    def test_an_episode_that_holds_no_number_at_all(self, recordings: Recordings) -> None:
+        finite = recordings.episode != 3
+        fit = CrossFit(replace(recordings, finite=finite), FitSettings(progress=False))
+        assert np.flatnonzero(fit.fold == -1).tolist() == [3]
+        pair = np.isin(recordings.episode, [0])
+        assert CrossFit(replace(recordings, finite=pair), FitSettings(progress=False)).folds == 1
+
+    def test_one_of_two_episodes_holds_no_number(self, points: Path, tmp_path: Path) -> None:
+        folder = Path(shutil.copytree(points, tmp_path / "half"))
+        for path in (folder / "data").rglob("*.parquet"):
+            table = pq.read_table(path)
+            place = table.schema.get_field_index("action")
+            action = np.stack(table["action"].to_numpy(zero_copy_only=False)).astype(np.float32)
+            action[table["episode_index"].to_numpy() == 1] = np.nan
+            field = table.schema.field(place)
+            pq.write_table(table.set_column(place, field, pa.array(list(action), field.type)), path)
+        found = inspect_dataset(folder, episodes=[0, 1], device="cpu", progress=False)
+        assert (found.chunks["weight"] == 1).all()
+        assert any("it takes two episodes" in note for note in found.notes)
+
     def test_no_actions(self, points: Path, tmp_path: Path) -> None:
         folder = Path(shutil.copytree(points, tmp_path / "mute"))
         info = json.loads((folder / "meta" / "info.json").read_text())

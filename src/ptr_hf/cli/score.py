@@ -51,7 +51,7 @@ def score(options: ScoreOptions) -> int:
 
 
 def _score(options: ScoreOptions, answers: object) -> int:
-    from ptr_hf.cli.console import PlainConsole
+    from ptr_hf.report.console import PlainConsole
     from ptr_hf.scoring import next_steps
     from ptr_hf.scoring.inspection import inspect_dataset
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table as TerminalTable
@@ -18,7 +17,7 @@ from ptr_hf.diagnosis import RULES, Advice, Diagnosis, Interval
 from ptr_hf.diagnosis.diagnose import ACTIONS, INSTRUCTIONS, LOSS
 from ptr_hf.report.corruption.document import Block, Picture, Points, Section, Table, Text
 from ptr_hf.report.files import replacing
-from ptr_hf.report.page import shown
+from ptr_hf.report.page import page_templates
 from ptr_hf.report.style import (
     BLUE,
     FAINT,
@@ -92,14 +91,7 @@ def write_diagnosis(diagnosis: Diagnosis, advice: Advice, output_dir: str | Path
         if isinstance(block, Picture):
             path = save_figure(block.figure, folder / "figures" / f"{block.name}.png", dpi=110)
             pictures[block.name] = base64.b64encode(path.read_bytes()).decode("ascii")
-    environment = Environment(
-        loader=PackageLoader("ptr_hf.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.finalize = shown
+    environment = page_templates()
     title = f"Will reweighting help on {diagnosis.source}?"
     text = environment.get_template("corruption.html.j2").render(title=title, sections=page, pictures=pictures)
     with replacing(folder / PAGE_FILE) as temporary:

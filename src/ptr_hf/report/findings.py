@@ -91,10 +91,11 @@ def _sources(dynamics: Dynamics, run: str) -> Iterator[str]:
     moved = sorted(groups, key=lambda group: -abs(math.log(group.ratio)))
     moved = [group for group in moved if abs(math.log(group.ratio)) > math.log(MOVED)]
     bound = logged_share_bound(dynamics, run)
+    kept = f" (Eq. 30 keeps it between {1 / bound:.3g} and {bound:.3g})" if math.isfinite(bound) else ""
     for group in moved[:MOST_MOVED]:
         yield (
             f"The source {group.name} has {group.share:.1%} of the chunks and {group.weight_share:.1%} of the weight, "
-            f"{group.ratio:.2f} times its due (Eq. 30 keeps it between {1 / bound:.3g} and {bound:.3g})."
+            f"{group.ratio:.2f} times its due{kept}."
         )
     if not moved:
         yield f"Each of the {len(groups)} sources has its due: none gained or lost a tenth of its share by the weights."

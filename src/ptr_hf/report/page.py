@@ -154,14 +154,7 @@ def write_report(
         figures.append(("ptr_weights_by_quality", partial(weights_by_quality_figure, scores, truth), QUALITY_CAPTION))
     sources = _page_figure(folder, SOURCES_NAME, partial(sources_figure, dynamics), SOURCES_CAPTION) if curves else None
     drawn = [_page_figure(folder, *figure) for figure in figures]
-    environment = Environment(
-        loader=PackageLoader("ptr_hf.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.finalize = shown
+    environment = page_templates()
     environment.filters |= {"number": number, "run_label": run_label, "auc": _auc, "percent": _percent}
     page = environment.get_template("report.html.j2").render(
         title=title,
@@ -196,6 +189,19 @@ def write_report(
 def has_curves(dynamics: Dynamics) -> bool:
     """Whether some run logged more than one step: a single one is a dot, which says less than a sentence."""
     return any(len(dynamics.steps(run)) > 1 for run in dynamics.runs)
+
+
+def page_templates() -> Environment:
+    """The templates of this project's pages: what is printed is escaped, and a name that is not there is an error."""
+    environment = Environment(
+        loader=PackageLoader("ptr_hf.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.finalize = shown
+    return environment
 
 
 def shown(value: object) -> object:

@@ -45,6 +45,8 @@ class FrameWeights:
         low, high = (float(positive.min()), float(positive.max())) if len(positive) else (1.0, 1.0)
         self.bounds = min(low, 1.0), max(high, 1.0)
         """The smallest that is not 0 and the largest, with 1 between them."""
+        self.range = (0.0 if bool((self.values == 0).any()) else self.bounds[0]), self.bounds[1]
+        """Likewise, with 0 where some weight is: then nothing bounds a source's share from below."""
 
     def of(self, index: Int[Tensor, " chunks"]) -> Float[Tensor, " chunks"]:
         """The weights of chunks by their first frames; one past the end of the data gets some weight, and has no say."""

@@ -25,7 +25,7 @@ class ActionFromConsequence(Question):
         recordings, frames = fit.recordings, fit.frames
         if not recordings.state.shape[1]:
             raise CannotAskError("there is no proprioception, so nothing is known of what followed an action")
-        if len(recordings.length) < 2:
+        if fit.folds < 2:
             raise CannotAskError("it takes two episodes to judge one by the other")
         changes = _Changes(fit)
         network = FoldedMLP(

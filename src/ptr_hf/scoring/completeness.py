@@ -25,7 +25,7 @@ class Completeness(Question):
         recordings = fit.recordings
         scores = [np.log(recordings.length) / LENGTH_UNIT]
         parts = [LENGTH]
-        if recordings.state.shape[1] and len(recordings.length) > 1:
+        if recordings.state.shape[1] and fit.folds > 1:
             parts.append(PROGRESS)
             scores.append(self._ends(fit, reweigh) / PROGRESS_UNIT)
         return Answer(tuple(parts), episodes=np.stack(scores, axis=1))

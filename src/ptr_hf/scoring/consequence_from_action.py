@@ -24,7 +24,7 @@ class ConsequenceFromAction(Question):
         """T of every frame, in nats, among the consequences of 256 frames of the whole dataset."""
         if not fit.recordings.state.shape[1]:
             raise CannotAskError("there is no proprioception, so nothing is known of what followed an action")
-        if len(fit.recordings.length) < 2:
+        if fit.folds < 2:
             raise CannotAskError("it takes two episodes to judge one by the other")
         frames = fit.frames
         size = frames.state.shape[1]

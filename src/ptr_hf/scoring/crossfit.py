@@ -126,13 +126,20 @@ class CrossFit:
     Args:
         recordings: of the dataset.
         settings: of the fits.
+
+    Attributes:
+        folds: at most as many as there are episodes with a frame that holds numbers; one judges no other below two.
+        fold: (episodes,) of each episode; -1 of those without such a frame.
+        rows: (n,) the frames that are learned from.
+        frames: the recordings as tensors.
     """
 
     def __init__(self, recordings: Recordings, settings: FitSettings) -> None:
         self.recordings, self.settings = recordings, settings
         draws = np.random.default_rng(settings.seed)
-        self.folds = min(settings.folds, len(recordings.length))
-        self.fold = _dealt(recordings.task, self.folds, draws)
+        usable = recordings.means(recordings.finite[:, None])[:, 0] > 0
+        self.folds = min(settings.folds, int(usable.sum()))
+        self.fold = _dealt(recordings.task, usable, self.folds, draws)
         rows = np.flatnonzero(recordings.finite)
         if len(rows) > settings.max_frames:
             rows = np.sort(draws.choice(rows, settings.max_frames, replace=False))
@@ -207,10 +214,11 @@ class CrossFit:
         return scores
 
 
-def _dealt(task: np.ndarray, folds: int, draws: np.random.Generator) -> np.ndarray:
-    """(episodes,) folds of equal size, with each task's episodes spread over all of them."""
+def _dealt(task: np.ndarray, usable: np.ndarray, folds: int, draws: np.random.Generator) -> np.ndarray:
+    """(episodes,) folds of equal size, with each task's episodes spread over all of them; -1 of what is not usable."""
     order = draws.permutation(len(task))
     order = order[np.argsort(task[order], kind="stable")]
-    fold = np.empty(len(task), np.int64)
-    fold[order] = np.arange(len(task)) % folds
+    order = order[usable[order]]
+    fold = np.full(len(task), -1)
+    fold[order] = np.arange(len(order)) % max(folds, 1)
     return fold

@@ -132,17 +132,17 @@ class DatasetScores:
         )
 
 
-def weights_by_frame(scores: DatasetScores, source: int = 0) -> np.ndarray:
-    """The weights of one dataset's frames, in dataset order.
+def weights_by_frame(scores: DatasetScores, source: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The frames of one dataset that were scored, and their weights.
 
     Args:
         scores: of one or several datasets.
         source: the number of the dataset.
 
     Returns:
-        (frames,) float32.
+        the frames' numbers in the dataset (frames,) int64, ascending, and their weights (frames,) float32.
     """
     chunks = scores.chunks
     if "source" in chunks:
         chunks = chunks[chunks["source"] == source]
-    return chunks["weight"].to_numpy(np.float32)
+    return chunks["index"].to_numpy(np.int64), chunks["weight"].to_numpy(np.float32)

@@ -60,7 +60,7 @@ def export_lerobot(scores: DatasetScores, path: str | Path) -> Path:
         raise ValueError(f"--export_lerobot {path}: LeRobot reads a parquet file; give a name that ends in .parquet.")
     if "source" in scores.chunks:
         raise ValueError("LeRobot's sample weighting is of one dataset: inspect each by itself.")
-    table = progress_table(scores.chunks["index"].to_numpy(), weights_by_frame(scores))
+    table = progress_table(*weights_by_frame(scores))
     with replacing(path) as temporary:
         table.to_parquet(temporary, index=False)
     return path

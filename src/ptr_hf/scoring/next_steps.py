@@ -70,7 +70,7 @@ def recommendation(scores: DatasetScores) -> Recommendation:
     return Recommendation(
         "train",
         found,
-        f"Train with the weights, which take {scores.moved:.1%} of the say from the flagged frames, or exclude "
+        f"Train with the weights, which move {scores.moved:.1%} of the weight away from flagged frames, or exclude "
         f"{len(scores.excluded)} episodes and train as usual. Look at the worst ones first.",
     )
 

@@ -2,8 +2,8 @@
 
 Every question gives each episode a chance that a good one scores so low: of its mean over the frames, and of its worst window,
 by part; corrected for the number of parts. The worst question decides, corrected for the number of questions, and an episode
-is flagged where that chance is below the rate of false alarms that was asked for. An episode that is good but for some windows,
-fewer than half of its frames, keeps the rest.
+is flagged where that chance is below the rate of false alarms that was asked for. An episode that fails only in windows that
+begin at fewer than half of its frames, and passes without these frames, keeps the rest.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ class _Judged:
     """One question's answer against the spread of good episodes."""
 
     def __init__(self, question: Question, answer: Answer, recordings: Recordings, window: int) -> None:
-        self.question, self.answer, self.recordings, self.window = question, answer, recordings, window
+        self.question, self.answer, self.recordings = question, answer, recordings
         frames = answer.frames
         self.windows = None
         if frames is None:
@@ -72,7 +72,6 @@ class _Judged:
         resolution = self.answer.resolution
         self.whole = standard(self.episodes, group, good, resolution)
         self.pooled: Standard | None = None
-        self.part = self.whole.chance(self.episodes)
         if self.episodes.shape[1] > 1:
             self.pooled = standard(self._mean(self.episodes), group, good)
         self.worst: Standard | None = None
@@ -83,8 +82,8 @@ class _Judged:
         """(episodes, 1) mean z over the parts."""
         z = self.whole.z(scores)
         known = np.isfinite(z)
-        total = np.where(known, z, 0).sum(axis=1, keepdims=True)
-        return np.divide(total, known.sum(axis=1, keepdims=True), out=np.full_like(total, np.nan), where=total != 0)
+        total, count = np.where(known, z, 0).sum(axis=1, keepdims=True), known.sum(axis=1, keepdims=True)
+        return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
     def chance_of_whole(self, scores: np.ndarray) -> np.ndarray:
         """(episodes,) of the means over the frames, corrected for the parts."""
@@ -204,13 +203,6 @@ def _partly(judged: list[_Judged], bad_frames: list[np.ndarray], limit: float, r
         partly &= ~fails | ((share > 0) & (share < 0.5) & (rest >= limit / 2))
         some |= fails
     return partly & some
-
-
-def _covered(bad: np.ndarray, recordings: Recordings, window: int) -> np.ndarray:
-    """(frames,) whether a frame lies in a window that is bad, given which windows' first frames are."""
-    places = np.arange(len(bad))
-    begun = np.maximum.accumulate(np.where(bad, places, -1))
-    return (begun >= recordings.first[recordings.episode]) & (places - begun < window)
 
 
 def _reason(one: _Judged, episode: int, bad: np.ndarray, recordings: Recordings) -> str:

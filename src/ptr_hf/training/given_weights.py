@@ -63,7 +63,7 @@ def training_weights(
     tables = frame_tables(meta, chosen)
     if config.weights == AUTO:
         scores = _inspected(config, given, meta, tables, chosen, folder, revision, seed, console)
-        weights = [_filled(weights_of_frames(scores, number), table) for number, table in enumerate(tables)]
+        weights = [_filled(weights_by_frame(scores, number), table) for number, table in enumerate(tables)]
         record: dict[str, Any] = {"origin": "inspection", "file": f"{INSPECTION_FOLDER}/{CHUNKS_FILE}"}
         record |= {"sha256": hashlib.sha256(np.concatenate(weights).tobytes()).hexdigest()}
     else:
@@ -105,14 +105,6 @@ def summary(weights: Sequence[np.ndarray], tables: Sequence[FrameTable]) -> dict
         "edges": [round(float(edge), 6) for edge in edges],
         "histogram": (counts / len(read)).tolist(),
     }
-
-
-def weights_of_frames(scores: DatasetScores, number: int) -> tuple[np.ndarray, np.ndarray]:
-    """The dataset indices that an inspection has scored of a dataset, and their weights."""
-    chunks = scores.chunks
-    if "source" in chunks:
-        chunks = chunks[chunks["source"] == number]
-    return chunks["index"].to_numpy(np.int64), weights_by_frame(scores, number)
 
 
 def _filled(scored: tuple[np.ndarray, np.ndarray], table: FrameTable) -> np.ndarray:

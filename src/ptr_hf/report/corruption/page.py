@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from ptr_hf.report.corruption.document import Block, Code, Picture, Points, Section, Table, Text, markdown
 from ptr_hf.report.corruption.figures import auc_figure, difference_figure, success_figure, sweep_figure, weight_figure
 from ptr_hf.report.corruption.findings import overview, verdict
@@ -38,6 +36,7 @@ from ptr_hf.report.corruption.variants import (
 from ptr_hf.report.dynamics import Dynamics
 from ptr_hf.report.figures import dynamics_figure, save_figure
 from ptr_hf.report.files import replacing
+from ptr_hf.report.page import page_templates
 
 PAGE_FILE = "corruption.html"
 TITLE = "Does reweighting help when demonstrations are corrupted?"
@@ -109,13 +108,7 @@ def write_corruption_report(
         if isinstance(block, Picture):
             path = save_figure(block.figure, folder / "figures" / f"{block.name}.png", dpi=110)
             pictures[block.name] = base64.b64encode(path.read_bytes()).decode("ascii")
-    environment = Environment(
-        loader=PackageLoader("ptr_hf.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_templates()
     page = environment.get_template("corruption.html.j2").render(title=TITLE, sections=sections, pictures=pictures)
     figures = Path(os.path.relpath(folder / "figures", text_file.parent)).as_posix()
     for path, content in ((folder / PAGE_FILE, page), (text_file, markdown(TITLE, sections, figures))):

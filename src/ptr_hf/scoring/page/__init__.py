@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from ptr_hf.report.files import beside_the_run, replacing
-from ptr_hf.report.page import shown
+from ptr_hf.report.page import page_templates
 from ptr_hf.report.text import without_local_paths
 from ptr_hf.scoring.dataset_scores import DatasetScores
 from ptr_hf.scoring.next_steps import PAGE_FILE, commands, recommendation
@@ -97,14 +96,7 @@ def write_page(
     said = recommendation(scores)
     names = [settings["repo_id"] for settings in scores.settings["datasets"]]
     flagged = scores.episodes["weight"].to_numpy() < 1
-    environment = Environment(
-        loader=PackageLoader("ptr_hf.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.finalize = shown
+    environment = page_templates()
     page = environment.get_template("inspection.html.j2").render(
         names=names,
         said=said,
