@@ -1,5 +1,7 @@
 """The policy shipped with the package: whole, the same wherever its files lie, and named by nobody's folders."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,9 @@ def test_an_installation_without_it_says_so(tmp_path: Path, monkeypatch: pytest.
         FileNotFoundError, match="The bundled policy metaworld_policy is missing; reinstall the package"
     ):
         bundled_policy(tmp_path)
+
+
+def test_a_process_that_has_imported_nothing_else_loads_it(tmp_path: Path) -> None:
+    program = "import sys; from ptr_hf.policies.bundled import bundled_policy; print(bundled_policy(sys.argv[1]).name)"
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["smolvla_state"], done.stderr[-500:]

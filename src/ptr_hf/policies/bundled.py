@@ -7,6 +7,9 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 
+# the policy's type, which LeRobot knows once it is imported
+from ptr_hf.policies import configuration_smolvla_state  # noqa: F401
+
 BUNDLED_POLICY = Path(__file__).parents[1] / "data" / "bundled" / "metaworld_policy"
 VLM_FOLDER = "tiny_vlm"
 
