@@ -37,7 +37,7 @@ from ptr_hf.report.dynamics import DYNAMICS_COLUMNS
 from ptr_hf.report.evaluation import main_run, number
 from ptr_hf.report.files import beside_the_run
 from ptr_hf.report.given_weights import weight_sentences
-from ptr_hf.report.page import DYNAMICS_CAPTION, HISTOGRAM_CAPTION, has_curves
+from ptr_hf.report.page import DYNAMICS_CAPTION, GIVEN_HISTOGRAM_CAPTION, HISTOGRAM_CAPTION, has_curves
 from ptr_hf.report.panels import clip_panel, loss_panel
 from ptr_hf.report.sources import SOURCES_CAPTION
 from ptr_hf.report.style import board
@@ -392,7 +392,8 @@ def _pictures(facts: CardFacts) -> list[Picture]:
         pictures = [Picture(DYNAMICS_PICTURE, f"{named} over the training steps", f"{named} over training.", draw)]
     if weighed and dynamics.weight_counts(run) is not None:
         alt = "Histogram of the weights of the first and of the last tenth of training"
-        pictures.append(Picture(WEIGHTS_PICTURE, alt, HISTOGRAM_CAPTION, partial(weight_histogram_figure, dynamics)))
+        caption = HISTOGRAM_CAPTION if config.scorer else GIVEN_HISTOGRAM_CAPTION
+        pictures.append(Picture(WEIGHTS_PICTURE, alt, caption, partial(weight_histogram_figure, dynamics)))
     if facts.weighed and (figure := sources_figure(dynamics)) is not None:
         alt = "Share of the chunks and of the weight of every source over the training steps"
         pictures.append(Picture(SOURCES_PICTURE, alt, SOURCES_CAPTION, lambda: figure))

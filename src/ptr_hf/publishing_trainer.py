@@ -123,6 +123,11 @@ class PublishingTrainer(Trainer):
             return [Evaluation(**row) for row in known]
         return []
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card with its pictures and the report to the output folder, where transformers would write its own."""
+        if self.is_world_process_zero():
+            self.write_card(Path(self.args.output_dir))
+
     def write_card(self, folder: Path) -> None:
         """Write README.md with its pictures, and the run's report, into a folder; a figure that fails costs the figure alone.
 

@@ -116,6 +116,11 @@ def test_evaluation_and_checkpoints_know_no_weights(points: Path, tmp_path: Path
     assert record["episodes_below"] == 0.25
     assert record["below"] == pytest.approx(30 / FRAMES)
     assert len(record["sha256"]) == 64
+    trainer.create_model_card()
+    card = (Path(trainer.args.output_dir) / "README.md").read_text()
+    assert "known before training" in card
+    assert "w.parquet" in card
+    assert "scorer's warm-up" not in card
 
 
 def test_the_weights_of_a_whole_step_share_one_denominator(points: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ DYNAMICS_COLUMNS: dict[str, Column] = {
     "candidates": Column(_REAL, "", "candidates per chunk, the match included (|Y|)"),
     "margin": Column(_REAL, "logits", "logit of the match minus the best other"),
     "score": Column(_REAL, "nats", "mean PTR score T (Eq. 14)"),
-    "weight_mean": Column(_REAL, "", "mean weight (Eq. 21)"),
+    "weight_mean": Column(_REAL, "", "mean weight"),
     "weight_min": Column(_REAL, "", "smallest weight"),
     "weight_max": Column(_REAL, "", "largest weight"),
     "weight_at_floor": Column(_REAL, "fraction", "weights at the lower bound"),

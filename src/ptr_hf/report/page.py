@@ -60,6 +60,7 @@ DYNAMICS_CAPTION = (
 HISTOGRAM_CAPTION = (
     "Weights of the first and the last tenth of training after the scorer's warm-up; dotted lines are the bounds."
 )
+GIVEN_HISTOGRAM_CAPTION = "Weights of the chunks that the first and the last tenth of training read."
 GIVEN_WEIGHTS_CAPTION = (
     "The weights that were known before training, over all chunks of the data; the action loss; and, of the chunks that each "
     "step has read, the effective sample size."
