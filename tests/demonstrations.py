@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from lerobot.configs.video import RGBEncoderConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
 TASKS = ("push the puck to the goal", "reach the goal")
+ENCODER = RGBEncoderConfig(vcodec="h264")
+"""LeRobot's default, SVT-AV1, gives a process of root real-time priority for good, which starves all else on the machine."""
 
 
 def write_dataset(
@@ -34,7 +37,9 @@ def write_dataset(
     kind = "video" if use_videos else "image"
     for camera in cameras:
         features[camera] = {"dtype": kind, "shape": (size, size, 3), "names": ["height", "width", "channels"]}
-    dataset = LeRobotDataset.create("tests/points", fps, features, root=root, use_videos=use_videos)
+    dataset = LeRobotDataset.create(
+        "tests/points", fps, features, root=root, use_videos=use_videos, rgb_encoder=ENCODER
+    )
     if file_an_episode:
         dataset.meta.update_chunk_settings(data_files_size_in_mb=1e-6, video_files_size_in_mb=1e-6)
     random = np.random.default_rng(seed)

@@ -17,6 +17,7 @@ from small_policies import base_policy, stats_of
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments
+from ptr_hf.cli import train_run
 from ptr_hf.envs.headless import draw_without_display
 from ptr_hf.evaluation_callback import EVALUATION_FILE, EvaluationCallback
 from ptr_hf.nonfinite import NONFINITE_FILE, BadFrame, NonFiniteRecord, NonFiniteWindow
@@ -50,6 +51,7 @@ def new_trainer(policy: Path, points: Path, folder: Path, *callbacks: TrainerCal
     args = PTRTrainingArguments(
         **{
             "output_dir": str(folder),
+            "preset": "ptr",
             "max_steps": 3,
             "per_device_train_batch_size": 2,
             "segment_length": 2,
@@ -82,7 +84,7 @@ def test_a_short_run_of_a_control_in_a_folder_with_brackets(
 ) -> None:
     """Fewer steps than `logging_steps`, a score that compares no candidates, rich's markup in a path, one push of it all."""
     output = tmp_path / "out[/b]"
-    recipe("train_ptr").main(
+    train_run.main(
         [
             *("--policy_path", str(folder_policy), "--dataset", str(points), "--eval_dataset", str(points)),
             *("--output_dir", str(output), "--preset", "small_loss", "--score_after", "true", "--max_steps", "3"),
@@ -118,7 +120,7 @@ def test_held_out_data_that_is_not_there_is_said_before_training(
     points: Path, folder_policy: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(SystemExit, match="is no LeRobotDataset"):
-        recipe("train_ptr").main(
+        train_run.main(
             [
                 *("--policy_path", str(folder_policy), "--dataset", str(points), "--eval_dataset", str(tmp_path)),
                 *("--output_dir", str(tmp_path / "out"), "--use_cpu", "true"),

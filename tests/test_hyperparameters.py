@@ -152,6 +152,7 @@ class TestPresets:
         ids=settings_id,
     )
     def test_what_is_given_wins_also_where_it_equals_a_default(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        settings = {"preset": "ptr_calibrated", **settings}
         args = PTRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
         line = [f"--{name}={value}" for name, value in settings.items()]
         options = [*line, "--output_dir", str(tmp_path), "--use_cpu", "true", "--report_to", "none"]
@@ -159,11 +160,10 @@ class TestPresets:
         loaded = draccus.decode(PTRConfig, settings)
         for values in (args, parsed, loaded, PTRConfig(**args.hyperparameters()), dataclasses.replace(args, seed=3)):
             assert values.hyperparameters().items() >= (PRESETS["ptr_calibrated"] | settings).items()
-            assert values.preset == "ptr_calibrated"
         assert args.given == parsed.given == loaded.given == dataclasses.replace(args, seed=3).given == settings
 
     def test_replacing_the_preset_takes_its_values(self, tmp_path: Path) -> None:
-        args = PTRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, chunk_size=8, beta=2.0)
+        args = PTRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, preset="ptr", chunk_size=8, beta=2.0)
         plain = dataclasses.replace(args, preset="sft")
         assert plain.given == {"preset": "sft", "chunk_size": 8, "beta": 2.0}
         assert PRESETS["sft"].items() <= plain.hyperparameters().items()
@@ -181,8 +181,21 @@ class TestPresets:
 
     def test_one_default_everywhere(self, tmp_path: Path) -> None:
         args = PTRTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-        assert args.preset == PTRConfig().preset == draccus.decode(PTRConfig, {}).preset == "ptr_calibrated"
+        assert args.preset == PTRConfig().preset == draccus.decode(PTRConfig, {}).preset == "ptr_offline"
         assert args.given == {}
+
+    @pytest.mark.parametrize(
+        "settings",
+        [{"score": "posterior"}, {"beta": 2.0}, {"preset": "ptr_offline", "queue_size": 99}, {"num_belief_tokens": 2}],
+        ids=settings_id,
+    )
+    def test_what_needs_a_scorer_is_refused_without_one(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=r"or name a preset that has one, such as preset='ptr'"):
+            PTRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **settings)
+        args = PTRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", false_alarms=0.1)
+        assert args.given == {"false_alarms": 0.1}
+        with pytest.raises(ValueError, match=r"false_alarms=0.1 is out of range: it must be left out"):
+            args.with_options(weights="w.parquet")
 
     def test_an_unknown_preset_names_the_known_ones(self) -> None:
         with pytest.raises(ValueError, match=r"preset='fancy' is unknown; choose one of ptr, sft_belief, sft"):
@@ -205,7 +218,8 @@ class TestCommandLine:
     def test_values_are_parsed(self, tmp_path: Path) -> None:
         rename = {"observation.image": "observation.images.top"}
         line = [
-            *("--output_dir", str(tmp_path), "--alpha", "0.5", "--chunk_size", "8", "--num_belief_tokens", "2"),
+            *("--preset", "ptr", "--output_dir", str(tmp_path), "--alpha", "0.5", "--chunk_size", "8"),
+            *("--num_belief_tokens", "2"),
             *("--controller", "false", "--cross_rank_negatives", "false", "--hard_negative_key", "task"),
             *("--scorer_warmup_steps", "100", "--rename_map", json.dumps(rename), "--learning_rate", "3e-4"),
             *("--report_to", "none", "--use_cpu", "true"),
@@ -262,7 +276,9 @@ class TestCommandLine:
 
     def test_a_yaml_of_arguments(self, tmp_path: Path) -> None:
         path = tmp_path / "experiment.yaml"
-        path.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nreport_to: none\nbeta: 2.0\nsegment_length: 2\n")
+        path.write_text(
+            f"output_dir: {tmp_path}\nuse_cpu: true\nreport_to: none\npreset: ptr\nbeta: 2.0\nsegment_length: 2\n"
+        )
         (args,) = HfArgumentParser(PTRTrainingArguments).parse_yaml_file(str(path))
         assert (args.beta, args.segment_length) == (2.0, 2)
 

@@ -229,22 +229,23 @@ class TestOtherLayout:
 
 @pytest.mark.slow
 def test_the_recipe_after_a_kill(tmp_path: Path) -> None:
-    """The demo, killed while PTR is in training: SFT is not trained again, PTR goes on."""
+    """The demo, killed while SFT is in training: PTR, which comes first, is not trained again, SFT goes on."""
     recipe = Path(__file__).parents[1] / "recipes" / "train_ptr.py"
     options = f"--output_dir {tmp_path} --max_steps 8 --logging_steps 2 --save_strategy steps --save_steps 2".split()
+    options += ["--evaluation_starts", "1"]
     first = subprocess.Popen([sys.executable, str(recipe), *options], stdout=subprocess.DEVNULL)
-    while not (tmp_path / "ptr_calibrated" / "checkpoint-4").is_dir():
+    while not (tmp_path / "sft" / "checkpoint-4").is_dir():
         assert first.poll() is None, "it ended before it was killed"
         time.sleep(0.01)
     first.kill()
     assert first.wait() == -signal.SIGKILL
-    trained = (tmp_path / "sft" / "checkpoint-8" / "optimizer.pt").stat().st_mtime_ns
+    trained = (tmp_path / "ptr_offline" / "checkpoint-8" / "optimizer.pt").stat().st_mtime_ns
     command = [sys.executable, str(recipe), *options, "--resume_from_checkpoint", "last"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "sft" / "checkpoint-8" / "optimizer.pt").stat().st_mtime_ns == trained
-    assert [step_of(path) for path in checkpoints(tmp_path / "sft")] == [8, 6, 4, 2]
-    for run in ("sft", "ptr_calibrated"):
+    assert (tmp_path / "ptr_offline" / "checkpoint-8" / "optimizer.pt").stat().st_mtime_ns == trained
+    assert [step_of(path) for path in checkpoints(tmp_path / "ptr_offline")] == [8, 6, 4, 2]
+    for run in ("sft", "ptr_offline"):
         assert read_dynamics(tmp_path / run / DYNAMICS_FILE).steps(run).tolist() == [2, 4, 6, 8]
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["ptr_calibrated"]["action loss, held-out clean episodes"] > 0
+    assert results.keys() >= {"sft", "ptr_offline"}

@@ -1,7 +1,7 @@
 """The method's hyperparameters: one schema for `PTRConfig`, `PTRTrainingArguments` and every command line."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import InitVar, dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, Self, get_args
@@ -22,8 +22,8 @@ OFFLINE = "ptr_offline"
 """The preset that trains with weights which are known before the first step."""
 AUTO = "auto"
 """As `weights`: inspect the dataset first."""
-DEFAULT_PRESET = "ptr_calibrated"
-"""The preset unless another is named: the best in docs/corruption.md that leaves clean data alone."""
+DEFAULT_PRESET = OFFLINE
+"""The preset unless another is named: level with the oracle in docs/inspection.md, at the cost of plain post-training."""
 WEIGHT_BOUNDS = 1e-12, 1e12
 """Weights are squared and summed in single precision."""
 MOST = {
@@ -82,6 +82,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "oracle": {"score": "oracle", **_OURS, "aggregation": "sample", "weight_map": "paper", "weight_min": 0.001},
 }
 
+
+_WITHOUT_SCORER = {
+    *("preset", "scorer", "num_belief_tokens", "chunk_size", "segment_length", "chunk_stride", "consequence_offset"),
+    *("standardize_by", "alpha", "weight_min", "weights", "false_alarms"),
+}
+"""The fields that mean something where no scorer is trained."""
 
 # What a preset's name says: these values cannot be others. A preset of ours that is not named after its score takes any.
 _NAMED_FOR: dict[str, tuple[str, ...]] = {
@@ -214,8 +220,9 @@ class PTRHyperparameters:
     weights: str | None = _option(
         None,
         "Weights of the demonstrations to train with, known beforehand: auto inspects the dataset first, else a parquet or csv "
-        "file (docs/weights.md). Goes with preset ptr_offline, which it chooses.",
+        "file (docs/weights.md). Goes with preset ptr_offline.",
     )
+    false_alarms: float = _option(0.01, "Share of good episodes that the inspection of weights=auto may flag.")
 
     def __post_init__(self, _filled: Mapping[str, Any] | None) -> None:
         for name, value in (_filled or {}).items():
@@ -236,19 +243,37 @@ class PTRHyperparameters:
         Raises:
             ValueError: the preset is unknown, or a field has another value than the preset is named for.
         """
-        self._fill("preset", DEFAULT_PRESET if self.weights is None else OFFLINE)
+        self._fill("preset", DEFAULT_PRESET)
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is unknown; choose one of {', '.join(PRESETS)}.")
         own = PRESETS[self.preset]
+        self._check_types()
         for name in _NAMED_FOR.get(self.preset, ("score",)):
             value = vars(self)[name]
             if value is not None and value != own[name]:
                 raise ValueError(
-                    f"preset={self.preset!r} sets {name}={own[name]}, but {name}={value} was given; drop one of the two."
+                    f"preset={self.preset!r} sets {name}={own[name]}, but {name}={value} was given; {self._remedy()}."
                 )
         for name, default in DEFAULTS.items():
             self._fill(name, own.get(name, default))
         self._fill("segment_length", 4 if self.reads_futures or self.num_belief_tokens else 1)
+
+    def _check_types(self) -> None:
+        for item in fields(PTRHyperparameters):
+            check_type(item.name, vars(self)[item.name], item.type)
+
+    def _refuse_idle(self, names: Iterable[str]) -> None:
+        """Refuse fields that say something about a scorer where the preset has none."""
+        for name in names:
+            if self.preset == OFFLINE and name not in _WITHOUT_SCORER:
+                raise ValueError(
+                    f"{name}={vars(self)[name]} has no effect with preset={OFFLINE!r}, which trains no scorer; {self._remedy()}."
+                )
+
+    def _remedy(self) -> str:
+        if self.preset == OFFLINE:
+            return "drop it, or name a preset that has one, such as preset='ptr' or preset='ptr_calibrated'"
+        return "drop one of the two"
 
     @property
     def given(self) -> dict[str, Any]:
@@ -270,8 +295,7 @@ class PTRHyperparameters:
 
     def check(self) -> None:
         """Refuse values of another type or outside their range, naming field, value and range; done at construction."""
-        for item in fields(PTRHyperparameters):
-            check_type(item.name, vars(self)[item.name], item.type)
+        self._check_types()
         require(0.0 <= self.alpha <= 1.0, "alpha", self.alpha, "in [0, 1]")
         require(self.weight_min > 0, "weight_min", self.weight_min, "positive")
         require(
@@ -336,6 +360,12 @@ class PTRHyperparameters:
                 f"weights={self.weights} are known before training, but preset={self.preset!r} {does}: use "
                 f"preset={OFFLINE!r}, or leave weights out."
             )
+        self._refuse_idle(name for name in DEFAULTS if vars(self)[name] != DEFAULTS[name])
+        require(0 < self.false_alarms <= 0.5, "false_alarms", self.false_alarms, "above 0 and at most 0.5")
+        inspects = self.weights == AUTO or self.false_alarms == DEFAULTS["false_alarms"]
+        require(
+            inspects, "false_alarms", self.false_alarms, "left out where weights is not auto: nothing is inspected then"
+        )
         if not self.scorer and self.weights is None and (self.alpha != 0.0 or self.num_belief_tokens != 0):
             raise ValueError(
                 f"scorer=False trains the base policy alone, so alpha and num_belief_tokens must be 0, not {self.alpha} "

@@ -16,7 +16,7 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
 
     Everything of `transformers.TrainingArguments` and `PTRHyperparameters`; optimisation defaults are the paper's Table 6
     (AdamW, 1e-4, weight decay 0.01, cosine after a warm-up of 3.3 % of the run, 60k steps). `per_device_train_batch_size`
-    counts segments: one holds `segment_length` chunks. The preset is `ptr_calibrated` unless another is named.
+    counts segments: one holds `segment_length` chunks. The preset is `ptr_offline` unless another is named.
 
     Raises:
         TypeError: a hyperparameter is of another type than its field.
@@ -128,6 +128,7 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
 
     def __post_init__(self, _filled: Mapping[str, Any] | None) -> None:
         PTRHyperparameters.__post_init__(self, _filled)
+        self._refuse_idle(self.given)
         self._count_steps()
         check_ranges(self)
         check_structures(self, self._VALID_DICT_FIELDS)

@@ -20,7 +20,6 @@ from ptr_hf.cli.refusals import UsageError, as_options
 from ptr_hf.log_filters import FALLBACK, DecoderWarning
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "train_ptr.py"
-DEMO = RECIPE.parent / "experiments" / "demo.yaml"
 NO_TORCH = (
     "import sys, runpy; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; "
     "runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -50,13 +49,13 @@ def test_refused_before_torch_is_imported(options: list[str], sentence: str) -> 
         ("--policy.path=lerobot/smolvla_base", "--policy_path"),
         ("--dataset.repo_id=me/demos", "--dataset"),
         ("--batch-size", "--per_device_train_batch_size"),
-        ("--policy.type=act", "--policy_path; `lerobot-train --policy.type=ptr` starts from scratch"),
+        ("--policy.type=act", "--policy_type"),
         ("--resume", "--resume_from_checkpoint (`last`, or a checkpoint's folder)"),
     ],
 )
 def test_names_of_other_programs(option: str, real: str) -> None:
     with pytest.raises(UsageError) as refusal:
-        first_look([option, "4"], DEMO)
+        first_look([option, "4"])
     assert f"{option.partition('=')[0]} is no option here" in str(refusal.value)
     assert real in str(refusal.value)
 
@@ -144,20 +143,21 @@ def test_a_wrong_value_in_a_file_is_named_with_the_file(
 
 def test_files_are_read_as_the_command_line_is() -> None:
     first = {"rename_map": {"a": "b"}, "names": ["x", "y"], "beta": 2, "scorer_warmup_steps": "1e1", "in_memory": True}
+    first["preset"] = "ptr_calibrated"
     (args,) = OptionParser(Arguments).parse(BASE, {"first.yaml": first, "second.yaml": {"beta": None}})
     assert (args.rename_map, args.names, args.in_memory) == ({"a": "b"}, ["x", "y"], True)
     assert (args.beta, args.scorer_warmup_steps) == (1.5, 10.0)
-    assert args.given == {"scorer_warmup_steps": 10.0}
+    assert args.given == {"preset": "ptr_calibrated", "scorer_warmup_steps": 10.0}
 
 
 def test_help_shows_the_defaults_that_count(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         OptionParser(Arguments).parse(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "(default: calibrated; paper with --preset ptr)" in shown
+    assert "(default: task; all with --preset ptr)" in shown
     assert "starts (start value). (default: 0.12)" in shown or "(start value). (default: 0.12)" in shown
     assert "one of ptr, sft_belief" in shown
-    assert "(default: ptr_calibrated)" in shown
+    assert "(default: ptr_offline)" in shown
     assert "(default: None)" not in shown
 
 

@@ -157,7 +157,7 @@ class TestBeforeTraining:
         ],
     )
     def test_no_future(self, points: Path, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
-        args = PTRTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **settings)
+        args = PTRTrainingArguments(output_dir=str(tmp_path), preset="ptr", report_to="none", use_cpu=True, **settings)
         with pytest.raises(ValueError, match=message):
             PTRTrainer(base_policy("smolvla", points), args, train_dataset=points)
 

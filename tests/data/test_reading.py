@@ -88,7 +88,14 @@ def mixture_of(*sources: dict[str, Any], streaming: bool = False) -> MixtureMeta
 
 
 def arguments(folder: Path, **settings: Any) -> PTRTrainingArguments:
-    given = {"max_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    given = {
+        "preset": "ptr_calibrated",
+        "max_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
     return PTRTrainingArguments(output_dir=str(folder), **{**given, **SMALL, **settings})
 
 
@@ -184,7 +191,7 @@ class TestEveryChunkHasItsOwn:
         meta = LeRobotDatasetMetadata("tests/changing", root=changing)
 
         def built(length: int, meta: LeRobotDatasetMetadata) -> PTRPolicy:
-            config = PTRConfig(device="cpu", **SMALL | {"segment_length": length}, num_belief_tokens=2)
+            config = PTRConfig(device="cpu", preset="ptr", **SMALL | {"segment_length": length}, num_belief_tokens=2)
             return PTRPolicy(config, base_policy=base_policy("act", points), dataset_meta=meta)
 
         message = r"2 episodes of tests/changing change their instruction.*--policy.segment_length=1"

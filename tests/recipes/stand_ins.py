@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from demonstrations import ENCODER
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
@@ -58,7 +59,13 @@ def write_stand_in(
     for camera in schema["cameras"]:
         features[camera] = {"dtype": kind, "shape": (SIZE, SIZE, 3), "names": ["height", "width", "channels"]}
     dataset = LeRobotDataset.create(
-        f"stand-ins/{suite}", schema["fps"], features, root=root, robot_type="panda", use_videos=videos
+        f"stand-ins/{suite}",
+        schema["fps"],
+        features,
+        root=root,
+        robot_type="panda",
+        use_videos=videos,
+        rgb_encoder=ENCODER,
     )
     random = np.random.default_rng(seed)
     for episode, length in enumerate(lengths):

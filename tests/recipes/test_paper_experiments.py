@@ -26,6 +26,7 @@ from stand_ins import SCHEMAS, write_smolvla_base, write_stand_in
 from transformers import set_seed
 
 from ptr_hf import PTRPolicy, PTRTrainer
+from ptr_hf.cli import train_run
 from ptr_hf.report import read_dynamics
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -57,7 +58,7 @@ def _module(name: str) -> ModuleType:
     return module
 
 
-train_ptr, corrupt_dataset = _module("train_ptr"), _module("corrupt_dataset")
+corrupt_dataset = _module("corrupt_dataset")
 
 
 # ---- the page's commands -------------------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ def test_every_training_command_parses_to_the_papers_settings(
     monkeypatch.chdir(RECIPES.parent)
     written = {value(arguments, "--output_dir") for arguments in commands.corrupt}
     for arguments in commands.train:
-        recipe, args = train_ptr.parse_arguments([*arguments, "--use_cpu", "true"])
+        recipe, args = train_run.parse_arguments([*arguments, "--use_cpu", "true"])
         cell = Path(args.output_dir).name
         assert recipe.dataset in written
         assert recipe.dataset.startswith(f"data/{cell.split('_')[0]}")
@@ -141,7 +142,7 @@ def test_every_training_command_parses_to_the_papers_settings(
 
 def test_table6_is_what_the_library_calls_the_papers_defaults() -> None:
     table = yaml.safe_load((PAPER / "table6.yaml").read_text())
-    defaults = train_ptr.PTRTrainingArguments(output_dir="unused", use_cpu=True, preset="ptr").hyperparameters()
+    defaults = train_run.PTRTrainingArguments(output_dir="unused", use_cpu=True, preset="ptr").hyperparameters()
     shared = {name: setting for name, setting in table.items() if name in defaults}
     assert len(shared) > 25
     own = {
@@ -214,9 +215,9 @@ def trainer_of(
     given = SHORT | {"dataset": str(dataset), "policy_path": str(base), "output_dir": str(output)} | (options or {})
     arguments = ["--config", *map(str, files)]
     arguments += [part for name, setting in given.items() for part in (f"--{name}", setting)]
-    recipe, args = train_ptr.parse_arguments(arguments)
+    recipe, args = train_run.parse_arguments(arguments)
     set_seed(args.seed)
-    policy = train_ptr.adapted_policy(recipe.policy_path, recipe.policy_overrides, recipe.dataset, args)
+    policy = train_run.adapted_policy(recipe.policy_path, recipe.policy_overrides, recipe.dataset, args)
     return PTRTrainer(policy, args, recipe.dataset)
 
 
@@ -342,9 +343,9 @@ def test_later_files_override_earlier_ones_and_the_command_line_all(tmp_path: Pa
     first.write_text("beta: 1.0\nweight_max: 2.0\nalpha: 0.5\noutput_dir: out\nuse_cpu: true\n")
     second.write_text("weight_max: 3.0\nalpha: 0.25\n")
     for command in (["--config", str(first), str(second)], ["--config", str(first), "--config", str(second)]):
-        _, args = train_ptr.parse_arguments([*command, "--alpha", "0.75"])
+        _, args = train_run.parse_arguments([*command, "--alpha", "0.75"])
         assert (args.beta, args.weight_max, args.alpha) == (1.0, 3.0, 0.75)
-    _, args = train_ptr.parse_arguments(["--config", str(second), str(first)])
+    _, args = train_run.parse_arguments(["--config", str(second), str(first)])
     assert (args.weight_max, args.alpha) == (2.0, 0.5)
 
 
@@ -365,7 +366,7 @@ def test_a_file_that_cannot_be_read_is_named(
     if text is not None:
         bad.write_text(text)
     with pytest.raises(SystemExit):
-        train_ptr.parse_arguments(["--config", str(good), str(bad)])
+        train_run.parse_arguments(["--config", str(good), str(bad)])
     shown = capsys.readouterr().err
     assert sentence in shown
     assert str(bad) in shown
@@ -375,6 +376,6 @@ def test_a_file_that_cannot_be_read_is_named(
 def test_an_override_that_does_not_fit_the_policy_is_refused(
     override: str, datasets: dict[str, Path], smolvla_base: Path
 ) -> None:
-    args = train_ptr.PTRTrainingArguments(output_dir="unused", use_cpu=True)
+    args = train_run.PTRTrainingArguments(output_dir="unused", use_cpu=True)
     with pytest.raises(ValueError, match=r"policy_overrides=.* do not fit the policy"):
-        train_ptr.adapted_policy(str(smolvla_base), [override], datasets["libero"], args)
+        train_run.adapted_policy(str(smolvla_base), [override], datasets["libero"], args)

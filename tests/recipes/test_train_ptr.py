@@ -1,6 +1,5 @@
 """The main recipe as a user runs it: real processes, the bundled demonstrations, a folder with somebody's policy."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from small_policies import base_policy
 
 from ptr_hf import PTRPolicy
+from ptr_hf.cli import train_run
 from ptr_hf.export import export
 from ptr_hf.policies.bundled import BUNDLED_POLICY
 from ptr_hf.report import read_dynamics, read_scores
@@ -36,12 +36,8 @@ def run(command: list[str], *options: str, expect: int = 0) -> subprocess.Comple
 
 @pytest.fixture(scope="module")
 def recipe() -> ModuleType:
-    """The recipe as a module, to call its `main` without another start of Python."""
-    specification = importlib.util.spec_from_file_location("train_ptr", RECIPE)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["train_ptr"] = module
-    specification.loader.exec_module(module)
-    return module
+    """What the command runs, to call its `main` without another start of Python."""
+    return train_run
 
 
 def test_the_demo_from_launch_to_report(tmp_path: Path) -> None:
@@ -116,6 +112,34 @@ def test_somebodys_policy_and_data_with_a_configuration_file(recipe: ModuleType,
     assert any((value != load_file(folder / "model.safetensors")[name]).any() for name, value in trained.items())
 
 
+def test_a_policy_from_scratch(recipe: ModuleType, points: Path, tmp_path: Path) -> None:
+    small = ["dim_model=32", "n_heads=2", "dim_feedforward=32", "pretrained_backbone_weights=null", "use_vae=false"]
+    given = [
+        "--policy_type",
+        "act",
+        "--dataset",
+        points,
+        "--output_dir",
+        tmp_path,
+        "--chunk_size",
+        "4",
+        "--use_cpu",
+        "true",
+    ]
+    steps = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--report_to", "none"]
+    recipe.main([str(word) for word in [*given, *steps, "--policy_overrides", *small]])
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["type"], config["chunk_size"], config["dim_model"]) == ("act", 4, 32)
+    assert PTRPolicy.from_pretrained(tmp_path).config.preset == "ptr_offline"
+    args = recipe.PTRTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(
+        ValueError, match=r"policy_type=acte is none that can be trained here: choose one of act, diffusion"
+    ):
+        recipe.new_policy("acte", [], args)
+    with pytest.raises(ValueError, match=r"do not fit a policy of type act"):
+        recipe.new_policy("act", ["width=3"], args)
+
+
 def test_help_explains_every_option(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         recipe.main(["--help"])
@@ -133,6 +157,8 @@ def test_help_explains_every_option(recipe: ModuleType, capsys: pytest.CaptureFi
         (["--dataset", "me/demos"], "--dataset needs a --policy_path"),
         (["--policy_path", "me/policy"], "--policy_path needs a --dataset or a --mixture"),
         (["--policy_path", "me/policy", "--dataset", "me/demos", "--mixture", "m.yaml"], "give one of the two"),
+        (["--policy_path", "me/policy", "--policy_type", "act", "--dataset", "me/demos"], "give one of the two"),
+        (["--policy_type", "act"], "--policy_type needs a --dataset or a --mixture"),
         (["--only", "arm", "--policy_path", "me/policy", "--dataset", "me/demos"], "--only names a source"),
         (["--mixture", "nowhere.yaml", "--output_dir", "out"], "There is no mixture file nowhere.yaml"),
     ],

@@ -4,13 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+import yaml
 from demonstrations import write_dataset
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from small_policies import base_policy, tensors_equal
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments
+from ptr_hf.cli.score import score
+from ptr_hf.cli.score_options import parse
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.mixture_config import MixtureConfig
 from ptr_hf.data.mixture_metadata import MixtureMetadata
@@ -28,7 +33,7 @@ def demonstrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_dataset(tmp_path_factory.mktemp("demonstrations") / "points", (12,) * 12)
 
 
-def trainer_of(folder: Path, data: Any, root: Path, **settings: Any) -> PTRTrainer:
+def trainer_of(folder: Path, data: Any, root: Path, model: str = "act", **settings: Any) -> PTRTrainer:
     options: dict[str, Any] = {
         "max_steps": 2,
         "per_device_train_batch_size": 4,
@@ -38,7 +43,7 @@ def trainer_of(folder: Path, data: Any, root: Path, **settings: Any) -> PTRTrain
         "use_cpu": True,
     }
     args = PTRTrainingArguments(output_dir=str(folder), **{"preset": "ptr_offline", **options, **settings})
-    return PTRTrainer(base_policy("act", root), args, train_dataset=data)
+    return PTRTrainer(base_policy(model, root), args, train_dataset=data)
 
 
 def test_clean_data_train_as_sft_and_are_inspected_once(
@@ -103,3 +108,38 @@ def test_a_mixture_is_inspected_source_by_source(demonstrations: Path, tmp_path:
     assert weights is not None
     assert len(weights.values) == 144 + 120
     assert set(DatasetScores.load(tmp_path / "found").chunks["source"]) == {0, 1}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mixture_is_scored_by_its_file_and_trained_with_the_weights(
+    demonstrations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], streaming: bool
+) -> None:
+    other = write_dataset(tmp_path / "other", (10,) * 12, seed=1)
+    spoil(other, episode=4)
+    sources = [{"dataset": str(root), "embodiment": POINT, "name": root.name} for root in (demonstrations, other)]
+    sources[1]["episodes"] = list(range(1, 12))
+    file = tmp_path / "mixture.yaml"
+    file.write_text(yaml.safe_dump({"sources": sources, "action_space": "compact", "streaming": streaming}))
+    out = tmp_path / "out"
+    options = ["--dataset", str(file), "--output_dir", str(out), "--questions", "roughness", "--group", "none"]
+    assert score(parse(options)) == 0
+    assert f"--mixture {file} --weights {out / CHUNKS_FILE}" in capsys.readouterr().out
+    scores = DatasetScores.load(out)
+    assert scores.excluded[["source", "episode_index"]].to_numpy().tolist() == [[1, 4]]
+    assert len(scores.episodes) == 12 + 11
+    trainer = trainer_of(tmp_path / "run", str(file), demonstrations, weights=str(out), model="smolvla", max_steps=16)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "weight_min" in row]
+    assert {row["weight_max"] for row in rows} == {1.0}
+    assert min(row["weight_min"] for row in rows) == pytest.approx(0.02)
+    assert trainer.policy.config.weights_record["episodes_below"] == pytest.approx(1 / 23)
+
+
+def spoil(root: Path, episode: int) -> None:
+    """Noise in the actions of one episode."""
+    (path,) = (root / "data").rglob("*.parquet")
+    table = pd.read_parquet(path)
+    rows = table["episode_index"] == episode
+    noise = np.random.default_rng(0).normal(0, 1, (int(rows.sum()), 2)).astype(np.float32)
+    table.loc[rows, "action"] = pd.Series(list(noise), index=table.index[rows])
+    table.to_parquet(path)

@@ -65,11 +65,12 @@ def test_what_is_drawn_afterwards_is_not_changed() -> None:
         assert draws() == inside
 
 
-def test_the_papers_score_under_the_default_presets_map(tmp_path: Path, points: Path) -> None:
+def test_the_papers_score_under_another_presets_map(tmp_path: Path, points: Path) -> None:
     """What is given is also what trains."""
     options = {"max_steps": 4, "logging_steps": 1, "segment_length": 2, "score_refresh_steps": 1, "queue_size": 0}
     args = PTRTrainingArguments(
         output_dir=str(tmp_path),
+        preset="ptr_calibrated",
         score="posterior",
         queue_negatives=0,
         scorer_warmup_steps=1,
@@ -92,6 +93,7 @@ def test_the_papers_score_under_the_default_presets_map(tmp_path: Path, points: 
 def test_a_warm_up_as_long_as_the_run_is_said(tmp_path: Path, points: Path, caplog: pytest.LogCaptureFixture) -> None:
     args = PTRTrainingArguments(
         output_dir=str(tmp_path),
+        preset="ptr",
         max_steps=1,
         scorer_warmup_steps=3000,
         use_cpu=True,

@@ -1,4 +1,4 @@
-"""What `train_ptr.py` refuses before it imports torch and LeRobot: options' files, and which policy and data they name."""
+"""What `ptr-train` refuses before it imports torch and LeRobot: options' files, and which policy and data they name."""
 
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
@@ -7,11 +7,13 @@ from typing import Any, NoReturn
 
 import yaml
 
-from ptr_hf.cli.option_names import ELSEWHERE, FROM_SCRATCH, unknown_options
+from ptr_hf.cli.option_names import ELSEWHERE, unknown_options
 from ptr_hf.cli.refusals import UsageError
 
-SOURCES = ("policy_path", "dataset", "mixture", "only", "output_dir", "resume_from_checkpoint")
-FOREIGN = frozenset(other for others in (*ELSEWHERE.values(), FROM_SCRATCH) for other in others)
+SOURCES = ("policy_path", "policy_type", "dataset", "mixture", "only", "output_dir", "resume_from_checkpoint")
+DEMO = Path(__file__).parent / "demo.yaml"
+"""Options of the job that runs without arguments."""
+FOREIGN = frozenset(other for others in ELSEWHERE.values() for other in others)
 
 
 class _Finder(ArgumentParser):
@@ -19,12 +21,11 @@ class _Finder(ArgumentParser):
         raise UsageError(f"{message}.")
 
 
-def first_look(argv: Sequence[str], demo: Path) -> dict[str, dict[str, Any]]:
+def first_look(argv: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Check what the command line and its YAML files train on what.
 
     Args:
-        argv: the command line.
-        demo: the YAML file that stands in where neither policy, data nor a file is named.
+        argv: the command line; where it names neither policy, data nor a file, `DEMO` stands in.
 
     Returns:
         the options in the YAML files, by file, in their order; later ones override earlier ones, None leaves out.
@@ -46,8 +47,8 @@ def first_look(argv: Sequence[str], demo: Path) -> dict[str, dict[str, Any]]:
     if foreign:
         raise UsageError(unknown_options(foreign, ELSEWHERE))
     named = command.pop("config")
-    alone = not named and not {"policy_path", "dataset", "mixture"} & command.keys()
-    files = read_files([demo] if alone else named)
+    alone = not named and not {"policy_path", "policy_type", "dataset", "mixture"} & command.keys()
+    files = read_files([DEMO] if alone else named)
     given = {name: value for options in files.values() for name, value in options.items()} | command
     _check({name: value for name, value in given.items() if value is not None})
     return files
@@ -78,20 +79,23 @@ def _name(word: str) -> str:
 
 
 def _check(given: dict[str, Any]) -> None:
-    policy, dataset, mixture = (given.get(name) for name in ("policy_path", "dataset", "mixture"))
+    path, kind, dataset, mixture = (given.get(name) for name in ("policy_path", "policy_type", "dataset", "mixture"))
+    named, policy = "--policy_path" if kind is None else "--policy_type", path or kind
+    if path is not None and kind is not None:
+        raise UsageError("--policy_path is a policy to fine-tune and --policy_type a new one: give one of the two.")
     if dataset is not None and mixture is not None:
         raise UsageError("--dataset is one dataset and --mixture several: give one of the two.")
     if policy is not None and dataset is None and mixture is None:
-        raise UsageError("--policy_path needs a --dataset or a --mixture; leave all out for the demo.")
+        raise UsageError(f"{named} needs a --dataset or a --mixture; leave all out for the demo.")
     if policy is None and dataset is not None:
         raise UsageError(
-            "--dataset needs a --policy_path, the policy to fine-tune: a Hub id such as lerobot/smolvla_base, or a folder. "
-            "Leave both out for the demo."
+            "--dataset needs a --policy_path, the policy to fine-tune (a Hub id such as lerobot/smolvla_base, or a folder), or a "
+            "--policy_type, such as act, to train from scratch. Leave all out for the demo."
         )
     if given.get("only") is not None and mixture is None:
         raise UsageError("--only names a source of the --mixture, which is missing.")
     if given.get("policy_overrides") and policy is None:
-        raise UsageError("--policy_overrides change the policy of --policy_path, which is missing.")
+        raise UsageError("--policy_overrides change the policy of --policy_path or --policy_type, which is missing.")
     compares = str(given.get("compare_sft", "false")).lower() in ("true", "yes", "1", "t", "y")
     if compares and Path(str(given.get("resume_from_checkpoint"))).is_dir():
         raise UsageError(

@@ -13,6 +13,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
         "model",
         "model_name_or_path",
     ),
+    "policy_type": ("policy.type",),
     "dataset": ("dataset.repo_id", "dataset.root", "dataset_path", "dataset_name", "repo_id", "data", "train_dataset"),
     "eval_dataset": ("eval.dataset", "val_dataset", "validation_dataset"),
     "dataset_revision": ("dataset.revision",),
@@ -56,7 +57,6 @@ NOTES = {
     "bf16": "true or false",
     "eval_env_steps": "steps between two evaluations in --eval_env",
 }
-FROM_SCRATCH = ("policy.type", "policy_type")
 _MEANT = {other: name for name, others in ELSEWHERE.items() for other in others}
 
 
@@ -68,8 +68,6 @@ def meant(option: str, known: Collection[str]) -> str:
         known: the command's own options, without dashes.
     """
     name = option.partition("=")[0].lstrip("-").replace("-", "_")
-    if name in FROM_SCRATCH and "policy_path" in known:
-        return "give a policy to start from with --policy_path; `lerobot-train --policy.type=ptr` starts from scratch"
     near = [_MEANT[name]] if _MEANT.get(name) in known else get_close_matches(name, known, n=1, cutoff=0.7)
     if not near:
         return ""

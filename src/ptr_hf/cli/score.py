@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ptr_hf.cli import interrupts
 from ptr_hf.cli.refusals import as_options, refusals
@@ -54,12 +54,15 @@ def _score(options: ScoreOptions, answers: object) -> int:
     from ptr_hf.report.console import PlainConsole
     from ptr_hf.scoring import next_steps
     from ptr_hf.scoring.inspection import inspect_dataset
+    from ptr_hf.scoring.recordings import single, sources_of
 
     console = PlainConsole(stderr=options.json)
-    sources = list(options.dataset)
-    _show_plan(options, console)
+    given = options.dataset[0] if len(options.dataset) == 1 else list(options.dataset)
+    read, _ = sources_of(given)
+    sources = [str(single(source)[0]) for source in read]
+    _show_plan(read, options, console)
     scores = inspect_dataset(
-        sources if len(sources) > 1 else sources[0],
+        given,
         episodes=options.episodes,
         revision=options.revision,
         false_alarms=options.false_alarms,
@@ -76,7 +79,7 @@ def _score(options: ScoreOptions, answers: object) -> int:
     if options.page:
         from ptr_hf.scoring.page import write_page
 
-        write_page(scores, sources, folder, episodes=options.episodes, revision=options.revision)
+        write_page(scores, read, folder, episodes=options.episodes, revision=options.revision, mixture=options.mixture)
         page = True
     _show(scores, sources, options, console)
     if options.write_dataset is not None:
@@ -105,13 +108,15 @@ def _score(options: ScoreOptions, answers: object) -> int:
     return FAILED if failed else 0
 
 
-def _show_plan(options: ScoreOptions, console: "Console") -> None:
+def _show_plan(sources: list[Any], options: ScoreOptions, console: "Console") -> None:
     from ptr_hf.data.datasets import dataset_metadata
     from ptr_hf.scoring.inspection import QUESTIONS
+    from ptr_hf.scoring.recordings import single
 
-    for source in options.dataset:
-        meta = dataset_metadata(source, options.revision, options.episodes)
-        number = meta.total_episodes if options.episodes is None else len(set(options.episodes))
+    for given in sources:
+        source, episodes, revision = single(given, options.episodes, options.revision)
+        meta = dataset_metadata(source, revision, episodes)
+        number = meta.total_episodes if episodes is None else len(set(episodes))
         cameras = len(meta.camera_keys)
         unread = f"; {cameras} camera{'s' if cameras != 1 else ''} not read" if cameras else ""
         console.print(
@@ -138,7 +143,7 @@ def _show(scores: "DatasetScores", sources: list[str], options: ScoreOptions, co
     else:
         console.print(scores)
     console.print(f"\n{said.headline}. {said.sentence}\n", style="bold")
-    for command in next_steps.commands(scores, sources, options.output_dir):
+    for command in next_steps.commands(scores, sources, options.output_dir, options.mixture):
         console.print(f"{command.does}:")
         console.print(f"  {command.line}\n", soft_wrap=True)
     first = f"{options.output_dir / next_steps.PAGE_FILE} shows it; " if options.page else ""

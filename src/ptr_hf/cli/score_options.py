@@ -10,6 +10,7 @@ from ptr_hf.cli.option_names import unknown_options
 from ptr_hf.cli.refusals import UsageError
 
 PROGRAM = "ptr-score"
+MIXTURE_ENDINGS = (".yaml", ".yml")
 DESCRIPTION = """Find the bad demonstrations of a LeRobot dataset, before training and without a policy.
 
 States, actions and instructions are read, no video is; small networks then ask what a demonstration should satisfy: do the
@@ -42,6 +43,11 @@ class ScoreOptions:
     scorer: str | None
     push_to_hub: str | None
 
+    @property
+    def mixture(self) -> str | None:
+        """The YAML file of a mixture, where that is what is inspected."""
+        return self.dataset[0] if self.dataset[0].endswith(MIXTURE_ENDINGS) else None
+
 
 class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -59,7 +65,11 @@ def parser() -> ArgumentParser:
     made = _Parser(prog=PROGRAM, description=DESCRIPTION, allow_abbrev=False, formatter_class=_Help)
     what = made.add_argument_group("what is inspected")
     what.add_argument(
-        "--dataset", nargs="+", action="extend", metavar="DATASET", help="Hub ids or folders; each is judged by itself"
+        "--dataset",
+        nargs="+",
+        action="extend",
+        metavar="DATASET",
+        help="Hub ids, folders, or a mixture's YAML file; each is judged by itself",
     )
     what.add_argument("--episodes", nargs="+", type=int, metavar="N", help="these alone (of a single dataset)")
     what.add_argument("--revision", help="of a single dataset on the Hub")
@@ -125,10 +135,13 @@ def parse(argv: Sequence[str]) -> ScoreOptions:
         raise UsageError(unknown_options(rest, known))
     if not given.dataset:
         raise UsageError("--dataset is needed: a dataset's Hub id or folder.")
-    several = len(given.dataset) > 1
+    mixture = any(name.endswith(MIXTURE_ENDINGS) for name in given.dataset)
+    if mixture and len(given.dataset) > 1:
+        raise UsageError("--dataset takes either datasets or one mixture's YAML file.")
     for name in ("episodes", "revision", "write_dataset", "export_lerobot", "scorer"):
-        if several and getattr(given, name) is not None:
-            raise UsageError(f"--{name} is of a single dataset; {len(given.dataset)} are given.")
+        if (mixture or len(given.dataset) > 1) and getattr(given, name) is not None:
+            many = "a mixture is" if mixture else f"{len(given.dataset)} are"
+            raise UsageError(f"--{name} is of a single dataset; {many} given.")
     if given.write_dataset is not None and given.episodes is not None:
         raise UsageError("--write_dataset copies a whole dataset: leave --episodes out.")
     if given.write_dataset is not None and given.write_dataset.exists():
@@ -141,7 +154,8 @@ def parse(argv: Sequence[str]) -> ScoreOptions:
         raise UsageError("--fail_over is a share of the weight, between 0 and 1.")
     if given.max_frames < 1:
         raise UsageError("--max_frames must be 1 or more.")
-    output = given.output_dir or Path("ptr_scores") / "+".join(_last(source) for source in given.dataset)
+    names = [Path(name).stem if mixture else _last(name) for name in given.dataset]
+    output = given.output_dir or Path("ptr_scores") / "+".join(names)
     for path in (output, *output.parents):
         if path.exists() and not path.is_dir():
             raise UsageError(f"--output_dir {output}: {path} is a file; name a folder.")

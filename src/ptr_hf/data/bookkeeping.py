@@ -137,7 +137,7 @@ def _check_index(
         if not np.array_equal(frames.index[run.start : run.stop], first[episode] + np.arange(run.length)):
             raise ValueError(
                 f"The column 'index' of {frames.file_of(run.start)} does not count the frames of episode {episode}: convert the "
-                "dataset anew, or train with PTRTrainer (recipes/train_ptr.py), which numbers them itself."
+                "dataset anew, or train with PTRTrainer (ptr-train), which numbers them itself."
             )
 
 

@@ -300,7 +300,7 @@ def check_one_instruction(meta: LeRobotDatasetMetadata, layout: SegmentLayout) -
         raise ValueError(
             f"{len(several)} episodes of {meta.repo_id} change their instruction on the way (the first is episode {several[0]}), "
             f"and LeRobot's training loop would give all {layout.segment_length} chunks of a segment that of its first frame: "
-            "set --policy.segment_length=1, or train with PTRTrainer (recipes/train_ptr.py), which reads each chunk's own."
+            "set --policy.segment_length=1, or train with PTRTrainer (ptr-train), which reads each chunk's own."
         )
 
 

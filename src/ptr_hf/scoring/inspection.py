@@ -18,7 +18,7 @@ from ptr_hf.scoring.crossfit import CrossFit, FitSettings, Reweigh
 from ptr_hf.scoring.dataset_scores import DatasetScores
 from ptr_hf.scoring.instruction import InstructionFromEpisode
 from ptr_hf.scoring.question import Answer, CannotAskError, Question
-from ptr_hf.scoring.recordings import TASK_GROUP, Recordings, read_recordings
+from ptr_hf.scoring.recordings import TASK_GROUP, Recordings, read_recordings, sources_of
 from ptr_hf.scoring.verdicts import Verdicts, judge
 
 QUESTIONS: tuple[type[Question], ...] = (
@@ -54,7 +54,8 @@ def inspect_dataset(
     """Find the bad demonstrations of a dataset, from its states, actions and instructions alone; no video is read.
 
     Args:
-        dataset: Hub id, local folder, open LeRobotDataset, or a list of these, each of which is inspected by itself.
+        dataset: Hub id, local folder or open LeRobotDataset; a list of these, or a mixture (`MixtureConfig`, dict, or YAML file),
+            of which each dataset is inspected by itself.
         episodes: a subset of a single dataset's.
         revision: of a Hub dataset.
         false_alarms: share of good episodes that may be flagged, in (0, 0.5].
@@ -81,13 +82,13 @@ def inspect_dataset(
     if not 0 <= weight_min <= 1:
         raise ValueError(f"weight_min={weight_min} is out of range: it must be between 0 and 1.")
     asked = _chosen(questions)
-    several = isinstance(dataset, Sequence) and not isinstance(dataset, str)
+    sources, several = sources_of(dataset)
     if several and (episodes is not None or revision is not None):
-        raise ValueError("episodes and revision are of a single dataset; give open LeRobotDatasets instead.")
+        raise ValueError("episodes and revision are of a single dataset; give a mixture's sources their own.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     fit = FitSettings(max_frames=max_frames, seed=seed, device=device, progress=progress)
     parts = []
-    for source in dataset if several else [dataset]:
+    for source in sources:
         recordings = read_recordings(source, episodes=episodes, revision=revision)
         parts.append(_inspect(recordings, asked, fit, group, false_alarms, weight_min))
     settings = {

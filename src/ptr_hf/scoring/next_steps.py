@@ -86,27 +86,28 @@ def kept_episodes(scores: DatasetScores, source: int | None = None) -> list[int]
     return [number for number in _numbers(scores.episodes, source) if number not in out]
 
 
-def commands(scores: DatasetScores, sources: Sequence[str], folder: Path) -> list[Command]:
+def commands(scores: DatasetScores, sources: Sequence[str], folder: Path, mixture: str | None = None) -> list[Command]:
     """The command lines that come next.
 
     Args:
         scores: of these datasets.
         sources: as the user named them.
         folder: where the scores lie.
+        mixture: the YAML file that named them.
     """
     found: list[Command] = []
     if scores.flagged.empty:
         return found
-    if len(sources) == 1:
-        weights = shlex.quote(str(folder / CHUNKS_FILE))
-        own = shlex.quote(sources[0])
+    weights = shlex.quote(str(folder / CHUNKS_FILE))
+    if mixture is not None or len(sources) == 1:
+        own = f"--dataset {shlex.quote(sources[0])}" if mixture is None else f"--mixture {shlex.quote(mixture)}"
         found.append(
             Command(
                 "Train with the weights",
-                f"accelerate launch recipes/train_ptr.py --policy_path lerobot/smolvla_base --dataset {own} --weights {weights} "
-                "--output_dir out",
+                f"ptr-train --policy_path lerobot/smolvla_base {own} --weights {weights} --output_dir out",
             )
         )
+    if mixture is None and len(sources) == 1:
         found.append(
             Command(
                 "The same in LeRobot's own loop",

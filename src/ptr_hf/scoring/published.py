@@ -100,7 +100,7 @@ def card(scores: DatasetScores, repo_id: str, sources: Sequence[str]) -> str:
         "\n".join(notes),
         "```bash\n"
         f"hf download {repo_id} {CHUNKS_FILE} --repo-type dataset --local-dir scores\n"
-        "accelerate launch recipes/train_ptr.py --policy_path lerobot/smolvla_base "
+        "ptr-train --policy_path lerobot/smolvla_base "
         f"--dataset {on_hub[0] if on_hub else names[0]} --weights scores/{CHUNKS_FILE} --output_dir out\n"
         "```",
         f"`{PAGE_FILE}` shows the worst episodes; `{KEEP_FILE}` and `{EXCLUDE_FILE}` list episodes by number.",

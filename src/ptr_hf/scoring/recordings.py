@@ -11,6 +11,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import OBS_STATE
 
 from ptr_hf.data.datasets import open_dataset
+from ptr_hf.data.mixture_config import MixtureConfig, SourceConfig
 from ptr_hf.data.segments import ACTION, OBSERVATION_PREFIX, SegmentLayout
 
 TASK_GROUP = "task"
@@ -94,19 +95,44 @@ class Recordings:
         return np.unique(self.attributes[name], return_inverse=True)[1]
 
 
+def sources_of(given: Any) -> tuple[list[Any], bool]:
+    """The datasets that an argument stands for, each of which is inspected by itself.
+
+    Args:
+        given: a Hub id, a folder, an open LeRobotDataset; a list of these; or a mixture, as `PTRTrainer` takes it.
+
+    Returns:
+        the datasets, and whether `given` may hold several.
+    """
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return list(given), True
+    mixture = MixtureConfig.of(given)
+    return ([given], False) if mixture is None else (list(mixture.sources), True)
+
+
+def single(
+    source: Any, episodes: Sequence[int] | None = None, revision: str | None = None
+) -> tuple[Any, Sequence[int] | None, str | None]:
+    """A dataset, the subset of its episodes and its revision: those of the arguments, or of a mixture's source its own."""
+    if isinstance(source, SourceConfig):
+        return source.dataset, source.episodes, source.revision
+    return source, episodes, revision
+
+
 def read_recordings(
     source: str | Any, *, episodes: Sequence[int] | None = None, revision: str | None = None
 ) -> Recordings:
     """Read a dataset's states, actions and episodes. Videos are neither decoded nor downloaded.
 
     Args:
-        source: Hub id, local folder, or an open LeRobotDataset.
+        source: Hub id, local folder, an open LeRobotDataset, or a mixture's source, which has episodes and revision of its own.
         episodes: a subset; None takes all.
         revision: of the Hub repo.
 
     Raises:
         ValueError: the dataset has no actions, or cannot be read; the sentence names it.
     """
+    source, episodes, revision = single(source, episodes, revision)
     alone = SegmentLayout(None, (0,), 1, 1, 1)
     dataset = open_dataset(source, alone, episodes=episodes, revision=revision, download_videos=False)
     features = dataset.meta.features

@@ -13,7 +13,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from rich.console import Console
 
 from ptr_hf.configuration_ptr import PTRConfig
-from ptr_hf.data.mixture_metadata import MixtureMetadata, Source
+from ptr_hf.data.mixture_metadata import MixtureMetadata
 from ptr_hf.hyperparameters import AUTO
 from ptr_hf.scores import FrameWeights
 from ptr_hf.scoring.dataset_scores import CHUNKS_FILE, DatasetScores, weights_by_frame
@@ -128,7 +128,12 @@ def _inspected(
     """The inspection of the data: a new one, or the one in the folder where it is of the same data and settings."""
     from ptr_hf.scoring.inspection import inspect_dataset
 
-    settings: dict[str, Any] = {"weight_min": config.weight_min, "group": config.standardize_by, "seed": seed}
+    settings: dict[str, Any] = {
+        "false_alarms": config.false_alarms,
+        "weight_min": config.weight_min,
+        "group": "none" if config.standardize_by == "all" else config.standardize_by,
+        "seed": seed,
+    }
     key = {"settings": settings, "datasets": _identities(meta, tables), "code": _code()}
     if folder is not None and _read_key(folder / KEY_FILE) == key:
         scores = DatasetScores.load(folder)
@@ -137,14 +142,12 @@ def _inspected(
     else:
         # where nothing is kept every process inspects for itself, and all have to find the same
         device = None if folder is not None else "cpu"
-        data = [_opened(source) for source in meta.sources] if isinstance(meta, MixtureMetadata) else given
+        data = [source.config for source in meta.sources] if isinstance(meta, MixtureMetadata) else given
         scores = inspect_dataset(
             data,
             episodes=episodes,
             revision=revision,
-            weight_min=config.weight_min,
-            group=config.standardize_by,
-            seed=seed,
+            **settings,
             device=device,
             progress=console is not None,
         )
@@ -155,20 +158,6 @@ def _inspected(
     if console is not None:
         console.print(scores)
     return scores
-
-
-def _opened(source: Source) -> Any:
-    """A source of a mixture as an inspection takes it."""
-    given = source.config
-    if isinstance(given.dataset, LeRobotDataset) or (given.episodes is None and given.revision is None):
-        return given.dataset
-    return LeRobotDataset(
-        source.meta.repo_id,
-        root=source.meta.root,
-        episodes=None if given.episodes is None else list(given.episodes),
-        revision=given.revision,
-        download_videos=False,
-    )
 
 
 def _read_key(path: Path) -> Any:

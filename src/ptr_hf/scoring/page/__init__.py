@@ -18,7 +18,7 @@ from ptr_hf.scoring.page.drawings import distribution, motion, score_curve
 from ptr_hf.scoring.page.filmstrips import filmstrips
 from ptr_hf.scoring.page.moments import Moment, moments
 from ptr_hf.scoring.page.tables import group_tables
-from ptr_hf.scoring.recordings import Recordings, read_recordings
+from ptr_hf.scoring.recordings import Recordings, read_recordings, single
 
 MOST_CARDS, MOST_CELLS, MOST_MOTIONS = 12, 3000, 6
 
@@ -66,6 +66,7 @@ def write_page(
     *,
     episodes: Sequence[int] | None = None,
     revision: str | None = None,
+    mixture: str | None = None,
     most: int = MOST_CARDS,
 ) -> Path:
     """Write ptr_scores.html: it needs no network and no script.
@@ -74,10 +75,11 @@ def write_page(
 
     Args:
         scores: of these datasets.
-        sources: Hub ids, folders or open LeRobotDatasets, in the order of the inspection.
+        sources: Hub ids, folders, open LeRobotDatasets or sources of a mixture, in the order of the inspection.
         folder: for the page.
         episodes: the subset of a single dataset that was inspected.
         revision: of a single Hub dataset.
+        mixture: the YAML file that named the sources.
         most: bad episodes that are shown with pictures.
 
     Returns:
@@ -114,7 +116,7 @@ def write_page(
         ],
         tables=group_tables(scores.episodes, _columns(scores, read, names)),
         notes=scores.notes,
-        commands=commands(scores, [str(source) for source in sources], Path(folder)),
+        commands=commands(scores, [str(single(source)[0]) for source in sources], Path(folder), mixture),
         settings=sorted((name, _readable(value)) for name, value in without_local_paths(dict(scores.settings)).items()),
     )
     path = Path(folder) / PAGE_FILE

@@ -12,6 +12,7 @@ from lerobot.datasets.video_utils import decode_video_frames
 from PIL import Image
 
 from ptr_hf.data.datasets import dataset_metadata, video_backend
+from ptr_hf.scoring.recordings import single
 
 HEIGHT, WIDTH = 132, 200
 """Pictures are made to fit, in pixels; smaller ones are enlarged twice at most."""
@@ -24,7 +25,8 @@ def filmstrips(
     """Pictures of the first camera that is no depth map.
 
     Args:
-        source: Hub id, folder, or open LeRobotDataset. Of a Hub dataset the videos of these episodes are fetched.
+        source: Hub id, folder, open LeRobotDataset, or a mixture's source. Of a Hub dataset the videos of these episodes are
+            fetched.
         wanted: frames by episode, as the dataset numbers them.
         revision: of the Hub repo.
 
@@ -34,6 +36,7 @@ def filmstrips(
     Raises:
         ValueError, OSError: a video cannot be read.
     """
+    source, _, revision = single(source, revision=revision)
     meta = dataset_metadata(source, revision)
     cameras = [key for key in meta.camera_keys if key not in set(getattr(meta, "depth_keys", ()))]
     if not cameras or not wanted:
