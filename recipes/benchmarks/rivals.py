@@ -4,7 +4,7 @@
 
 makes the sets and an environment for each tool in `--workspace`, runs each tool there by its own command (or, where it says so
 below, its own Python functions) and adds rows to the file: one for each tool, score, set, seed and kind of fault. Rows that the
-file has already are not measured again. The tools must be installable with pip; none of them is imported by this process.
+file has already are not measured again, nor what the workspace keeps. Every tool is installed with pip; this process imports none.
 
 The sets are `bundled` (60 episodes with camera, 20 of them bad), and the good episodes of the bundled Meta-World states, of which
 30 % are spoiled by recipes/corrupt_dataset.py: `signal` (delay, scaled, zeroed) and `demonstration` (noise of 0.4, truncation,
@@ -251,9 +251,12 @@ def timed(command: list[str], log: Path, environment: dict[str, str]) -> tuple[f
 
 
 def measure(name: str, folder: Path, workspace: Path) -> list[dict[str, object]]:
-    """Rows of score, kind, AUC and seconds of one tool on one set; a run that fails leaves one row that says how."""
-    programs = install(name, workspace)
+    """Rows of score, kind, AUC and seconds of one tool on one set, kept in the workspace; a run that fails has one row."""
     outputs = workspace / "outputs" / f"{name}-{folder.name}"
+    finished = outputs / "rows.json"
+    if finished.is_file():
+        return list(json.loads(finished.read_text()))
+    programs = install(name, workspace)
     outputs.mkdir(parents=True, exist_ok=True)
     environment = {key: value for key, value in os.environ.items() if name == OURS or key != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(outputs / "cache")}
@@ -273,6 +276,7 @@ def measure(name: str, folder: Path, workspace: Path) -> list[dict[str, object]]
         for score, found in scores.items():
             for kind, auc in auc_by_kind(truth, filled(found, truth.num_episodes, run.absent)).items():
                 rows.append({"score": score + run.label, "kind": kind, "auc": round(auc, 4)} | _times(wall, processor))
+    finished.write_text(json.dumps(rows))
     return rows
 
 
