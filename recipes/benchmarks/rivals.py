@@ -3,8 +3,8 @@
     python recipes/benchmarks/rivals.py --workspace rivals --results results/rivals.json
 
 makes the sets and an environment for each tool in `--workspace`, runs each tool there by its own command (or, where it says so
-below, its own Python functions) and adds rows to the file: one for each tool, score, set, seed and kind of fault. Rows that the
-file has already are not measured again, nor what the workspace keeps. Every tool is installed with pip; this process imports none.
+below, its own Python functions) and adds rows to the file: one for each tool, score, set, seed and kind of fault. What the file
+or the workspace has is not measured again. Every tool is installed with pip; this process imports none of them.
 
 The sets are `bundled` (60 episodes with camera, 20 of them bad), and the good episodes of the bundled Meta-World states, of which
 30 % are spoiled by recipes/corrupt_dataset.py: `signal` (delay, scaled, zeroed) and `demonstration` (noise of 0.4, truncation,
