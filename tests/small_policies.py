@@ -56,7 +56,10 @@ def ptr_policy(
     family: str, root: Path, base: dict[str, Any] | None = None, seed: int = 0, **settings: Any
 ) -> PTRPolicy:
     """A `PTRPolicy` in training mode around `base_policy`; PTR's own weights depend on the seed alone."""
-    config = PTRConfig(**{"device": "cpu", "preset": "ptr", "scorer_warmup_steps": 1, **settings})
+    settings = {"device": "cpu", "preset": "ptr", **settings}
+    if settings["preset"] != "ptr_offline":
+        settings = {"scorer_warmup_steps": 1, **settings}
+    config = PTRConfig(**settings)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return PTRPolicy(config, base_policy=base_policy(family, root, **base or {})).train()

@@ -56,7 +56,7 @@ def test_weights_of_1_train_sft_bit_for_bit(points: Path, tmp_path: Path, family
 
 @pytest.mark.parametrize("family", ["smolvla", "act"])
 def test_the_loss_is_the_weighted_mean_of_the_chunks_losses(points: Path, family: str) -> None:
-    policy = ptr_policy(family, points, preset="ptr_offline", scorer_warmup_steps=0)
+    policy = ptr_policy(family, points, preset="ptr_offline")
     values = np.linspace(0.0, 2.0, FRAMES, dtype=np.float32)
     policy.set_weights(FrameWeights.of_array(values))
     batch = train_batch(policy, points, (0, 33, 60, 111))
