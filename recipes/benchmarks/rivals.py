@@ -276,7 +276,8 @@ def measure(name: str, folder: Path, workspace: Path) -> list[dict[str, object]]
         for score, found in scores.items():
             for kind, auc in auc_by_kind(truth, filled(found, truth.num_episodes, run.absent)).items():
                 rows.append({"score": score + run.label, "kind": kind, "auc": round(auc, 4)} | _times(wall, processor))
-    finished.write_text(json.dumps(rows))
+    if not any(row.get("failed") for row in rows):
+        finished.write_text(json.dumps(rows))
     return rows
 
 
