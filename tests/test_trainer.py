@@ -1,5 +1,6 @@
 """`PTRTrainer`: what it takes, what it writes, and that stopping and resuming changes nothing."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -449,6 +450,24 @@ class TestOptimisation:
         assert rates == {False: 1e-2, True: pytest.approx(1e-3)}
         trained = {id(parameter) for group in groups for parameter in group["params"]}
         assert trained == {id(parameter) for parameter in trainer.policy.parameters() if parameter.requires_grad}
+
+    @pytest.mark.parametrize("rate", [1e-2, 0.0])
+    def test_the_side_pathways_learning_rate_is_taken_as_given(self, points: Path, tmp_path: Path, rate: float) -> None:
+        policy = base_policy("act", points, optimizer_lr=1e-3)
+        args = arguments(tmp_path, learning_rate=rate, head_learning_rate=3e-3, **SMALL)
+        trainer = PTRTrainer(policy, args, train_dataset=points)
+        assert trainer.create_optimizer().param_groups[-1]["lr"] == 3e-3
+
+    def test_the_scorer_alone_learns_at_learning_rate_0(self, points: Path, tmp_path: Path) -> None:
+        args = arguments(tmp_path, learning_rate=0.0, head_learning_rate=1e-3, num_belief_tokens=0, **SMALL)
+        trainer = PTRTrainer(base_policy("smolvla", points), args, train_dataset=points)
+        before = copy.deepcopy(trainer.policy.state_dict())
+        trainer.train()
+        after = trainer.policy.state_dict()
+        base = [name for name in before if name.startswith("base.")]
+        assert base
+        assert all(torch.equal(before[name], after[name]) for name in base)
+        assert any(not torch.equal(before[name], after[name]) for name in before if ".scorer." in name)
 
     @pytest.mark.parametrize(
         "settings",

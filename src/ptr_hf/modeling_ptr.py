@@ -438,14 +438,18 @@ class PTRPolicy(PreTrainedPolicy):
 
     def get_optim_params(self) -> Any:
         """The base policy's own parameter groups, and the side pathway's parameters as one more."""
-        groups = self._base_groups(unwrap(self.base).get_optim_params())
+        return [*self.base_groups(), *self.side_groups()]
+
+    def side_groups(self) -> list[dict[str, Any]]:
+        """The side pathway's parameters as one group, with the learning rate that was chosen for it; none without any."""
         side = [p for name, p in self.named_parameters() if not name.startswith(BASE_PREFIX) and p.requires_grad]
         rate = self.config.head_learning_rate
         own_rate = {} if rate is None else {"lr": rate}
-        return [*groups, {"params": side, **own_rate}] if side else groups
+        return [{"params": side, **own_rate}] if side else []
 
-    def _base_groups(self, groups: Any) -> list[dict[str, Any]]:
-        """What LeRobot's policies return: groups, parameters, or parameters by name for an optimiser that groups them."""
+    def base_groups(self) -> list[dict[str, Any]]:
+        """The base policy's groups: LeRobot's policies return groups, parameters, or parameters by name."""
+        groups = unwrap(self.base).get_optim_params()
         if isinstance(groups, list):
             return list(groups)
         if isinstance(groups, dict):

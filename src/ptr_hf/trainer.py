@@ -376,18 +376,21 @@ class PTRTrainer(GuardedTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or `args.optim`) over the base policy's own parameter groups and the side pathway's.
 
-        A group's own learning rate (ACT's backbone) is kept as a ratio to the policy's preset.
+        A base group's own learning rate (ACT's backbone) is kept as a ratio to the policy's preset; `head_learning_rate` is
+        the side pathway's as it stands.
         """
         if self.optimizer is not None:
             return self.optimizer
         policy = self.policy
         optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
         preset = policy.config.get_optimizer_preset().lr
-        groups = policy.get_optim_params()
-        for group in groups:
-            group["weight_decay"] = self.args.weight_decay
+        base, side = policy.base_groups(), policy.side_groups()
+        for group in base:
             if group.get("lr") is not None:
                 group["lr"] = group["lr"] / preset * self.args.learning_rate
+        groups = [*base, *side]
+        for group in groups:
+            group["weight_decay"] = self.args.weight_decay
         self.optimizer = optimizer_class([group for group in groups if group["params"]], **kwargs)
         return self.optimizer
 
