@@ -37,7 +37,7 @@ from ptr_hf.cli import interrupts
 from ptr_hf.cli.parser import OptionParser
 from ptr_hf.cli.refusals import refusals
 from ptr_hf.data.bookkeeping import mend_dataset
-from ptr_hf.data.corruption import KINDS, CorruptionPlan, Episode, TruthRecord
+from ptr_hf.data.corruption import IMAGE_KINDS, KINDS, CorruptionPlan, Episode, TruthRecord
 from ptr_hf.data.datasets import dataset_metadata, episode_spans, video_backend
 from ptr_hf.data.demonstrations import Truth, save_truth, truth_path, write_demonstrations
 
@@ -62,6 +62,22 @@ class CorruptionArguments:
     delay: float = field(default=0.0, metadata={"help": "Share whose actions are written down 8 frames late."})
     scaled: float = field(default=0.0, metadata={"help": "Share with all actions halved."})
     zeroed: float = field(default=0.0, metadata={"help": "Share with all actions zero."})
+    noise_in_part: float = field(
+        default=0.0,
+        metadata={"help": "Share with noise on a quarter of the frames, of --noise_std and --noise_bounds."},
+    )
+    camera_moved: float = field(
+        default=0.0, metadata={"help": "Share with one camera's pictures shifted by 15 %% of their shorter side."}
+    )
+    wrong_camera: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share with one camera showing another of its size, or else the pictures of the episode before."
+        },
+    )
+    frozen_frames: float = field(
+        default=0.0, metadata={"help": "Share with one camera's picture standing still for 30 %% of the frames."}
+    )
     overlapping: bool = field(
         default=False, metadata={"help": "Draw every kind on its own, so that an episode may get several."}
     )
@@ -81,10 +97,11 @@ class CorruptionArguments:
             raise ValueError(
                 f"noise_bounds={self.noise_bounds} must be two numbers, the lowest and the highest action."
             )
+        noise = {"std": self.noise_std, "bounds": self.noise_bounds}
         return CorruptionPlan(
             shares={kind: vars(self)[kind] for kind in KINDS if vars(self)[kind]},
             seed=self.seed,
-            parameters={"noise": {"std": self.noise_std, "bounds": self.noise_bounds}} if self.noise else {},
+            parameters={kind: noise for kind in ("noise", "noise_in_part") if vars(self)[kind]},
             overlapping=self.overlapping,
         )
 
@@ -174,6 +191,11 @@ def check(arguments: CorruptionArguments, plan: CorruptionPlan, recorded: Record
         raise ValueError(
             f"{arguments.dataset} has one instruction only ('{recorded.tasks[0]}'), so that none can be wrong; leave "
             "--wrong_instruction out."
+        )
+    pictures = [kind for kind in IMAGE_KINDS if kind in plan.shares]
+    if pictures and not recorded.cameras:
+        raise ValueError(
+            f"{arguments.dataset} has no camera to change pictures of; leave --{' and --'.join(pictures)} out."
         )
     if recorded.meta.fps != int(recorded.meta.fps):
         raise ValueError(

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptr_hf.data import corruption
-from ptr_hf.data.corruption import CLEAN, KINDS, PAPER_SHARES, CorruptionPlan, Episode, corrupt
+from ptr_hf.data.corruption import CLEAN, IMAGE_KINDS, KINDS, PAPER_SHARES, CorruptionPlan, Episode, corrupt
+from ptr_hf.data.image_faults import shifted
 
 TASKS = ("reach", "push", "pick and place", "open the faucet")
 
@@ -30,17 +31,18 @@ def episode(length: int = 50, task: str = "push", seed: int = 0) -> Episode:
 def test_only_the_named_labels_change(kind: str, length: int, seed: int, data: int) -> None:
     clean = episode(length, seed=data)
     before = {key: value.copy() for key, value in clean.frames.items()}
-    corrupted, _ = corrupt(clean, kind, seed, TASKS)
+    corrupted, _ = corrupt(clean, kind, seed, TASKS, episode(length // 2, seed=data + 1))
     kept = corrupted.length
+    label = "observation.image" if kind in IMAGE_KINDS else "action"
     for key, value in before.items():
         np.testing.assert_array_equal(clean.frames[key], value, err_msg="the input must stay untouched")
         assert corrupted.frames[key].dtype == value.dtype
-        if key != "action":
+        if key != label:
             np.testing.assert_array_equal(corrupted.frames[key], value[:kept])
     if kind in ("truncation", "wrong_instruction"):
         np.testing.assert_array_equal(corrupted.actions, before["action"][:kept])
     else:
-        assert not np.array_equal(corrupted.actions, before["action"])
+        assert not np.array_equal(corrupted.frames[label], before[label])
     assert (kept < length) == (kind == "truncation")
     assert (corrupted.task != clean.task) == (kind == "wrong_instruction")
 
@@ -48,11 +50,12 @@ def test_only_the_named_labels_change(kind: str, length: int, seed: int, data: i
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=50, deadline=None)
 def test_a_seed_decides_everything(kind: str, seed: int) -> None:
-    first, values = corrupt(episode(), kind, seed, TASKS)
-    second, again = corrupt(episode(), kind, seed, TASKS)
+    first, values = corrupt(episode(), kind, seed, TASKS, episode(seed=1))
+    second, again = corrupt(episode(), kind, seed, TASKS, episode(seed=1))
     assert values == again
     assert first.task == second.task
-    np.testing.assert_array_equal(first.actions, second.actions)
+    for key, value in first.frames.items():
+        np.testing.assert_array_equal(value, second.frames[key])
 
 
 @given(length=st.integers(10, 500), seed=st.integers(0, 2**32 - 1))
@@ -118,6 +121,53 @@ def test_scaling_and_zeroing_can_be_limited_to_axes() -> None:
     assert not zeroed[:, 0].any()
     np.testing.assert_array_equal(zeroed[:, 1:], clean.actions[:, 1:])
     assert not corruption.zero_actions(clean).actions.any()
+
+
+def test_noise_in_part_leaves_the_rest() -> None:
+    clean = episode(40)
+    noisy, values = corrupt(clean, "noise_in_part", 3, std=0.4)
+    changed = np.flatnonzero((noisy.actions != clean.actions).any(axis=1))
+    assert changed.tolist() == list(range(values["start"], values["start"] + 10))
+
+
+def test_a_moved_camera_shows_the_same_shifted() -> None:
+    shown = episode(5).frames["observation.image"]
+    moved = shifted(shown, 2, -3)
+    np.testing.assert_array_equal(moved[:, 2:, :-3], shown[:, :-2, 3:])
+    np.testing.assert_array_equal(moved[:, 0], moved[:, 2])
+
+
+def test_frozen_frames_are_held_and_released() -> None:
+    clean = episode(40)
+    hung, values = corrupt(clean, "frozen_frames", 5)
+    before, after = (item.frames["observation.image"] for item in (clean, hung))
+    stretch = slice(values["start"], values["start"] + values["steps"])
+    assert values["steps"] == 12
+    assert (after[stretch] == before[values["start"]]).all()
+    np.testing.assert_array_equal(np.delete(after, range(40)[stretch], 0), np.delete(before, range(40)[stretch], 0))
+
+
+def test_a_wrong_camera_is_another_one_or_the_episode_before() -> None:
+    clean, beside = episode(12), episode(5, seed=1)
+    wrong, values = corrupt(clean, "wrong_camera", 0, beside=beside)
+    assert values["shows"] == "the episode beside it"
+    np.testing.assert_array_equal(wrong.frames["observation.image"][4:], beside.frames["observation.image"][[4] * 8])
+    two = Episode({**clean.frames, "observation.wrist": beside.frames["observation.image"][[0] * 12]}, "push")
+    wrong, values = corrupt(two, "wrong_camera", 0)
+    np.testing.assert_array_equal(wrong.frames[values["camera"]], two.frames[values["shows"]])
+    with pytest.raises(ValueError, match="a second camera of the same size, or a second episode"):
+        corrupt(clean, "wrong_camera", 0)
+    blind = Episode({"action": clean.actions}, "push")
+    with pytest.raises(ValueError, match="no colour camera"):
+        corrupt(blind, "camera_moved", 0)
+
+
+def test_the_plan_takes_the_episode_before_and_for_the_first_the_second() -> None:
+    clean = [episode(10, seed=seed) for seed in range(3)]
+    spoiled = list(CorruptionPlan({"wrong_camera": 1.0}).apply(clean, [item.task for item in clean]))
+    for place, other in enumerate((1, 0, 1)):
+        shown = spoiled[place][0].frames["observation.image"]
+        np.testing.assert_array_equal(shown, clean[other].frames["observation.image"])
 
 
 def test_a_wrong_instruction_is_another_one_and_all_are_drawn() -> None:

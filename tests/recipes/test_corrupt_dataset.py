@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from demonstrations import write_dataset
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from stand_ins import INSTRUCTIONS, ROBOCASA, write_stand_in
+from stand_ins import INSTRUCTIONS, LIBERO, ROBOCASA, write_stand_in
 
+from ptr_hf.data.corruption import IMAGE_KINDS
 from ptr_hf.data.demonstrations import Truth, load_truth
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "corrupt_dataset.py"
@@ -158,6 +160,30 @@ def test_images_become_videos_and_the_seed_decides_everything(
         recipe.main(["--dataset", str(source), "--output_dir", str(tmp_path / "first")])
     recipe.main(["--dataset", str(source), "--output_dir", str(tmp_path / "first"), "--overwrite"])
     assert {record.kind for record in load_truth(tmp_path / "first").records} == {"clean"}
+
+
+def test_faults_of_pictures_change_one_camera_alone(recipe: ModuleType, tmp_path: Path) -> None:
+    source = write_stand_in(tmp_path / "source", "libero", (12, 11, 10, 12), videos=False)
+    shares = [word for kind in IMAGE_KINDS for word in (f"--{kind}", "0.25")]
+    recipe.main(["--dataset", str(source), "--output_dir", str(tmp_path / "copy"), *shares])
+    recorded, copied = episodes(source), episodes(tmp_path / "copy")
+    records = load_truth(tmp_path / "copy").records
+    assert sorted(record.kind for record in records) == ["camera_moved", "clean", "frozen_frames", "wrong_camera"]
+    for before, after, record in zip(recorded, copied, records, strict=True):
+        for key in LIBERO["cameras"]:
+            far = np.abs(after[key].astype(int) - before[key]).mean()
+            assert (far < 6) == (key != record.parameters.get("camera") or record.kind == "frozen_frames"), (
+                record,
+                far,
+            )
+        for key in before.keys() - {*LIBERO["cameras"], "task"}:
+            np.testing.assert_array_equal(before[key], after[key])
+
+
+def test_pictures_of_no_camera_cannot_change(recipe: ModuleType, tmp_path: Path) -> None:
+    source = write_dataset(tmp_path / "blind", (12, 12), cameras=())
+    with pytest.raises(SystemExit, match="no camera to change pictures of; leave --frozen_frames out"):
+        recipe.main(["--dataset", str(source), "--output_dir", str(tmp_path / "copy"), "--frozen_frames", "0.5"])
 
 
 @pytest.mark.parametrize(

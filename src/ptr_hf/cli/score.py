@@ -69,6 +69,8 @@ def _score(options: ScoreOptions, answers: object) -> int:
         weight_min=options.weight_min,
         group=options.group,
         questions=options.questions,
+        policy=options.policy,
+        images_per_episode=options.images_per_episode,
         max_frames=options.max_frames,
         seed=options.seed,
         device=options.device,
@@ -110,7 +112,7 @@ def _score(options: ScoreOptions, answers: object) -> int:
 
 def _show_plan(sources: list[Any], options: ScoreOptions, console: "Console") -> None:
     from ptr_hf.data.datasets import dataset_metadata
-    from ptr_hf.scoring.inspection import QUESTIONS
+    from ptr_hf.scoring.inspection import IMAGE_QUESTIONS, QUESTIONS
     from ptr_hf.scoring.recordings import single
 
     for given in sources:
@@ -118,14 +120,14 @@ def _show_plan(sources: list[Any], options: ScoreOptions, console: "Console") ->
         meta = dataset_metadata(source, revision, episodes)
         number = meta.total_episodes if episodes is None else len(set(episodes))
         cameras = len(meta.camera_keys)
-        unread = f"; {cameras} camera{'s' if cameras != 1 else ''} not read" if cameras else ""
+        read = "not read" if options.policy is None else f"with {options.images_per_episode} pictures an episode"
+        seen = f"; {cameras} camera{'s' if cameras != 1 else ''} {read}" if cameras else ""
         console.print(
             f"{source}: {number} of {meta.total_episodes} episodes, {meta.total_frames} frames in all, "
-            f"{meta.total_tasks} tasks{unread}."
+            f"{meta.total_tasks} tasks{seen}."
         )
-    asked = [
-        question.title for question in QUESTIONS if options.questions is None or question.name in options.questions
-    ]
+    possible = QUESTIONS if options.policy is None else QUESTIONS + IMAGE_QUESTIONS
+    asked = [question.title for question in possible if options.questions is None or question.name in options.questions]
     console.print(f"{len(asked)} questions: {' '.join(asked)}")
     console.print(
         f"At most {options.false_alarms:.1%} of good episodes should be flagged; compared within {options.group}. "

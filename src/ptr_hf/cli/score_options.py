@@ -13,10 +13,17 @@ PROGRAM = "ptr-score"
 MIXTURE_ENDINGS = (".yaml", ".yml")
 DESCRIPTION = """Find the bad demonstrations of a LeRobot dataset, before training and without a policy.
 
-States, actions and instructions are read, no video is; small networks then ask what a demonstration should satisfy: do the
-actions explain what happened, does what happened follow from the actions, does the instruction fit, is the task carried to its
-end. Written are a page to look at, weights to train with, and lists of episodes to keep and to exclude."""
-DEFAULTS = {"false_alarms": 0.01, "weight_min": 0.02, "group": "task", "max_frames": 100_000, "seed": 0}
+States, actions and instructions are read, and no video without --policy; small networks then ask what a demonstration should
+satisfy: do the actions explain what happened, does what happened follow from the actions, does the instruction fit, is the task
+carried to its end. Written are a page to look at, weights to train with, and lists of episodes to keep and to exclude."""
+DEFAULTS = {
+    "false_alarms": 0.01,
+    "weight_min": 0.02,
+    "group": "task",
+    "images_per_episode": 32,
+    "max_frames": 100_000,
+    "seed": 0,
+}
 """As `ptr_hf.scoring.inspection` has them; a test compares the two."""
 
 
@@ -32,6 +39,8 @@ class ScoreOptions:
     weight_min: float
     group: str
     questions: tuple[str, ...] | None
+    policy: str | None
+    images_per_episode: int
     max_frames: int
     seed: int
     device: str | None
@@ -87,6 +96,18 @@ def parser() -> ArgumentParser:
         help="episodes are compared within their task, an episode column such as operator, or none",
     )
     how.add_argument("--questions", nargs="+", metavar="NAME", help="ask these alone; all without it")
+    how.add_argument(
+        "--policy",
+        metavar="POLICY",
+        help="look at pictures too, through the frozen vision tower of this policy (folder or Hub id), or as thumbnails, which "
+        "need none; the videos are decoded once and what was seen is kept in the Hugging Face cache",
+    )
+    how.add_argument(
+        "--images_per_episode",
+        type=int,
+        default=DEFAULTS["images_per_episode"],
+        help="pictures of each camera that --policy looks at, evenly over the episode",
+    )
     how.add_argument(
         "--max_frames", type=int, default=DEFAULTS["max_frames"], help="the networks learn from at most so many frames"
     )
@@ -152,6 +173,8 @@ def parse(argv: Sequence[str]) -> ScoreOptions:
         raise UsageError("--weight_min must be between 0 and 1.")
     if given.fail_over is not None and not 0 <= given.fail_over <= 1:
         raise UsageError("--fail_over is a share of the weight, between 0 and 1.")
+    if given.images_per_episode < 2:
+        raise UsageError("--images_per_episode must be 2 or more.")
     if given.max_frames < 1:
         raise UsageError("--max_frames must be 1 or more.")
     names = [Path(name).stem if mixture else _last(name) for name in given.dataset]

@@ -1,7 +1,7 @@
 """The corruption protocol of METHOD.md section 12, and the label faults that section 13 adds to it.
 
-Every function is pure and seeded: an :class:`Episode` goes in, a new one comes out. Only recorded labels change
-(actions, the instruction); videos and states stay what the robot did. Truncation alone cuts every stream.
+Every function is pure and seeded: an :class:`Episode` goes in, a new one comes out. Labels change (actions, the instruction),
+or the pictures of one camera alone; states stay what the robot did. Truncation alone cuts every stream.
 
     noise               N(0, std^2) on every action channel                     paper: ANI, std 0.1, share 0.30
     truncation          the first 40-70 % of the steps                          paper: TT, share 0.25
@@ -10,18 +10,39 @@ Every function is pure and seeded: an :class:`Episode` goes in, a new one comes 
     delay               each action written down some steps too late            unsynchronised logging
     scaled              actions multiplied by a factor                          another controller gain
     zeroed              actions lost
+    noise_in_part       noise on a stretch of the episode
+    camera_moved        one camera's pictures shifted                           a camera that was knocked
+    wrong_camera        one camera shows another, or the episode beside it      swapped cables or files
+    frozen_frames       one camera's picture stands still for a stretch         a stream that hung
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from ptr_hf.data.image_faults import Pictures, draw_shift, draw_stretch, frozen, held, shifted
+
 ACTION = "action"
 CLEAN = "clean"
-KINDS = ("noise", "truncation", "wrong_instruction", "wrong_convention", "delay", "scaled", "zeroed")
+KINDS = (
+    "noise",
+    "truncation",
+    "wrong_instruction",
+    "wrong_convention",
+    "delay",
+    "scaled",
+    "zeroed",
+    "noise_in_part",
+    "camera_moved",
+    "wrong_camera",
+    "frozen_frames",
+)
+IMAGE_KINDS = ("camera_moved", "wrong_camera", "frozen_frames")
+"""These need a camera, and leave everything but its pictures as it was."""
 PAPER_SHARES = {"noise": 0.30, "truncation": 0.25, "wrong_instruction": 0.20}
 
 Actions = Float[np.ndarray, "steps action"]
@@ -53,9 +74,20 @@ class Episode:
     def actions(self) -> Actions:
         return self.frames[ACTION]
 
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The streams of colour pictures (steps, height, width, 3), 8 bits a value."""
+        return tuple(
+            sorted(key for key, value in self.frames.items() if value.dtype == np.uint8 and value.shape[3:] == (3,))
+        )
+
     def with_actions(self, actions: Actions) -> "Episode":
         """The same episode with other action labels, in the recorded dtype."""
         return Episode({**self.frames, ACTION: actions.astype(self.actions.dtype)}, self.task)
+
+    def with_pictures(self, camera: str, pictures: Pictures) -> "Episode":
+        """The same episode with other pictures of one camera."""
+        return Episode({**self.frames, camera: pictures}, self.task)
 
 
 def add_action_noise(episode: Episode, seed: int, std: float = 0.1, bounds: Sequence[float] | None = None) -> Episode:
@@ -128,8 +160,22 @@ def zero_actions(episode: Episode, axes: Sequence[int] | None = None) -> Episode
     return scale_actions(episode, 0.0, axes)
 
 
+def add_noise_in_part(
+    episode: Episode, start: int, steps: int, seed: int, std: float = 0.1, bounds: Sequence[float] | None = None
+) -> Episode:
+    """`add_action_noise` on ``steps`` steps from ``start`` on; the others stay as they are."""
+    noisy = add_action_noise(episode, seed, std, bounds).actions
+    inside = (np.arange(episode.length) >= start) & (np.arange(episode.length) < start + steps)
+    return episode.with_actions(np.where(inside[:, None], noisy, episode.actions))
+
+
 def corrupt(
-    episode: Episode, kind: str, seed: int, instructions: Sequence[str] = (), **parameters: Any
+    episode: Episode,
+    kind: str,
+    seed: int,
+    instructions: Sequence[str] = (),
+    beside: Episode | None = None,
+    **parameters: Any,
 ) -> tuple[Episode, dict[str, Any]]:
     """Applies one corruption and says exactly what was done.
 
@@ -138,6 +184,7 @@ def corrupt(
         kind: one of :data:`KINDS`.
         seed: decides every draw.
         instructions: what ``wrong_instruction`` may pick from.
+        beside: another episode, whose pictures ``wrong_camera`` takes where there is no second camera of the same size.
         parameters: the keyword arguments of the kind's function.
 
     Returns:
@@ -168,7 +215,46 @@ def corrupt(
         case "zeroed":
             values = {"axes": None} | parameters
             return zero_actions(episode, **values), values
+        case "noise_in_part":
+            values = {"std": 0.1, "bounds": None, "share": 0.25} | parameters
+            start, steps = draw_stretch(episode.length, seed, values.pop("share"))
+            return add_noise_in_part(episode, start, steps, seed, **values), values | {"start": start, "steps": steps}
+        case "camera_moved":
+            camera = _draw_camera(episode, seed)
+            shown = episode.frames[camera]
+            down, right = draw_shift(shown.shape[1:3], seed, **{"shift": 0.15} | parameters)
+            values = {"camera": camera, "down": down, "right": right}
+            return episode.with_pictures(camera, shifted(shown, down, right)), values
+        case "wrong_camera":
+            camera = _draw_camera(episode, seed)
+            shows, shown = _other_pictures(episode, camera, beside)
+            return episode.with_pictures(camera, held(shown, episode.length)), {"camera": camera, "shows": shows}
+        case "frozen_frames":
+            camera = _draw_camera(episode, seed)
+            start, steps = draw_stretch(episode.length, seed, **{"share": 0.3} | parameters)
+            values = {"camera": camera, "start": start, "steps": steps}
+            return episode.with_pictures(camera, frozen(episode.frames[camera], start, steps)), values
     raise ValueError(f"Unknown corruption '{kind}'; the known ones are {', '.join(KINDS)}.")
+
+
+def _draw_camera(episode: Episode, seed: int) -> str:
+    if not episode.cameras:
+        raise ValueError(
+            f"{', '.join(IMAGE_KINDS)} change pictures, and the episodes have no colour camera, but {sorted(episode.frames)}."
+        )
+    return episode.cameras[int(np.random.default_rng(seed).integers(len(episode.cameras)))]
+
+
+def _other_pictures(episode: Episode, camera: str, beside: Episode | None) -> tuple[str, Pictures]:
+    """Pictures of the next camera of the same size, or of the same camera in another episode, and which of the two."""
+    size = episode.frames[camera].shape[1:]
+    place = episode.cameras.index(camera)
+    for other in episode.cameras[place + 1 :] + episode.cameras[:place]:
+        if episode.frames[other].shape[1:] == size:
+            return other, episode.frames[other]
+    if beside is None:
+        raise ValueError("wrong_camera takes a second camera of the same size, or a second episode; there is neither.")
+    return "the episode beside it", beside.frames[camera]
 
 
 @dataclass(frozen=True)
@@ -234,7 +320,9 @@ class CorruptionPlan:
         Raises:
             ValueError: if an episode's instruction is not the one announced in ``tasks``.
         """
-        for index, (episode, kinds) in enumerate(zip(episodes, self.assign(tasks), strict=True)):
+        for index, ((episode, beside), kinds) in enumerate(
+            zip(_side_by_side(episodes), self.assign(tasks), strict=True)
+        ):
             if episode.task != tasks[index]:
                 raise ValueError(f"Episode {index} is '{episode.task}', but the plan was made for '{tasks[index]}'.")
             source = episode.task
@@ -242,10 +330,20 @@ class CorruptionPlan:
             applied: list[tuple[str, int, dict[str, Any]]] = []
             for kind in kinds:
                 seed = int(np.random.SeedSequence([self.seed, index, KINDS.index(kind)]).generate_state(1)[0])
-                episode, values = corrupt(episode, kind, seed, choices, **self.parameters.get(kind, {}))
+                episode, values = corrupt(episode, kind, seed, choices, beside, **self.parameters.get(kind, {}))
                 applied.append((kind, seed, values))
             records = [TruthRecord(index, kind, source, episode.task, values, seed) for kind, seed, values in applied]
             yield episode, records or [TruthRecord(index, CLEAN, source, source)]
+
+
+def _side_by_side(episodes: Iterable[Episode]) -> Iterator[tuple[Episode, Episode | None]]:
+    """Every episode as recorded, with the one before it; the first one with the second."""
+    stream = iter(episodes)
+    ahead = list(islice(stream, 2))
+    beside = ahead[1] if len(ahead) > 1 else None
+    for episode in chain(ahead, stream):
+        yield episode, beside
+        beside = episode
 
 
 def draw_episodes(tasks: Sequence[str], share: float, seed: int) -> list[int]:

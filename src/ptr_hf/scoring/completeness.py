@@ -1,4 +1,4 @@
-"""Is the episode complete? Its length, and how far its last state looks to be on the way from first to last frame."""
+"""Is the episode complete? Its length, and how far its last state and picture look to be on the way from first to last frame."""
 
 import numpy as np
 import torch
@@ -7,8 +7,9 @@ from torch.nn import functional
 
 from ptr_hf.scoring.crossfit import CrossFit, FoldedMLP, Reweigh
 from ptr_hf.scoring.question import Answer, Question
+from ptr_hf.scoring.seen import ImageFeatures, predicted
 
-LENGTH, PROGRESS = "length", "progress"
+LENGTH, PROGRESS, VIEW = "length", "progress", "last view"
 EFFORT, HIDDEN, MOST_TASKS = 0.4, 64, 32
 END = 0.05
 """The last twentieth of an episode is its end."""
@@ -21,13 +22,16 @@ class Completeness(Question):
     title = "Is the task carried to its end?"
 
     def ask(self, fit: CrossFit, reweigh: Reweigh) -> Answer:
-        """log of the frames; and the progress, from 0 to 1, at which networks of other episodes place this one's end."""
+        """log of the frames; and the progress, from 0 to 1, at which models of other episodes place last state and picture."""
         recordings = fit.recordings
         scores = [np.log(recordings.length) / LENGTH_UNIT]
         parts = [LENGTH]
         if recordings.state.shape[1] and fit.folds > 1:
             parts.append(PROGRESS)
             scores.append(self._ends(fit, reweigh) / PROGRESS_UNIT)
+        if recordings.images is not None and fit.folds > 1:
+            parts.append(VIEW)
+            scores.append(self._last_views(fit, recordings.images) / PROGRESS_UNIT)
         return Answer(tuple(parts), episodes=np.stack(scores, axis=1))
 
     def _ends(self, fit: CrossFit, reweigh: Reweigh) -> np.ndarray:
@@ -57,8 +61,27 @@ class Completeness(Question):
         placed = fit.fit(network, loss, judge, trust, self.title, EFFORT)
         return recordings.means(np.where(ending[:, None], placed, np.nan))[:, 0]
 
+    def _last_views(self, fit: CrossFit, seen: ImageFeatures) -> np.ndarray:
+        """(episodes,) where the pictures of all cameras place the last one that was looked at; NaN where it cannot be read."""
+        recordings = fit.recordings
+        episode = recordings.episode[seen.rows]
+        share = (recordings.frame / np.maximum(recordings.length[recordings.episode] - 1, 1))[seen.rows]
+        tasks = np.eye(len(recordings.instructions))[recordings.task[episode]]
+        inputs = np.concatenate([*seen.components, tasks if tasks.shape[1] <= MOST_TASKS else tasks[:, :0]], axis=1)
+        known = np.isfinite(inputs).all(axis=1) & recordings.finite[seen.rows]
+        placed = np.full((len(recordings), 1), np.nan)
+        if known.any():
+            spread = share[known].std() or 1.0
+            target = (share[known, None] - share[known].mean()) / spread
+            told = predicted(inputs[known], target, fit.fold[episode[known]], np.ones(known.sum()))
+            placed[seen.rows[known]] = told * spread + share[known].mean()
+        placed[seen.rows[share < 1]] = np.nan
+        return recordings.means(placed)[:, 0]
+
     def reason(self, parts: tuple[str, ...]) -> str:
         """Cut short, or ended elsewhere."""
+        if parts and parts[0] == VIEW:
+            return "the last picture looks like the middle of other episodes"
         if parts and parts[0] == PROGRESS:
             return "the episode ends where others are still on their way"
         return "the episode is much shorter than others of its instruction"

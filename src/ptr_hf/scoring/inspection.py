@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from ptr_hf.scoring.completeness import Completeness
 from ptr_hf.scoring.consequence_from_action import ConsequenceFromAction
 from ptr_hf.scoring.crossfit import CrossFit, FitSettings, Reweigh
 from ptr_hf.scoring.dataset_scores import DatasetScores
+from ptr_hf.scoring.image_motion import ImageMotion
 from ptr_hf.scoring.instruction import InstructionFromEpisode
 from ptr_hf.scoring.question import Answer, CannotAskError, Question
 from ptr_hf.scoring.recordings import TASK_GROUP, Recordings, read_recordings, sources_of
+from ptr_hf.scoring.state_from_image import StateFromImage
 from ptr_hf.scoring.verdicts import Verdicts, judge
 
 QUESTIONS: tuple[type[Question], ...] = (
@@ -33,6 +36,9 @@ QUESTIONS: tuple[type[Question], ...] = (
     Timing,
 )
 """What is asked, in the order of the columns."""
+IMAGE_QUESTIONS: tuple[type[Question], ...] = (StateFromImage, ImageMotion)
+"""What is asked after them where pictures were looked at."""
+IMAGES_PER_EPISODE = 32
 FALSE_ALARMS, WEIGHT_MIN = 0.01, 0.02
 WINDOW_SECONDS, WINDOW_FRAMES = 0.5, (8, 32)
 
@@ -46,12 +52,14 @@ def inspect_dataset(
     weight_min: float = WEIGHT_MIN,
     group: str = TASK_GROUP,
     questions: Sequence[str] | None = None,
+    policy: Any = None,
+    images_per_episode: int = IMAGES_PER_EPISODE,
     max_frames: int = 100_000,
     seed: int = 0,
     device: str | None = None,
     progress: bool = True,
 ) -> DatasetScores:
-    """Find the bad demonstrations of a dataset, from its states, actions and instructions alone; no video is read.
+    """Find the bad demonstrations of a dataset, from its states, actions and instructions; video is read if you ask for it alone.
 
     Args:
         dataset: Hub id, local folder or open LeRobotDataset; a list of these, or a mixture (`MixtureConfig`, dict, or YAML file),
@@ -61,7 +69,11 @@ def inspect_dataset(
         false_alarms: share of good episodes that may be flagged, in (0, 0.5].
         weight_min: weight of flagged frames, in [0, 1].
         group: within what episodes are compared: "task", "none", or an episode column (operator, source, ...).
-        questions: names of those to ask; None asks all of `QUESTIONS`.
+        questions: names of those to ask; None asks all of `QUESTIONS`, and with a policy those of `IMAGE_QUESTIONS`.
+        policy: look at pictures too, encoded by the frozen vision tower of this policy: a folder, a Hub id, or a loaded LeRobot
+            or PTR policy; "thumbnails" needs none. Videos of a Hub dataset are fetched. What was encoded is kept in the Hugging
+            Face cache, so that a second inspection decodes nothing. None looks at no picture.
+        images_per_episode: frames of an episode that are looked at with a policy, evenly from its first to its last; at least 2.
         max_frames: the networks learn from at most so many frames; all are scored.
         seed: of folds and networks; the same seed gives the same scores on one machine.
         device: where the networks are fitted, e.g. "cuda"; None takes the GPU if there is one.
@@ -71,7 +83,8 @@ def inspect_dataset(
         scores, weights and reasons of every frame and episode.
 
     Raises:
-        ValueError: a value is out of range, or a dataset cannot be read or has no actions; the sentence names it.
+        ValueError: a value is out of range, a dataset cannot be read or has no actions, or pictures are asked for where there is
+            no camera or the policy sees none; the sentence names it.
 
     Example:
         >>> scores = inspect_dataset("me/my_demos")
@@ -81,15 +94,36 @@ def inspect_dataset(
         raise ValueError(f"false_alarms={false_alarms} is out of range: it must be above 0 and at most 0.5.")
     if not 0 <= weight_min <= 1:
         raise ValueError(f"weight_min={weight_min} is out of range: it must be between 0 and 1.")
-    asked = _chosen(questions)
+    if images_per_episode < 2:
+        raise ValueError(f"images_per_episode={images_per_episode} is out of range: it must be 2 or more.")
+    asked = _chosen(questions, policy is not None)
     sources, several = sources_of(dataset)
     if several and (episodes is not None or revision is not None):
         raise ValueError("episodes and revision are of a single dataset; give a mixture's sources their own.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     fit = FitSettings(max_frames=max_frames, seed=seed, device=device, progress=progress)
+    encoder = None
+    if policy is not None:
+        from ptr_hf.scoring.image_encoders import image_encoder
+        from ptr_hf.scoring.image_features import colour_cameras, read_image_features
+
+        for source in sources:
+            colour_cameras(source, revision)
+        encoder = image_encoder(policy, device)
     parts = []
     for source in sources:
         recordings = read_recordings(source, episodes=episodes, revision=revision)
+        if encoder is not None:
+            seen = read_image_features(
+                source,
+                recordings,
+                encoder,
+                per_episode=images_per_episode,
+                episodes=episodes,
+                revision=revision,
+                progress=progress,
+            )
+            recordings = replace(recordings, images=seen)
         parts.append(_inspect(recordings, asked, fit, group, false_alarms, weight_min))
     settings = {
         "false_alarms": false_alarms,
@@ -102,6 +136,8 @@ def inspect_dataset(
         "datasets": [part.settings["dataset"] for part in parts],
         "versions": {name: importlib.metadata.version(name) for name in ("lerobot", "torch", "numpy")},
     }
+    if encoder is not None:
+        settings["images"] = {"encoder": encoder.name, "per_episode": images_per_episode}
     if not several:
         return DatasetScores(parts[0].chunks, parts[0].episodes, settings, parts[0].notes)
     for number, part in enumerate(parts):
@@ -238,9 +274,14 @@ def _identity(recordings: Recordings) -> dict[str, Any]:
     }
 
 
-def _chosen(names: Sequence[str] | None) -> list[Question]:
-    known = {question.name: question for question in QUESTIONS}
+def _chosen(names: Sequence[str] | None, looks: bool) -> list[Question]:
+    """The questions of these names, or all: those about pictures only where somebody looks."""
+    known = {question.name: question for question in (*QUESTIONS, *(IMAGE_QUESTIONS if looks else ()))}
     for name in names or ():
         if name not in known:
+            if any(name == question.name for question in IMAGE_QUESTIONS):
+                raise ValueError(
+                    f"The question {name!r} is about pictures: give a policy to look at them with, or 'thumbnails'."
+                )
             raise ValueError(f"There is no question {name!r}; there are {', '.join(known)}.")
     return [known[name]() for name in (known if names is None else names)]

@@ -1,4 +1,4 @@
-"""What an inspection reads of a dataset: states, actions, instructions and episodes, from parquet; no video is decoded."""
+"""What an inspection reads of a dataset: states, actions, instructions and episodes, from parquet; no video is decoded here."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from lerobot.utils.constants import OBS_STATE
 from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.mixture_config import MixtureConfig, SourceConfig
 from ptr_hf.data.segments import ACTION, OBSERVATION_PREFIX, SegmentLayout
+from ptr_hf.scoring.seen import ImageFeatures
 
 TASK_GROUP = "task"
 
@@ -36,6 +37,7 @@ class Recordings:
         state_names, action_names: of the dimensions.
         attributes: columns of meta/episodes with one value an episode, by name.
         fps: frames per second.
+        images: what was seen in some frames; None where nobody looked.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Recordings:
     action_names: tuple[str, ...]
     attributes: Mapping[str, np.ndarray]
     fps: float
+    images: ImageFeatures | None = None
 
     def __len__(self) -> int:
         return len(self.index)

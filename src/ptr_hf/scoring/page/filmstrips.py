@@ -3,15 +3,14 @@
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lerobot.datasets import LeRobotDataset
-from lerobot.datasets.video_utils import decode_video_frames
 from PIL import Image
 
 from ptr_hf.data.datasets import dataset_metadata, video_backend
+from ptr_hf.data.pictures import pictures
 from ptr_hf.scoring.recordings import single
 
 HEIGHT, WIDTH = 132, 200
@@ -51,17 +50,14 @@ def filmstrips(
         video_backend=video_backend(),
     )
     numbers = np.asarray(dataset.hf_dataset.with_format("numpy")["episode_index"])
-    pictures: dict[tuple[int, int], str] = {}
+    found: dict[tuple[int, int], str] = {}
     for episode, frames in wanted.items():
         chosen = sorted(set(frames))
         first = int(np.flatnonzero(numbers == episode)[0])
-        if camera in meta.video_keys:
-            shown = _from_video(dataset, episode, camera, [first + frame for frame in chosen])
-        else:
-            shown = [np.asarray(dataset.hf_dataset[first + frame][camera]) for frame in chosen]
+        shown = pictures(dataset, camera, episode, [first + frame for frame in chosen])
         for frame, picture in zip(chosen, shown, strict=True):
-            pictures[episode, frame] = data_url(picture)
-    return camera.removeprefix("observation.images.").removeprefix("observation."), pictures
+            found[episode, frame] = data_url(picture)
+    return camera.removeprefix("observation.images.").removeprefix("observation."), found
 
 
 def data_url(picture: np.ndarray) -> str:
@@ -81,14 +77,3 @@ def data_url(picture: np.ndarray) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=QUALITY, method=6)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def _from_video(dataset: LeRobotDataset, episode: int, camera: str, rows: Sequence[int]) -> list[np.ndarray]:
-    meta = dataset.meta
-    times = np.asarray(dataset.hf_dataset.with_format("numpy")["timestamp"])[list(rows)]
-    begin = float(meta.episodes[episode][f"videos/{camera}/from_timestamp"])
-    path = Path(meta.root) / meta.get_video_file_path(episode, camera)
-    frames = decode_video_frames(
-        path, [begin + float(time) for time in times], dataset.tolerance_s, video_backend(), return_uint8=True
-    )
-    return list(frames.numpy())

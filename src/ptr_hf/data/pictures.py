@@ -1,0 +1,37 @@
+"""Some frames of one camera of an open dataset, whether it keeps them as video or as image files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.datasets.video_utils import decode_video_frames
+
+from ptr_hf.data.datasets import video_backend
+
+
+def pictures(
+    dataset: LeRobotDataset, camera: str, episode: int, rows: Sequence[int]
+) -> UInt8[np.ndarray, "frames 3 height width"]:
+    """Decode frames of one episode.
+
+    Args:
+        dataset: open, with the videos of this episode.
+        camera: a colour camera's feature.
+        episode: as the dataset numbers them.
+        rows: of the frames, as the dataset is indexed.
+
+    Raises:
+        ValueError, OSError, RuntimeError: a file cannot be read.
+    """
+    meta = dataset.meta
+    if camera not in meta.video_keys:
+        images = dataset.hf_dataset.with_format(None).select_columns([camera])
+        return np.stack([np.asarray(images[row][camera].convert("RGB")).transpose(2, 0, 1) for row in rows])
+    times = dataset.hf_dataset.data.column("timestamp").to_numpy()[list(rows)]
+    begin = float(meta.episodes[episode][f"videos/{camera}/from_timestamp"])
+    path = Path(meta.root) / meta.get_video_file_path(episode, camera)
+    return decode_video_frames(
+        path, [begin + float(time) for time in times], dataset.tolerance_s, video_backend(), return_uint8=True
+    ).numpy()
