@@ -29,7 +29,7 @@ def frozen(pictures: Pictures, start: int, steps: int) -> Pictures:
     return pictures[source]
 
 
-def held(pictures: Pictures, steps: int) -> Pictures:
+def held(pictures: Pictures, steps: int) -> UInt8[np.ndarray, "held height width 3"]:
     """The first `steps` pictures, or all and then the last one again and again."""
     return pictures[np.minimum(np.arange(steps), len(pictures) - 1)]
 

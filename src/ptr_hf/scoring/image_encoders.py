@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ SIDE, GRID, WIDEST, BATCH = 16, 4, 768, 32
 once."""
 
 
+@runtime_checkable
 class ImageEncoder(Protocol):
     """Turns pictures into vectors.
 

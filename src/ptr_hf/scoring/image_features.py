@@ -24,6 +24,7 @@ from ptr_hf.scoring.seen import ImageFeatures
 logger = logging.getLogger(__name__)
 
 VALUES, ROWS = "values", "rows"
+LARGEST = float(np.finfo(np.float16).max)
 
 
 def colour_cameras(source: Any, revision: str | None = None) -> list[str]:
@@ -104,7 +105,7 @@ def _encoded(
             except Exception as error:
                 logger.warning("The pictures of %s in episode %d cannot be read: %s", camera, episode, error)
             else:
-                found[span, number] = encoder.encode(camera, number, shown)
+                found[span, number] = np.clip(encoder.encode(camera, number, shown), -LARGEST, LARGEST)
             bar.update(len(own))
     bar.close()
     return found

@@ -45,10 +45,10 @@ def components(values: np.ndarray, most: int = COMPONENTS) -> np.ndarray:
     Returns:
         (looked, at most `most`) float32; NaN where a picture could not be read.
     """
-    known = values[np.isfinite(values).all(axis=1)]
-    if not len(known):
+    read = np.flatnonzero(np.isfinite(values[:, 0]))
+    if not len(read):
         return np.full((len(values), 0), np.nan, np.float32)
-    known = known[np.linspace(0, len(known) - 1, min(len(known), LEARNED)).astype(np.int64)].astype(np.float64)
+    known = values[read[np.linspace(0, len(read) - 1, min(len(read), LEARNED)).astype(np.int64)]].astype(np.float64)
     center = known.mean(axis=0)
     strength, directions = np.linalg.eigh((known - center).T @ (known - center) / len(known))
     kept = np.flatnonzero(strength > 1e-6 * max(strength[-1], 1e-12))[::-1][:most]
