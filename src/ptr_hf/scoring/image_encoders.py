@@ -51,7 +51,7 @@ class ImageEncoder(Protocol):
 
     def encode(
         self, camera: str, place: int, images: UInt8[np.ndarray, "n 3 height width"]
-    ) -> Float[np.ndarray, "n width"]:
+    ) -> Float[np.ndarray, "n size"]:
         """Encode pictures of one camera.
 
         Args:
@@ -71,7 +71,7 @@ class Thumbnails:
 
     def encode(
         self, camera: str, place: int, images: UInt8[np.ndarray, "n 3 height width"]
-    ) -> Float[np.ndarray, "n width"]:
+    ) -> Float[np.ndarray, "n size"]:
         """The same of every camera; see `ImageEncoder.encode`."""
         small = functional.adaptive_avg_pool2d(torch.from_numpy(images).float() / 255, SIDE)
         return small.flatten(1).numpy()
@@ -126,7 +126,7 @@ class VisionTower:
     @torch.no_grad()
     def encode(
         self, camera: str, place: int, images: UInt8[np.ndarray, "n 3 height width"]
-    ) -> Float[np.ndarray, "n width"]:
+    ) -> Float[np.ndarray, "n size"]:
         """See `ImageEncoder.encode`."""
         key = self._key(camera, place)
         parts = []
