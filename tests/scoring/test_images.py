@@ -24,7 +24,7 @@ from ptr_hf.scoring.crossfit import CrossFit, FitSettings
 from ptr_hf.scoring.image_encoders import THUMBNAILS, VisionTower, image_encoder
 from ptr_hf.scoring.image_features import looked_at
 from ptr_hf.scoring.image_motion import ImageMotion
-from ptr_hf.scoring.inspection import IMAGE_QUESTIONS, QUESTIONS, inspect_dataset, trust_within
+from ptr_hf.scoring.inspection import IMAGE_QUESTIONS, QUESTIONS, _chosen, inspect_dataset, trust_within
 from ptr_hf.scoring.question import CannotAskError, Question
 from ptr_hf.scoring.recordings import Recordings, read_recordings
 from ptr_hf.scoring.seen import ImageFeatures, components, predicted
@@ -227,8 +227,11 @@ class TestKeptFeatures:
 
 class TestNothingChangesWithoutThem:
     def test_questions_and_settings(self, films: Path) -> None:
-        found = inspected(films, policy=None, questions=None, max_frames=50)
-        assert found.questions == tuple(question.name for question in QUESTIONS)
+        names = tuple(question.name for question in QUESTIONS)
+        assert tuple(question.name for question in _chosen(None, looks=False)) == names
+        assert tuple(question.name for question in _chosen(None, looks=True)) == (*names, *QUICK)
+        found = inspected(films, policy=None, questions=["roughness"])
+        assert found.questions == ("roughness",)
         assert "images" not in found.settings
 
     def test_other_questions_say_the_same(self, films: Path) -> None:
