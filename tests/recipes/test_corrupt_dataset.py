@@ -12,8 +12,9 @@ from demonstrations import write_dataset
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from stand_ins import INSTRUCTIONS, LIBERO, ROBOCASA, write_stand_in
 
-from ptr_hf.data.corruption import IMAGE_KINDS
+from ptr_hf.data.corruption import IMAGE_KINDS, TruthRecord
 from ptr_hf.data.demonstrations import Truth, load_truth
+from ptr_hf.data.image_faults import frozen, shifted
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "corrupt_dataset.py"
 LENGTHS = (20, 25, 22, 24, 21, 23, 20, 26)
@@ -162,8 +163,17 @@ def test_images_become_videos_and_the_seed_decides_everything(
     assert {record.kind for record in load_truth(tmp_path / "first").records} == {"clean"}
 
 
+def spoiled(before: dict[str, Any], record: TruthRecord) -> np.ndarray:
+    """The pictures (steps, height, width, 3) that a camera should show, by the truth about an episode."""
+    done = dict(record.parameters)
+    shown = before[done.pop("camera")].transpose(0, 2, 3, 1)
+    if record.kind == "wrong_camera":
+        return before[done["shows"]].transpose(0, 2, 3, 1)
+    return {"camera_moved": shifted, "frozen_frames": frozen}[record.kind](shown, **done)
+
+
 def test_faults_of_pictures_change_one_camera_alone(recipe: ModuleType, tmp_path: Path) -> None:
-    source = write_stand_in(tmp_path / "source", "libero", (12, 11, 10, 12), videos=False)
+    source = write_stand_in(tmp_path / "source", "libero", (12, 11, 10, 12))
     shares = [word for kind in IMAGE_KINDS for word in (f"--{kind}", "0.25")]
     recipe.main(["--dataset", str(source), "--output_dir", str(tmp_path / "copy"), *shares])
     recorded, copied = episodes(source), episodes(tmp_path / "copy")
@@ -171,11 +181,12 @@ def test_faults_of_pictures_change_one_camera_alone(recipe: ModuleType, tmp_path
     assert sorted(record.kind for record in records) == ["camera_moved", "clean", "frozen_frames", "wrong_camera"]
     for before, after, record in zip(recorded, copied, records, strict=True):
         for key in LIBERO["cameras"]:
-            far = np.abs(after[key].astype(int) - before[key]).mean()
-            assert (far < 6) == (key != record.parameters.get("camera") or record.kind == "frozen_frames"), (
-                record,
-                far,
-            )
+            expected = before[key]
+            if key == record.parameters.get("camera"):
+                expected = spoiled(before, record).transpose(0, 3, 1, 2)
+            distance = [np.abs(after[key].astype(int) - shown).mean() for shown in (expected, before[key])]
+            assert distance[0] < 6, (record, distance)
+            assert distance[0] <= distance[1], (record, distance)
         for key in before.keys() - {*LIBERO["cameras"], "task"}:
             np.testing.assert_array_equal(before[key], after[key])
 
