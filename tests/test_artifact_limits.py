@@ -75,7 +75,7 @@ class TestNumbers:
     )
     def test_the_methods_own(self, name: str) -> None:
         with pytest.raises(ValueError, match=f"{name}=100000 is out of range: it must be at most"):
-            PTRConfig(base={"type": "act"}, **{name: 100_000, **({"queue_size": 2**17} if name[0] == "q" else {})})
+            PTRConfig(preset="ptr", base={"type": "act"}, **{name: 100_000, **({"queue_size": 2**17} if name[0] == "q" else {})})
 
     def test_every_limit_names_a_field(self) -> None:
         assert all(limit > 0 and name.isidentifier() for name, limit in LIMITS.items())

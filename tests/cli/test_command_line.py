@@ -67,7 +67,7 @@ def test_every_suggestion_is_an_option_and_no_option_is_taken_for_another(recipe
 
 @pytest.fixture(scope="module")
 def recipe_options() -> set[str]:
-    own = {"config", "policy_path", "dataset", "eval_dataset", "output_dir"}
+    own = {"config", "policy_path", "policy_type", "dataset", "eval_dataset", "output_dir"}
     return own | {item.name for item in fields(PTRTrainingArguments)}
 
 

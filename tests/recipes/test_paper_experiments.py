@@ -340,7 +340,7 @@ def test_a_checkpoint_acts_as_lerobot_eval_drives_it(
 
 def test_later_files_override_earlier_ones_and_the_command_line_all(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    first.write_text("beta: 1.0\nweight_max: 2.0\nalpha: 0.5\noutput_dir: out\nuse_cpu: true\n")
+    first.write_text("preset: ptr\nbeta: 1.0\nweight_max: 2.0\nalpha: 0.5\noutput_dir: out\nuse_cpu: true\n")
     second.write_text("weight_max: 3.0\nalpha: 0.25\n")
     for command in (["--config", str(first), str(second)], ["--config", str(first), "--config", str(second)]):
         _, args = train_run.parse_arguments([*command, "--alpha", "0.75"])

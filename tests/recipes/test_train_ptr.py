@@ -178,11 +178,11 @@ def test_two_robots_from_one_command(recipe: ModuleType, tmp_path: Path, capsys:
         [
             *("--mixture", str(mixture), "--output_dir", str(tmp_path), "--max_steps", "4", "--logging_steps", "2"),
             *("--use_cpu", "true", "--chunk_size", "4", "--segment_length", "2", "--report_to", "none"),
-            *("--per_device_train_batch_size", "4", "--save_strategy", "no", "--scorer_warmup_steps", "1"),
+            *("--per_device_train_batch_size", "4", "--save_strategy", "no"),
         ]
     )
     assert "checkpoint" in capsys.readouterr().out
-    row = read_dynamics(tmp_path / "ptr_dynamics.parquet").groups("sources", "ptr_calibrated")[-1]
+    row = read_dynamics(tmp_path / "ptr_dynamics.parquet").groups("sources", "ptr_offline")[-1]
     assert row is not None
     assert [source["name"] for source in row] == ["metaworld", "ur5e"]
     assert sum(source["share"] for source in row) == pytest.approx(1.0)
