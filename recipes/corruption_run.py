@@ -36,9 +36,9 @@ from ptr_hf.data.demonstrations import load_truth, truth_path
 from ptr_hf.hyperparameters import AUTO, PTRHyperparameters
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.report import ChunkScores, detection, effective_sample_share, episode_weights
-from ptr_hf.rollouts import evaluate_success
 from ptr_hf.scoring.dataset_scores import DatasetScores
 from ptr_hf.training.given_weights import INSPECTION_FOLDER
+from ptr_hf.training.rollouts import evaluate_success
 
 TASKS: dict[str, tuple[str, ...]] = {"state": STATE_TASKS, "pixels": PIXEL_TASKS}
 # sizes of the VLM, and of the policy around it

@@ -20,6 +20,7 @@ from lerobot.processor import PolicyProcessorPipeline
 from torch import nn
 
 from ptr_hf import PTRTrainingArguments
+from ptr_hf.artifacts.checkpoint import is_ptr_source
 from ptr_hf.cli import interrupts
 from ptr_hf.cli.parser import OptionParser
 from ptr_hf.cli.refusals import refusals
@@ -28,14 +29,13 @@ from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
 from ptr_hf.data.fit import renamed_features
 from ptr_hf.data.normalization import policy_statistics, with_statistics
 from ptr_hf.diagnosis import advise, collect, diagnose, frozen_policy
-from ptr_hf.hub import is_ptr_source
 from ptr_hf.hyperparameters import require
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
-from ptr_hf.policy_sources import resolve_policy
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
 from ptr_hf.report.console import PlainConsole
 from ptr_hf.report.diagnosis import DIAGNOSIS_FILE, show, write_diagnosis
+from ptr_hf.training.policy_sources import resolve_policy
 from ptr_hf.training.ranges import check_renames, check_structures
 
 TINY_CHUNK = 8

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ptr_hf.data.corruption import Episode, TruthRecord
 from ptr_hf.data.demonstrations import EpisodeSource, Truth, save_truth, write_demonstrations
 from ptr_hf.data.fast_writer import write_frames
-from ptr_hf.data.mixture_config import MixtureConfig, SourceConfig
+from ptr_hf.data.mixture.config import MixtureConfig, SourceConfig
 
 ENCODER = RGBEncoderConfig(vcodec="h264", g=2, crf=15, preset="fast")
 FIRST_START, FIRST_TEST_START = 1_000, 100_000

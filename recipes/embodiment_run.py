@@ -29,8 +29,8 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from transformers import set_seed
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments
-from ptr_hf.data.mixture_config import MixtureConfig
-from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.mixture.config import MixtureConfig
+from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.report import DYNAMICS_FILE, read_dynamics
 from ptr_hf.report.sources import group_shares

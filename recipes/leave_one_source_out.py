@@ -26,18 +26,18 @@ from rich.table import Table
 from transformers import set_seed
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments
-from ptr_hf.checkpoints import last_complete
 from ptr_hf.cli.parser import OptionParser
 from ptr_hf.cli.refusals import refusals
-from ptr_hf.data.mixture import Mixture
-from ptr_hf.data.mixture_config import MixtureConfig
-from ptr_hf.data.mixture_metadata import MixtureMetadata
-from ptr_hf.evaluation_callback import EVALUATION_FILE
+from ptr_hf.data.mixture.config import MixtureConfig
+from ptr_hf.data.mixture.dataset import Mixture
+from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.report.console import PlainConsole
 from ptr_hf.report.files import replacing
 from ptr_hf.report.style import BLUE, INK, TEXT_SIZE, TICK_SIZE, VERMILION, board, name_axes, save_figure
 from ptr_hf.report.text import drawable, visible
 from ptr_hf.scoring import action_loss_by_source
+from ptr_hf.training.checkpoints import last_complete
+from ptr_hf.training.evaluation import EVALUATION_FILE
 
 ALL = "(none)"
 """What is left out of the run with all sources."""

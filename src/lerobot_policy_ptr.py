@@ -3,4 +3,4 @@ several robots, and the `ptr_metaworld` environment."""
 
 import ptr_hf.configuration_ptr
 import ptr_hf.data.benchmark_env
-import ptr_hf.processor_embodiment  # noqa: F401
+import ptr_hf.data.mixture.processor  # noqa: F401

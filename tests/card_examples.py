@@ -10,7 +10,7 @@ from markdown_it.token import Token
 from report.synthetic_runs import ptr_rows, sft_rows
 
 from ptr_hf.hyperparameters import PTRHyperparameters
-from ptr_hf.model_card import BasePolicy, CardFacts, Evaluation, TrainingData, TrainingRun
+from ptr_hf.publishing.model_card import BasePolicy, CardFacts, Evaluation, TrainingData, TrainingRun
 from ptr_hf.report import Dynamics, DynamicsLog, WeightShare, read_dynamics
 
 RANDOM_BASE = BasePolicy(policy_type="act", random_weights=True)

@@ -26,16 +26,13 @@ CHECKED = (
     "policies",
     "data",
     "report",
-    "chunk_summaries",
-    "consequences",
     "modeling_ptr",
     "pathway",
-    "processor_embodiment",
-    "metrics",
+    "training.metrics",
     "scoring",
-    "trainer",
-    "policy_sources",
-    "hub",
+    "training.trainer",
+    "training.policy_sources",
+    "artifacts.checkpoint",
 )
 install_import_hook([f"ptr_hf.{name}" for name in CHECKED], "beartype.beartype")
 

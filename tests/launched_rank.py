@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from ptr_hf import PTRTrainingArguments
-from ptr_hf.launch import check_launch
+from ptr_hf.training.launch import check_launch
 
 folder = Path(sys.argv[1])
 args = PTRTrainingArguments(

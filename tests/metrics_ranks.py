@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from metrics_rows import NAMES, TASKS, config_of, output_of
 
-from ptr_hf.metrics import MetricsWindow
+from ptr_hf.training.metrics import MetricsWindow
 
 RANKS, ROWS = 2, 12
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments
-from ptr_hf.nonfinite import Kind, NonFiniteWatch
+from ptr_hf.training.nonfinite import Kind, NonFiniteWatch
 
 RANKS = 2
 

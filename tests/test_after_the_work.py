@@ -19,10 +19,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments
 from ptr_hf.cli import train_run
 from ptr_hf.envs.headless import draw_without_display
-from ptr_hf.evaluation_callback import EVALUATION_FILE, EvaluationCallback
-from ptr_hf.nonfinite import NONFINITE_FILE, BadFrame, NonFiniteRecord, NonFiniteWindow
-from ptr_hf.publish import local_needs
+from ptr_hf.publishing.push import local_needs
 from ptr_hf.report import DYNAMICS_FILE, read_dynamics
+from ptr_hf.training.evaluation import EVALUATION_FILE, EvaluationCallback
+from ptr_hf.training.nonfinite import NONFINITE_FILE, BadFrame, NonFiniteRecord, NonFiniteWindow
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

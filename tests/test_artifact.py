@@ -17,10 +17,11 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from small_policies import base_policy, ptr_policy, stats_of
 
-from ptr_hf import PTRConfig, PTRPolicy, hub
-from ptr_hf.artifact import PTR_SCORER_NAME, check_artifact, check_tensors, expected_tensors
-from ptr_hf.artifact_files import MAX_HEADER_BYTES, MAX_JSON_BYTES
-from ptr_hf.peft_policies import wrap_with_peft
+from ptr_hf import PTRConfig, PTRPolicy
+from ptr_hf.artifacts import checkpoint
+from ptr_hf.artifacts.checks import PTR_SCORER_NAME, check_artifact, check_tensors, expected_tensors
+from ptr_hf.artifacts.files import MAX_HEADER_BYTES, MAX_JSON_BYTES
+from ptr_hf.artifacts.peft import wrap_with_peft
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
 
 CONFIG, BASE, SCORER = "ptr_config.json", "model.safetensors", "ptr_scorer.safetensors"
@@ -118,7 +119,7 @@ class TestSoundFolders:
         assert all(tensor.is_meta for tensors in expected.files.values() for tensor in tensors.values())
 
     def test_names_agree_with_the_writer(self) -> None:
-        assert PTR_SCORER_NAME == hub.PTR_SCORER_NAME
+        assert PTR_SCORER_NAME == checkpoint.PTR_SCORER_NAME
 
     @pytest.mark.parametrize("shared", [False, True], ids=["repo's blobs", "cache's blobs"])
     def test_a_snapshot_consists_of_symlinks_into_the_cache(

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ptr_hf.artifact_files import MAX_JSON_BYTES, read_header, read_json
+from ptr_hf.artifacts.files import MAX_JSON_BYTES, read_header, read_json
 from ptr_hf.artifacts.regular_files import inside, regular_file
 
 FEW_MB = 8 * 2**20

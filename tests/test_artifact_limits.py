@@ -20,13 +20,13 @@ from small_policies import base_policy, ptr_policy
 from test_artifact import ADAPTER_CONFIG, BASE, CONFIG, PREPROCESSOR, SCORER, SMALL, with_processors
 
 from ptr_hf import PTRConfig
-from ptr_hf.artifact import check_artifact, load_scorer
-from ptr_hf.artifact_processors import check_processors
 from ptr_hf.artifacts.adapter_config import MAX_COST, _cost_of, check_adapter
 from ptr_hf.artifacts.base_source import check_base
+from ptr_hf.artifacts.checkpoint import is_ptr_source, load_weights
+from ptr_hf.artifacts.checks import check_artifact, load_scorer
 from ptr_hf.artifacts.numbers import LIMITS, check_numbers
-from ptr_hf.export import export
-from ptr_hf.hub import is_ptr_source, load_weights
+from ptr_hf.artifacts.processor_checks import check_processors
+from ptr_hf.cli.export import export
 from ptr_hf.policies import supported_policies
 from ptr_hf.processor_ptr import saved_processors
 
@@ -75,7 +75,11 @@ class TestNumbers:
     )
     def test_the_methods_own(self, name: str) -> None:
         with pytest.raises(ValueError, match=f"{name}=100000 is out of range: it must be at most"):
-            PTRConfig(preset="ptr", base={"type": "act"}, **{name: 100_000, **({"queue_size": 2**17} if name[0] == "q" else {})})
+            PTRConfig(
+                preset="ptr",
+                base={"type": "act"},
+                **{name: 100_000, **({"queue_size": 2**17} if name[0] == "q" else {})},
+            )
 
     def test_every_limit_names_a_field(self) -> None:
         assert all(limit > 0 and name.isidentifier() for name, limit in LIMITS.items())

@@ -13,8 +13,9 @@ from small_policies import ptr_policy
 from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
-from ptr_hf.artifact import PTR_SCORER_NAME
-from ptr_hf.checkpoints import (
+from ptr_hf.artifacts.checks import PTR_SCORER_NAME
+from ptr_hf.training.checkpoint_contents import BLOCK, checksums
+from ptr_hf.training.checkpoints import (
     MANIFEST_NAME,
     Manifest,
     SaveError,
@@ -29,7 +30,6 @@ from ptr_hf.checkpoints import (
     write_failure,
     written_aside,
 )
-from ptr_hf.training.checkpoint_contents import BLOCK, checksums
 
 
 def manifest(step: int, resumable: bool = True) -> Manifest:

@@ -25,7 +25,8 @@ from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments
 from ptr_hf.data import benchmark_tasks
 from ptr_hf.data.benchmark_env import PTRMetaworldConfig
 from ptr_hf.data.benchmark_tasks import task_instruction
-from ptr_hf.evaluation_callback import (
+from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
+from ptr_hf.training.evaluation import (
     EVALUATION_FILE,
     EnvironmentSource,
     EvaluationCallback,
@@ -34,7 +35,6 @@ from ptr_hf.evaluation_callback import (
     read_evaluations,
     resolve_environment,
 )
-from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 
 TASKS = ("reach-left", "reach-right")
 ENVIRONMENT = {"type": "ptr_metaworld", "task": ",".join(TASKS), "episode_length": 20}
@@ -222,11 +222,11 @@ def test_a_simulator_that_fails_is_reported_once_and_costs_nothing(
 ) -> None:
     (tmp_path / EVALUATION_FILE).write_text('[{"step": 9, "task": "of a run before"}]')
     trainer = new_trainer(tmp_path, states, vlm, "broken_for_tests")
-    with caplog.at_level(logging.ERROR, logger="ptr_hf.evaluation_callback"):
+    with caplog.at_level(logging.ERROR, logger="ptr_hf.training.evaluation"):
         trainer.train()
     assert tensors_equal(undisturbed.policy.state_dict(), trainer.policy.state_dict())
     assert json.dumps(training_rows(undisturbed)) == json.dumps(training_rows(trainer))
-    (record,) = [item for item in caplog.records if item.name == "ptr_hf.evaluation_callback"]
+    (record,) = [item for item in caplog.records if item.name == "ptr_hf.training.evaluation"]
     assert "RuntimeError: the simulator is gone" in record.getMessage()
     assert "lerobot-eval" in record.getMessage()
     assert read_evaluations(tmp_path) == []

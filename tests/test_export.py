@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from small_policies import base_policy, observation, ptr_policy, stats_of, tensors_equal
 
 from ptr_hf import PTRConfig, PTRPolicy
-from ptr_hf.export import export, main
+from ptr_hf.cli.export import export, main
 
 SMALL: dict[str, Any] = {"segment_length": 2, "queue_size": 16, "queue_negatives": 4, "device": "cpu"}
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from small_policies import base_policy, frames_of, ptr_policy, stats_of, tensors_equal, train_batch
 
 from ptr_hf import PTRConfig, PTRPolicy
-from ptr_hf.hub import is_ptr_folder
+from ptr_hf.artifacts.checkpoint import is_ptr_folder
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
 
 ANCHORS = [0, 12, 33, 60]

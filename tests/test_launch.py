@@ -19,8 +19,8 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ptr_hf.launch import is_launcher, launch_arguments, processes_asked_for
 from ptr_hf.report import DYNAMICS_FILE
+from ptr_hf.training.launch import is_launcher, launch_arguments, processes_asked_for
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "recipes" / "accelerate"

@@ -21,7 +21,7 @@ from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 from small_policies import tensors_equal
 
 from ptr_hf import PTRConfig, PTRPolicy
-from ptr_hf.artifact import read_config
+from ptr_hf.artifacts.checks import read_config
 from ptr_hf.hyperparameters import PRESETS
 
 LEROBOT_TRAIN = Path(sys.executable).parent / "lerobot-train"

@@ -17,9 +17,11 @@ from PIL import Image
 from small_policies import base_policy, stats_of
 
 from ptr_hf import PTRConfig, PTRPolicy
-from ptr_hf.card_text import LONGEST_TEXT, plain
+from ptr_hf.artifacts.peft import wrap_with_peft
 from ptr_hf.hyperparameters import PRESETS
-from ptr_hf.model_card import (
+from ptr_hf.processor_ptr import make_ptr_pre_post_processors
+from ptr_hf.publishing.card_text import LONGEST_TEXT, plain
+from ptr_hf.publishing.model_card import (
     PRESET_NOTES,
     BasePolicy,
     CardFacts,
@@ -33,8 +35,6 @@ from ptr_hf.model_card import (
     scored_dataset_card,
     write_model_card,
 )
-from ptr_hf.peft_policies import wrap_with_peft
-from ptr_hf.processor_ptr import make_ptr_pre_post_processors
 from ptr_hf.report import DYNAMICS_FILE, Dynamics
 
 NOT_EVALUATED = "This checkpoint has not been evaluated"

@@ -25,7 +25,7 @@ from ptr_hf import PTRConfig, PTRPolicy
 from ptr_hf.data import benchmark_tasks
 from ptr_hf.data.benchmark_tasks import BenchmarkScene, Track, task_instruction
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
-from ptr_hf.rollouts import Rollouts, evaluate_success, shared_scene
+from ptr_hf.training.rollouts import Rollouts, evaluate_success, shared_scene
 
 CHUNK = 6
 TASKS = ("reach-left", "reach-right")
@@ -144,7 +144,7 @@ def test_finished_episodes_leave_the_batch_unless_the_policy_may_remember(monkey
     policy = ReachRight()
     evaluate(policy, untouched(), max_steps=60)
     assert policy.batches[-1] == 3, "the right ones are done; reach-left goes on"
-    monkeypatch.setattr("ptr_hf.rollouts.STATELESS", ())
+    monkeypatch.setattr("ptr_hf.training.rollouts.STATELESS", ())
     policy.batches.clear()
     evaluate(policy, untouched(), max_steps=60)
     assert set(policy.batches) == {6}

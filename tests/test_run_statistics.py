@@ -20,8 +20,8 @@ from lerobot.policies.factory import make_pre_post_processors
 from small_policies import base_policy, ptr_policy, stats_of
 
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments, score_dataset
-from ptr_hf.data.mixture_config import MixtureConfig
-from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.mixture.config import MixtureConfig
+from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.policies.tiny import tiny_act
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
 

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from ptr_hf.configuration_ptr import PTRConfig
     from ptr_hf.modeling_ptr import PTRPolicy
     from ptr_hf.scoring import score_dataset
-    from ptr_hf.trainer import PTRTrainer
-    from ptr_hf.training_args import PTRTrainingArguments
+    from ptr_hf.training.arguments import PTRTrainingArguments
+    from ptr_hf.training.trainer import PTRTrainer
 
 __all__ = ["PTRConfig", "PTRPolicy", "PTRTrainer", "PTRTrainingArguments", "score_dataset"]
 
@@ -18,8 +18,8 @@ __all__ = ["PTRConfig", "PTRPolicy", "PTRTrainer", "PTRTrainingArguments", "scor
 _HOMES = {
     "PTRConfig": "configuration_ptr",
     "PTRPolicy": "modeling_ptr",
-    "PTRTrainer": "trainer",
-    "PTRTrainingArguments": "training_args",
+    "PTRTrainer": "training.trainer",
+    "PTRTrainingArguments": "training.arguments",
     "score_dataset": "scoring",
 }
 

@@ -24,9 +24,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ptr_hf.artifacts.foreign_code import no_foreign_code
-from ptr_hf.chunk_summaries import motion_of, summaries
 from ptr_hf.configuration_ptr import PTRConfig
-from ptr_hf.consequences import consequence_targets, samples_of
 from ptr_hf.data.bookkeeping import mend_metadata
 from ptr_hf.data.datasets import check_one_instruction
 from ptr_hf.data.masked_segments import many_masked
@@ -49,7 +47,9 @@ from ptr_hf.method import (
     ObjectiveOutput,
     PTRObjective,
 )
-from ptr_hf.pathway import BeliefModule, build_objective
+from ptr_hf.pathway.build import BeliefModule, build_objective
+from ptr_hf.pathway.summaries import motion_of, summaries
+from ptr_hf.pathway.targets import consequence_targets, samples_of
 from ptr_hf.policies import PolicyAdapter, Views, make_adapter, refusal, supported_policies
 from ptr_hf.policies.hooks import unwrap
 from ptr_hf.policies.protocol import ACTION_DIM_PAD, without_unused
@@ -518,7 +518,7 @@ class PTRPolicy(PreTrainedPolicy):
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        from ptr_hf.hub import save_policy
+        from ptr_hf.artifacts.checkpoint import save_policy
 
         save_policy(self, save_directory, state_dict)
 
@@ -576,8 +576,8 @@ class PTRPolicy(PreTrainedPolicy):
         Raises:
             PushError: it did not get through; the message says where the files are and how to push them again.
         """
-        from ptr_hf.hub import push_policy
-        from ptr_hf.publish import Destination
+        from ptr_hf.artifacts.checkpoint import push_policy
+        from ptr_hf.publishing.push import Destination
 
         processors = [pipeline for pipeline in (preprocessor, postprocessor) if pipeline is not None]
         if len(processors) == 1:
@@ -604,7 +604,7 @@ class PTRPolicy(PreTrainedPolicy):
             trusted_sources: repos whose code LeRobot's processors may load, beyond the ones that LeRobot names itself.
             kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` for the Hub.
         """
-        from ptr_hf.hub import load_policy
+        from ptr_hf.artifacts.checkpoint import load_policy
 
         _check_bookkeeping(kwargs.get("dataset_meta"))
         policy = load_policy(

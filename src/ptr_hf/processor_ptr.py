@@ -24,14 +24,14 @@ from lerobot.processor import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ptr_hf.artifact_files import read_json
+from ptr_hf.artifacts.checkpoint import PROCESSOR_FILES, resolve_processors
+from ptr_hf.artifacts.files import read_json
 from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.artifacts.regular_files import inside
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.fit import renamed_features
 from ptr_hf.data.normalizers import harmless
 from ptr_hf.data.segments import SegmentLayout, segment_rows
-from ptr_hf.hub import PROCESSOR_FILES, resolve_processors
 
 RENAMING_STEP = "rename_observations_processor"
 NORMALIZING_STEPS = (
@@ -59,7 +59,7 @@ def make_ptr_pre_post_processors(
         dataset_stats: LeRobot's statistics, by the policy's names; None keeps the ones saved with `config.base_path`.
         dataset_meta: handed on to base policies whose processors read it.
         rename_map: dataset key -> policy key, for observations named differently.
-        embodiments: of a mixture (`ptr_hf.processor_embodiment`); they normalise in the place of the base policy's steps.
+        embodiments: of a mixture (`ptr_hf.data.mixture.processor`); they normalise in the place of the base policy's steps.
     """
     modes = config.normalization_mapping
     if embodiments is not None:

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptr_hf.data.action_space import (
+from ptr_hf.data.mixture.action_space import (
     LAYOUTS,
     ActionSpace,
     EmbodimentLayout,

@@ -21,11 +21,11 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from ptr_hf.data.bookkeeping import mend_dataset, mend_metadata
 from ptr_hf.data.datasets import episode_spans, open_dataset
 from ptr_hf.data.in_memory import InMemorySegments
-from ptr_hf.data.mixture import Mixture
-from ptr_hf.data.mixture_config import MixtureConfig, SourceConfig
-from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.mixture.config import MixtureConfig, SourceConfig
+from ptr_hf.data.mixture.dataset import Mixture
+from ptr_hf.data.mixture.metadata import MixtureMetadata
+from ptr_hf.data.mixture.streaming import StreamingMixture
 from ptr_hf.data.segments import SegmentLayout
-from ptr_hf.data.streaming_mixture import StreamingMixture
 
 LAYOUT = SegmentLayout(None, (0, 1), 2, 2, 2)
 LENGTHS = (8, 6, 9)

@@ -15,15 +15,15 @@ from demonstrations import write_dataset
 from lerobot.configs import FeatureType, NormalizationMode
 from torch.utils.data import default_collate
 
-from ptr_hf.data.action_space import ActionSpace
 from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.demonstrations import bundled_demonstrations
-from ptr_hf.data.mixture import Mixture, MixtureSampler, resized
-from ptr_hf.data.mixture_config import MixtureConfig
-from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.mixture.action_space import ActionSpace
+from ptr_hf.data.mixture.config import MixtureConfig
+from ptr_hf.data.mixture.dataset import Mixture, MixtureSampler, resized
+from ptr_hf.data.mixture.metadata import MixtureMetadata
+from ptr_hf.data.mixture.statistics import Placed, affine, mixture_statistics, pooled
+from ptr_hf.data.mixture.streaming import StreamingMixture
 from ptr_hf.data.segments import OBS_SOURCE, SegmentLayout
-from ptr_hf.data.statistics import Placed, affine, mixture_statistics, pooled
-from ptr_hf.data.streaming_mixture import StreamingMixture
 
 LAYOUT = SegmentLayout(
     observation_steps=None, action_steps=tuple(range(4)), segment_length=2, chunk_stride=4, consequence_offset=4

@@ -22,15 +22,15 @@ from torch.utils.data import ConcatDataset, Subset
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments, score_dataset
 from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.in_memory import InMemorySegments, collate_segments
-from ptr_hf.data.mixture import Mixture
-from ptr_hf.data.mixture_config import MixtureConfig, SourceConfig
-from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.mixture.config import MixtureConfig, SourceConfig
+from ptr_hf.data.mixture.dataset import Mixture
+from ptr_hf.data.mixture.metadata import MixtureMetadata
+from ptr_hf.data.mixture.streaming import StreamingMixture
 from ptr_hf.data.segments import SegmentLayout, segment_rows, split_segment
-from ptr_hf.data.streaming_mixture import StreamingMixture
 from ptr_hf.diagnosis import collect, frozen_policy
-from ptr_hf.global_batches import TensorsOnly, instructions_of, with_instructions
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
-from ptr_hf.training_sources import read_metadata
+from ptr_hf.training.data_sources import read_metadata
+from ptr_hf.training.global_batches import TensorsOnly, instructions_of, with_instructions
 
 CAMERA = "observation.image"
 CHUNK = (0, 1, 2, 3)

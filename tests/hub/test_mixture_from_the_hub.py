@@ -16,11 +16,11 @@ from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
 from loopback_hub import LoopbackHub
 
 from ptr_hf.data.demonstrations import bundled_demonstrations
-from ptr_hf.data.mixture import Mixture
-from ptr_hf.data.mixture_config import MixtureConfig, SourceConfig
-from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.mixture.config import MixtureConfig, SourceConfig
+from ptr_hf.data.mixture.dataset import Mixture
+from ptr_hf.data.mixture.metadata import MixtureMetadata
+from ptr_hf.data.mixture.streaming import StreamingMixture
 from ptr_hf.data.segments import SegmentLayout
-from ptr_hf.data.streaming_mixture import StreamingMixture
 
 LAYOUT = SegmentLayout(
     observation_steps=None, action_steps=tuple(range(4)), segment_length=2, chunk_stride=4, consequence_offset=4

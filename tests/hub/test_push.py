@@ -15,7 +15,7 @@ from loopback_hub import LoopbackHub, connect
 from small_policies import base_policy, observation, ptr_policy, stats_of, tensors_equal
 
 from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments, score_dataset
-from ptr_hf.publish import PushError
+from ptr_hf.publishing.push import PushError
 from ptr_hf.report import write_report, write_scores
 
 REPO = "lab/policy"

@@ -12,9 +12,9 @@ from policy_families import FAMILIES
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ptr_hf.chunk_summaries import motion_of
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.modeling_ptr import PTRPolicy
+from ptr_hf.pathway.summaries import motion_of
 from ptr_hf.policies import make_adapter, policies_with_action_masks
 from ptr_hf.policies.hooks import captured_input
 from ptr_hf.policies.protocol import ACTION_DIM_PAD, per_sample_mean, without_unused

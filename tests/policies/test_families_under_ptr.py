@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments
-from ptr_hf.consequences import samples_of
 from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.normalizers import harmless
 from ptr_hf.data.segments import SegmentLayout, segment_rows
+from ptr_hf.pathway.targets import samples_of
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors, preprocess
 
 LENGTH, ANCHORS = 3, (0, 30, 41)

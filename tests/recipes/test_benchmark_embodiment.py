@@ -21,9 +21,9 @@ import embodiment_data as data  # noqa: E402
 from embodiment_arms import ARMS, EXPERT, MIRRORED, MISSES, ArmScene, Demonstration, EndEffector, Operator, record  # noqa: E402
 from embodiment_cameras import KEY, VIEWS, Camera  # noqa: E402
 
-from ptr_hf.data.action_space import ActionSpace, resolve_layout  # noqa: E402
 from ptr_hf.data.demonstrations import load_truth  # noqa: E402
-from ptr_hf.data.mixture_metadata import MixtureMetadata  # noqa: E402
+from ptr_hf.data.mixture.action_space import ActionSpace, resolve_layout  # noqa: E402
+from ptr_hf.data.mixture.metadata import MixtureMetadata  # noqa: E402
 
 
 def row(

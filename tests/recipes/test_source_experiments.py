@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from ptr_hf import PTRTrainingArguments
-from ptr_hf.data.action_space import LAYOUTS, ActionSpace
-from ptr_hf.data.mixture_config import MixtureConfig
+from ptr_hf.data.mixture.action_space import LAYOUTS, ActionSpace
+from ptr_hf.data.mixture.config import MixtureConfig
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "experiments"

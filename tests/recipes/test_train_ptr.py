@@ -18,7 +18,7 @@ from small_policies import base_policy
 
 from ptr_hf import PTRPolicy
 from ptr_hf.cli import train_run
-from ptr_hf.export import export
+from ptr_hf.cli.export import export
 from ptr_hf.policies.bundled import BUNDLED_POLICY
 from ptr_hf.report import read_dynamics, read_scores
 from ptr_hf.report.inspected import SUCCESS, SUCCESS_OF_TASK

@@ -13,8 +13,8 @@ from PIL import Image
 from report.test_page import Page
 from synthetic_runs import ptr_rows, sourced_rows
 
-from ptr_hf.card_facts import TrainingData
-from ptr_hf.model_card import draw_pictures, model_card
+from ptr_hf.publishing.card_facts import TrainingData
+from ptr_hf.publishing.model_card import draw_pictures, model_card
 from ptr_hf.report import (
     DYNAMICS_FILE,
     Dynamics,

@@ -17,8 +17,8 @@ from ptr_hf import PTRTrainer, PTRTrainingArguments
 from ptr_hf.cli.score import score
 from ptr_hf.cli.score_options import parse
 from ptr_hf.configuration_ptr import PTRConfig
-from ptr_hf.data.mixture_config import MixtureConfig
-from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.mixture.config import MixtureConfig
+from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.scoring.dataset_scores import CHUNKS_FILE, DatasetScores
 from ptr_hf.training.given_weights import INSPECTION_FOLDER, KEY_FILE, fingerprint, training_weights
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ptr_hf.hyperparameters import PTRHyperparameters
-from ptr_hf.model_card import _share_bounds
+from ptr_hf.publishing.model_card import _share_bounds
 from ptr_hf.scores import FrameWeights
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments
+from ptr_hf.artifacts.checkpoint import is_ptr_source, resolve_folder
 from ptr_hf.data.datasets import dataset_metadata
-from ptr_hf.hub import is_ptr_source, resolve_folder
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ptr_hf.artifact_files import read_header, read_json
+from ptr_hf.artifacts.files import read_header, read_json
 from ptr_hf.artifacts.foreign_code import check_policy_repos
 from ptr_hf.artifacts.numbers import check_numbers
 from ptr_hf.artifacts.regular_files import regular_file

@@ -44,7 +44,7 @@ from transformers import set_seed
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments, score_dataset
 from ptr_hf.artifacts.base_source import check_base
-from ptr_hf.checkpoints import SaveError, checkpoints
+from ptr_hf.artifacts.checkpoint import is_ptr_source
 from ptr_hf.cli import interrupts
 from ptr_hf.cli.first_look import first_look
 from ptr_hf.cli.parser import OptionParser
@@ -54,17 +54,15 @@ from ptr_hf.configuration_ptr import chunk_settings
 from ptr_hf.data.datasets import dataset_metadata
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
 from ptr_hf.data.fit import renamed_features
-from ptr_hf.data.mixture import Mixture
-from ptr_hf.data.mixture_config import MixtureConfig
-from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.mixture.config import MixtureConfig
+from ptr_hf.data.mixture.dataset import Mixture
+from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.data.segments import CAMERA_MASK_SUFFIX, SegmentLayout
-from ptr_hf.hub import is_ptr_source
 from ptr_hf.hyperparameters import AUTO, PRESETS
 from ptr_hf.policies import supported_policies
 from ptr_hf.policies.bundled import bundled_policy
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
-from ptr_hf.policy_sources import widest_vector
-from ptr_hf.publish import PushError
+from ptr_hf.publishing.push import PushError
 from ptr_hf.report import (
     DYNAMICS_FILE,
     REPORT_FILE,
@@ -92,8 +90,10 @@ from ptr_hf.report.inspected import (
 from ptr_hf.report.page import has_curves
 from ptr_hf.scoring import action_loss
 from ptr_hf.scoring.dataset_scores import DatasetScores
+from ptr_hf.training.checkpoints import SaveError, checkpoints
+from ptr_hf.training.data_sources import DataSource, read_metadata
 from ptr_hf.training.given_weights import INSPECTION_FOLDER
-from ptr_hf.training_sources import DataSource, read_metadata
+from ptr_hf.training.policy_sources import widest_vector
 
 RESULTS_FILE = "results.json"
 PLAIN = SegmentLayout(None, (0,), 1, 1, None)
@@ -476,7 +476,7 @@ def success(trainer: PTRTrainer, starts: int, seed: int) -> dict[str, float]:
     """How often a policy solves the benchmark's tasks in simulation, each from the same held-out starts."""
     # the extra `metaworld`, which only this needs
     from ptr_hf.data.benchmark_tasks import STATE_TASKS
-    from ptr_hf.rollouts import evaluate_success
+    from ptr_hf.training.rollouts import evaluate_success
 
     first = FIRST_START + 1000 * seed
     rollouts = evaluate_success(

@@ -10,7 +10,7 @@ from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 
 from ptr_hf.data.datasets import EMPTY_CAMERA, check_cameras
-from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.data.segments import ACTION
 
 Features = Mapping[str, Mapping[str, Any]]

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ptr_hf.artifacts.base_source import check_base
+from ptr_hf.artifacts.checkpoint import PROCESSOR_FILES, is_ptr_source, resolve_processors
 from ptr_hf.configuration_ptr import PTRConfig
-from ptr_hf.hub import PROCESSOR_FILES, is_ptr_source, resolve_processors
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.policies import make_adapter
 from ptr_hf.policies.hooks import preserved_modes, unwrap

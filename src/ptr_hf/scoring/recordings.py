@@ -11,7 +11,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import OBS_STATE
 
 from ptr_hf.data.datasets import open_dataset
-from ptr_hf.data.mixture_config import MixtureConfig, SourceConfig
+from ptr_hf.data.mixture.config import MixtureConfig, SourceConfig
 from ptr_hf.data.segments import ACTION, OBSERVATION_PREFIX, SegmentLayout
 from ptr_hf.scoring.seen import ImageFeatures
 

@@ -21,19 +21,19 @@ from ptr_hf.data.datasets import check_dataset, open_dataset
 from ptr_hf.data.fit import check_fit, check_vectors, renamed_features
 from ptr_hf.data.in_memory import InMemorySegments, collate_segments
 from ptr_hf.data.masked_segments import saying_masked
-from ptr_hf.data.mixture import Mixture
-from ptr_hf.data.mixture_config import MixtureConfig
-from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.mixture.config import MixtureConfig
+from ptr_hf.data.mixture.dataset import Mixture
+from ptr_hf.data.mixture.metadata import MixtureMetadata
+from ptr_hf.data.mixture.processor import check_robots
 from ptr_hf.data.normalizers import check_normalizers, far_from, renames_in, with_renames
 from ptr_hf.data.screening import Screen
 from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.method.chunks import ChunkBatch, in_time_order, joined
 from ptr_hf.modeling_ptr import PTRPolicy
-from ptr_hf.policy_sources import widest_vector
-from ptr_hf.processor_embodiment import check_robots
 from ptr_hf.processor_ptr import preprocess, saved_processors
 from ptr_hf.report import ChunkScores
 from ptr_hf.scores import EpisodeTable, ScoreWeigher, SlotMemory
+from ptr_hf.training.policy_sources import widest_vector
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from lerobot.datasets import LeRobotDatasetMetadata
 
-from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.scoring.dataset_scores import CHUNKS_FILE, EPISODES_FILE, SETTINGS_FILE
 
 KEYS = ("index", "episode_index", "frame_index")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
-from ptr_hf.artifact_files import printable
+from ptr_hf.artifacts.files import printable
 from ptr_hf.artifacts.regular_files import inside
 
 BLOCK = 2**26

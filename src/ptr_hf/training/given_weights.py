@@ -13,7 +13,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from rich.console import Console
 
 from ptr_hf.configuration_ptr import PTRConfig
-from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.hyperparameters import AUTO
 from ptr_hf.scores import FrameWeights
 from ptr_hf.scoring.dataset_scores import CHUNKS_FILE, DatasetScores, weights_by_frame

@@ -10,16 +10,16 @@ from lerobot.processor import PolicyProcessorPipeline
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.fit import renamed_features
 from ptr_hf.data.in_memory import InMemorySegments
-from ptr_hf.data.mixture import Mixture
-from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.mixture.dataset import Mixture
+from ptr_hf.data.mixture.metadata import MixtureMetadata
+from ptr_hf.data.mixture.processor import EmbodimentStep, check_robots, embodiment_steps
+from ptr_hf.data.mixture.statistics import mixture_statistics
 from ptr_hf.data.normalization import READS, normalized_features, policy_statistics, with_statistics
 from ptr_hf.data.normalizers import check_normalizers, far_from, harmless, renames_in, statistics_in
-from ptr_hf.data.statistics import mixture_statistics
 from ptr_hf.modeling_ptr import PTRPolicy
-from ptr_hf.processor_embodiment import EmbodimentStep, check_robots, embodiment_steps
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors, saved_processors, saved_renames
-from ptr_hf.training_args import PTRTrainingArguments
-from ptr_hf.training_sources import Metadata, TrainingSet
+from ptr_hf.training.arguments import PTRTrainingArguments
+from ptr_hf.training.data_sources import Metadata, TrainingSet
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ import yaml
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from ptr_hf.data.slot_names import ARM_JOINTS, HAND_JOINTS, feature_names, is_bare_coordinate, slots_of_names
+from ptr_hf.data.mixture.slot_names import ARM_JOINTS, HAND_JOINTS, feature_names, is_bare_coordinate, slots_of_names
 
 STANDARD_SIZE = 200
 ENVIRONMENT_SLOTS = 40

@@ -24,36 +24,24 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from ptr_hf.artifact import read_config
+from ptr_hf.artifacts.checkpoint import PROCESSOR_FILES
+from ptr_hf.artifacts.checks import read_config
 from ptr_hf.data.in_memory import collate_segments
-from ptr_hf.data.mixture import Mixture, MixtureSampler
-from ptr_hf.data.mixture_config import MixtureConfig
-from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.mixture.config import MixtureConfig
+from ptr_hf.data.mixture.dataset import Mixture, MixtureSampler
+from ptr_hf.data.mixture.metadata import MixtureMetadata
+from ptr_hf.data.mixture.processor import for_robot
+from ptr_hf.data.mixture.streaming import StreamingMixture
 from ptr_hf.data.screening import FINE, Screen, leave_out
 from ptr_hf.data.segments import is_rows
-from ptr_hf.data.streaming_mixture import StreamingMixture
-from ptr_hf.evaluation_callback import EnvironmentSource, EvaluationCallback
-from ptr_hf.global_batches import TensorsOnly, has_batch_statistics, instructions_of, repeated_rows, with_instructions
-from ptr_hf.guarded_trainer import GuardedTrainer
-from ptr_hf.hub import PROCESSOR_FILES
-from ptr_hf.launch import check_launch, check_same_everywhere, run_facts
 from ptr_hf.method.distributed import sum_over_ranks
-from ptr_hf.metrics import MetricsWindow
 from ptr_hf.modeling_ptr import PTRPolicy
-from ptr_hf.nonfinite import BadFrame
-from ptr_hf.policy_sources import ModelSource, resolve_policy, widest_vector
-from ptr_hf.processor_embodiment import for_robot
 from ptr_hf.processor_ptr import keep_statistics, preprocess
 from ptr_hf.report import DYNAMICS_COLUMNS
 from ptr_hf.report.console import PlainConsole
 from ptr_hf.scores import weighed_loss, weight_metrics
-from ptr_hf.sharding import prepare_sharding, share_weights
-from ptr_hf.training.given_weights import INSPECTION_FOLDER, other_weights, training_weights
-from ptr_hf.training.processors import checked_preprocessor, observation_renames, policy_processors
-from ptr_hf.training.reporting import check_reporting
-from ptr_hf.training.seeding import seeded
-from ptr_hf.training_args import PTRTrainingArguments
-from ptr_hf.training_sources import (
+from ptr_hf.training.arguments import PTRTrainingArguments
+from ptr_hf.training.data_sources import (
     DataSource,
     Metadata,
     TrainingSet,
@@ -62,6 +50,24 @@ from ptr_hf.training_sources import (
     open_data,
     read_metadata,
 )
+from ptr_hf.training.evaluation import EnvironmentSource, EvaluationCallback
+from ptr_hf.training.given_weights import INSPECTION_FOLDER, other_weights, training_weights
+from ptr_hf.training.global_batches import (
+    TensorsOnly,
+    has_batch_statistics,
+    instructions_of,
+    repeated_rows,
+    with_instructions,
+)
+from ptr_hf.training.guarded_trainer import GuardedTrainer
+from ptr_hf.training.launch import check_launch, check_same_everywhere, run_facts
+from ptr_hf.training.metrics import MetricsWindow
+from ptr_hf.training.nonfinite import BadFrame
+from ptr_hf.training.policy_sources import ModelSource, resolve_policy, widest_vector
+from ptr_hf.training.processors import checked_preprocessor, observation_renames, policy_processors
+from ptr_hf.training.reporting import check_reporting
+from ptr_hf.training.seeding import seeded
+from ptr_hf.training.sharding import prepare_sharding, share_weights
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +92,7 @@ class PTRTrainer(GuardedTrainer):
 
     Raises:
         ValueError: before any training time is spent, for an unsupported policy, a dataset that holds nothing to learn from,
-            a missing camera, or a launch that would train something else (`ptr_hf.launch`).
+            a missing camera, or a launch that would train something else (`ptr_hf.training.launch`).
 
     Example:
         >>> trainer = PTRTrainer("lerobot/smolvla_base", PTRTrainingArguments(output_dir="out"), "me/my_demos")

@@ -18,20 +18,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ptr_hf.artifacts.checkpoint import is_ptr_folder
 from ptr_hf.artifacts.regular_files import quoted
-from ptr_hf.checkpointing_trainer import (
+from ptr_hf.publishing.push import remove_staged
+from ptr_hf.report import DYNAMICS_FILE, DynamicsLog
+from ptr_hf.training.checkpoint_contents import reading
+from ptr_hf.training.checkpointing_trainer import (
     WINDOW_LOGGED,
     WINDOW_LOSS,
     WINDOW_TOTAL,
     CheckpointingTrainer,
     window_name,
 )
-from ptr_hf.checkpoints import Manifest, checkpoints, fault, last_complete, remove_leftovers, step_of
-from ptr_hf.hub import is_ptr_folder
-from ptr_hf.publish import remove_staged
-from ptr_hf.report import DYNAMICS_FILE, DynamicsLog
-from ptr_hf.sharding import restore_weights
-from ptr_hf.training.checkpoint_contents import reading
+from ptr_hf.training.checkpoints import Manifest, checkpoints, fault, last_complete, remove_leftovers, step_of
+from ptr_hf.training.sharding import restore_weights
 
 LAST = ("true", "last")
 """What asks for the newest checkpoint on a command line, where `resume_from_checkpoint` is a string."""

@@ -12,8 +12,8 @@ from typing import Any
 
 from lerobot.processor import ProcessorStep, ProcessorStepRegistry
 
-import ptr_hf.processor_embodiment  # noqa: F401  registers the steps of policies of several robots
-from ptr_hf.artifact_files import read_header, read_json
+import ptr_hf.data.mixture.processor  # noqa: F401  registers the steps of policies of several robots
+from ptr_hf.artifacts.files import read_header, read_json
 from ptr_hf.artifacts.foreign_code import check_step_repos
 from ptr_hf.artifacts.numbers import check_numbers
 from ptr_hf.artifacts.regular_files import inside, quoted, regular_file

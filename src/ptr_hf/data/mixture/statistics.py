@@ -15,7 +15,7 @@ from lerobot.utils.constants import OBS_STATE
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ptr_hf.data.mixture_metadata import MixtureMetadata, Source
+from ptr_hf.data.mixture.metadata import MixtureMetadata, Source
 from ptr_hf.data.normalization import READS, Stats, constant, sound_statistics
 from ptr_hf.data.segments import ACTION
 

@@ -30,15 +30,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
-from ptr_hf.artifact import PTR_SCORER_NAME, check_artifact, check_processors, check_tensors
+from ptr_hf.artifacts.checks import PTR_SCORER_NAME, check_artifact, check_processors, check_tensors
 from ptr_hf.artifacts.foreign_code import no_foreign_code
-from ptr_hf.artifacts.regular_files import regular_file
-from ptr_hf.card_facts import BasePolicy, CardFacts
-from ptr_hf.card_text import named_source
-from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
-from ptr_hf.hub_access import asking_the_hub
-from ptr_hf.model_card import library_versions, write_model_card
-from ptr_hf.peft_policies import (
+from ptr_hf.artifacts.hub_access import asking_the_hub
+from ptr_hf.artifacts.peft import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
     load_adapted_base,
@@ -46,8 +41,13 @@ from ptr_hf.peft_policies import (
     save_adapter,
     source_of,
 )
+from ptr_hf.artifacts.regular_files import regular_file
+from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
 from ptr_hf.policies.hooks import unwrap
-from ptr_hf.publish import Destination, local_needs
+from ptr_hf.publishing.card_facts import BasePolicy, CardFacts
+from ptr_hf.publishing.card_text import named_source
+from ptr_hf.publishing.model_card import library_versions, write_model_card
+from ptr_hf.publishing.push import Destination, local_needs
 from ptr_hf.report.files import beside_the_run
 
 logger = logging.getLogger(__name__)

@@ -18,10 +18,17 @@ import pyarrow.compute as pc
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData, constants
 from matplotlib.figure import Figure
 
-from ptr_hf.card_facts import BasePolicy, CardFacts, Evaluation, ScoredDatasetFacts, TrainingData, TrainingRun
-from ptr_hf.card_text import fill_card, named_source, percent, plain
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.method import share_bound, weight_bounds
+from ptr_hf.publishing.card_facts import (
+    BasePolicy,
+    CardFacts,
+    Evaluation,
+    ScoredDatasetFacts,
+    TrainingData,
+    TrainingRun,
+)
+from ptr_hf.publishing.card_text import fill_card, named_source, percent, plain
 from ptr_hf.report import (
     Dynamics,
     GroupShare,

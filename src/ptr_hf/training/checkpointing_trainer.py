@@ -22,7 +22,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ptr_hf.checkpoints import (
+from ptr_hf.report.text import without_local_paths
+from ptr_hf.training.checkpoints import (
     WRITE_ERRORS,
     Manifest,
     SaveError,
@@ -35,9 +36,8 @@ from ptr_hf.checkpoints import (
     write_failure,
     written_aside,
 )
-from ptr_hf.metrics import MetricsWindow
-from ptr_hf.publishing_trainer import PublishingTrainer
-from ptr_hf.report.text import without_local_paths
+from ptr_hf.training.metrics import MetricsWindow
+from ptr_hf.training.publishing_trainer import PublishingTrainer
 from ptr_hf.training.run_lock import RunLock
 
 TRAINING_ARGS_NAME = "training_args.json"

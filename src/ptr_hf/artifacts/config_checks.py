@@ -9,8 +9,8 @@ from typing import Any
 import draccus
 from lerobot.configs import PreTrainedConfig
 
-from ptr_hf.artifact_files import printable, read_json
 from ptr_hf.artifacts.adapter_config import check_adapter
+from ptr_hf.artifacts.files import printable, read_json
 from ptr_hf.artifacts.foreign_code import check_policy_repos
 from ptr_hf.artifacts.numbers import check_numbers
 from ptr_hf.artifacts.regular_files import inside, quoted

@@ -11,14 +11,14 @@ from peft import PeftConfig
 from torch import nn
 
 from ptr_hf.artifacts.base_source import check_base
+from ptr_hf.artifacts.checkpoint import is_ptr_source
 from ptr_hf.artifacts.foreign_code import no_foreign_code
+from ptr_hf.artifacts.peft import wrap_with_peft
 from ptr_hf.configuration_ptr import PTRConfig, chunk_settings
 from ptr_hf.data.fit import check_vectors, renamed_features
-from ptr_hf.hub import is_ptr_source
 from ptr_hf.modeling_ptr import PTRPolicy, build_base
-from ptr_hf.peft_policies import wrap_with_peft
 from ptr_hf.policies.hooks import unwrap
-from ptr_hf.training_args import PTRTrainingArguments
+from ptr_hf.training.arguments import PTRTrainingArguments
 
 type ModelSource = str | Path | PreTrainedConfig | nn.Module
 

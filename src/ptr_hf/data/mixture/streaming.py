@@ -21,8 +21,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from ptr_hf.data.datasets import check_episodes, episode_spans, is_dataset_folder, open_dataset
 from ptr_hf.data.in_memory import collate_segments
-from ptr_hf.data.mixture import unified
-from ptr_hf.data.mixture_metadata import MixtureMetadata, Source
+from ptr_hf.data.mixture.dataset import unified
+from ptr_hf.data.mixture.metadata import MixtureMetadata, Source
 from ptr_hf.data.segments import SegmentLayout, sample_of
 
 logger = logging.getLogger(__name__)

@@ -15,13 +15,12 @@ from peft import PeftModel
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy, SchedulerType
 
-from ptr_hf.card_facts import BasePolicy, CardFacts, Evaluation, TrainingData, TrainingRun
-from ptr_hf.evaluation_callback import EVALUATION_FILE, read_evaluations
-from ptr_hf.model_card import library_versions, write_model_card
+from ptr_hf.artifacts.peft import source_of
 from ptr_hf.modeling_ptr import PTRPolicy
-from ptr_hf.peft_policies import source_of
 from ptr_hf.policies.hooks import unwrap
-from ptr_hf.publish import Destination, PushError, local_needs, published_files, stage
+from ptr_hf.publishing.card_facts import BasePolicy, CardFacts, Evaluation, TrainingData, TrainingRun
+from ptr_hf.publishing.model_card import library_versions, write_model_card
+from ptr_hf.publishing.push import Destination, PushError, local_needs, published_files, stage
 from ptr_hf.report import (
     DYNAMICS_FILE,
     REPORT_FILE,
@@ -35,7 +34,8 @@ from ptr_hf.report import (
 )
 from ptr_hf.report.evaluation import main_run
 from ptr_hf.report.files import beside_the_run
-from ptr_hf.training_args import PTRTrainingArguments
+from ptr_hf.training.arguments import PTRTrainingArguments
+from ptr_hf.training.evaluation import EVALUATION_FILE, read_evaluations
 
 CARD_FILE = "README.md"
 PATIENCE = 600

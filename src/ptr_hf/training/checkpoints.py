@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
-from ptr_hf.artifact import check_artifact
-from ptr_hf.artifact_files import read_json
+from ptr_hf.artifacts.checks import check_artifact
+from ptr_hf.artifacts.files import read_json
 from ptr_hf.training.checkpoint_contents import check_trainer_state, checksums, regular_files
 
 MANIFEST_NAME = "ptr_checkpoint.json"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ptr_hf.data.segments import ACTION, PAD_SUFFIX
 from ptr_hf.method import masked_mean
-from ptr_hf.pathway import ACTION_STRETCHES
+from ptr_hf.pathway.build import ACTION_STRETCHES
 from ptr_hf.policies import PolicyTrace
 from ptr_hf.policies.protocol import ACTION_DIM_PAD, without_unused
 

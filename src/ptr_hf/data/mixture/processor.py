@@ -17,9 +17,9 @@ from lerobot.processor import PolicyProcessorPipeline, ProcessorStep, ProcessorS
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
-from ptr_hf.data.action_space import from_slots, to_slots, unused_slots
-from ptr_hf.data.mixture import resized
-from ptr_hf.data.mixture_metadata import MixtureMetadata
+from ptr_hf.data.mixture.action_space import from_slots, to_slots, unused_slots
+from ptr_hf.data.mixture.dataset import resized
+from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.data.segments import CAMERA_MASK_SUFFIX, OBS_SOURCE, SOURCE_INDEX
 from ptr_hf.policies.protocol import ACTION_DIM_PAD
 
@@ -212,7 +212,7 @@ def embodiment_steps(
 
     Args:
         meta: of the mixture.
-        statistics: `ptr_hf.data.statistics.mixture_statistics` of it.
+        statistics: `ptr_hf.data.mixture.statistics.mixture_statistics` of it.
     """
     shared: dict[str, Any] = {
         "size": len(meta.space),

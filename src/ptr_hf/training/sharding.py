@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 from peft import PeftModel
 from torch.distributed.fsdp import FSDPModule
 
-from ptr_hf.hub import load_weights
+from ptr_hf.artifacts.checkpoint import load_weights
 from ptr_hf.method.chunks import ObjectiveOutput, Weighing
 from ptr_hf.modeling_ptr import PTRPolicy
 

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ptr_hf.model_card import library_versions
+from ptr_hf.publishing.model_card import library_versions
 from ptr_hf.training.launcher_watch import watch_launcher
 
 MAY_DIFFER = frozenset(

@@ -57,7 +57,7 @@ def _template(name: str) -> str:
     """A template from inside the installed package, or from beside src/ in a checkout."""
     shipped = resources.files("ptr_hf") / "model_cards" / name
     if not shipped.is_file():
-        shipped = Path(__file__).parents[2] / "model_cards" / name
+        shipped = Path(__file__).parents[3] / "model_cards" / name
     return shipped.read_text(encoding="utf-8")
 
 

@@ -7,18 +7,18 @@ from typing import Any
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from ptr_hf.card_facts import TrainingData
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.datasets import check_dataset, dataset_metadata, open_dataset
 from ptr_hf.data.demonstrations import load_truth
 from ptr_hf.data.fit import check_fit, check_mixture_fit
 from ptr_hf.data.in_memory import InMemorySegments
-from ptr_hf.data.mixture import Mixture
-from ptr_hf.data.mixture_config import MixtureConfig
-from ptr_hf.data.mixture_metadata import MixtureMetadata
-from ptr_hf.data.streaming_mixture import StreamingMixture
+from ptr_hf.data.mixture.config import MixtureConfig
+from ptr_hf.data.mixture.dataset import Mixture
+from ptr_hf.data.mixture.metadata import MixtureMetadata
+from ptr_hf.data.mixture.streaming import StreamingMixture
+from ptr_hf.publishing.card_facts import TrainingData
 from ptr_hf.scores import EpisodeTable
-from ptr_hf.training_args import PTRTrainingArguments
+from ptr_hf.training.arguments import PTRTrainingArguments
 
 type DatasetSource = str | Path | LeRobotDataset
 type DataSource = DatasetSource | MixtureConfig | Mapping[str, Any] | Sequence[Any]
@@ -36,7 +36,7 @@ def read_metadata(
         given: a dataset argument of `PTRTrainer`.
         args: its revision.
         like: of the training data, where `given` is what the policy is evaluated on: it has to have the same form.
-        widest: vector that the policy takes (`ptr_hf.policy_sources.widest_vector`).
+        widest: vector that the policy takes (`ptr_hf.training.policy_sources.widest_vector`).
 
     Raises:
         ValueError: it cannot be read, or has another form than the training data.

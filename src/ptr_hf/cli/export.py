@@ -8,14 +8,14 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ptr_hf.artifact_processors import MAX_STATE_BYTES
+from ptr_hf.artifacts.checkpoint import PROCESSOR_FILES, resolve_folder
+from ptr_hf.artifacts.processor_checks import MAX_STATE_BYTES
 from ptr_hf.artifacts.regular_files import regular_file
 from ptr_hf.cli import interrupts
 from ptr_hf.cli.parser import OptionParser
 from ptr_hf.cli.refusals import refusals
-from ptr_hf.hub import PROCESSOR_FILES, resolve_folder
+from ptr_hf.data.mixture.processor import for_robot, robots_of
 from ptr_hf.modeling_ptr import PTRPolicy
-from ptr_hf.processor_embodiment import for_robot, robots_of
 from ptr_hf.processor_ptr import saved_processors
 
 PROGRAM = "ptr-export"

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2 import functional as images
 
-from ptr_hf.data.action_space import to_slots
 from ptr_hf.data.datasets import check_episodes, episode_spans, open_dataset
 from ptr_hf.data.frame_times import check_rate
 from ptr_hf.data.in_memory import InMemorySegments, collate_segments
-from ptr_hf.data.mixture_metadata import MixtureMetadata, Source
+from ptr_hf.data.mixture.action_space import to_slots
+from ptr_hf.data.mixture.metadata import MixtureMetadata, Source
 from ptr_hf.data.segment_dataset import TASK, TASK_INDEX
 from ptr_hf.data.segments import (
     ACTION,

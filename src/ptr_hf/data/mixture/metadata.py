@@ -19,9 +19,9 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
-from ptr_hf.data.action_space import ActionSpace, EmbodimentLayout, resolve_layout
 from ptr_hf.data.datasets import dataset_metadata
-from ptr_hf.data.mixture_config import MixtureConfig, SourceConfig
+from ptr_hf.data.mixture.action_space import ActionSpace, EmbodimentLayout, resolve_layout
+from ptr_hf.data.mixture.config import MixtureConfig, SourceConfig
 from ptr_hf.data.segments import ACTION
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptr_hf.checkpoints import checkpoints, fault, step_of
 from ptr_hf.data.masked_segments import MaskedSegments
 from ptr_hf.data.screening import Screen
 from ptr_hf.method import ObjectiveOutput
-from ptr_hf.nonfinite import (
+from ptr_hf.training.checkpoints import checkpoints, fault, step_of
+from ptr_hf.training.nonfinite import (
     NONFINITE_FILE,
     PATIENCE,
     BadFrame,
@@ -23,7 +23,7 @@ from ptr_hf.nonfinite import (
     NonFiniteWindow,
     describe,
 )
-from ptr_hf.resumable_trainer import ResumableTrainer
+from ptr_hf.training.resumable_trainer import ResumableTrainer
 
 logger = logging.getLogger(__name__)
 

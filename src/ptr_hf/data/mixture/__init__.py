@@ -1,0 +1,1 @@
+"""Several datasets, also of different robots, read as one."""

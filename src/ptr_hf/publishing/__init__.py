@@ -1,0 +1,1 @@
+"""What is published: pushes, model cards, and what a card states."""
