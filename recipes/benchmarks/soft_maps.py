@@ -5,7 +5,7 @@
     python recipes/benchmarks/soft_maps.py warm combined 101    # preset ptr after 600 steps of its scorer alone, a row
 
 The data, the pretrained policy and the evaluation are those of recipes/benchmark_corruption.py --track state, which also trains
-with the files: --run '{"preset": "ptr_offline", "weights": FILE}' --label soft_exp. docs/inspection.md says what was found.
+with the files: --run '{"preset": "ptr_offline", "weights": FILE}' --label soft_exp. docs/detection.md says what was found.
 """
 
 import argparse

@@ -23,7 +23,7 @@ OFFLINE = "ptr_offline"
 AUTO = "auto"
 """As `weights`: inspect the dataset first."""
 DEFAULT_PRESET = OFFLINE
-"""The preset unless another is named: level with the oracle in docs/inspection.md, at the cost of plain post-training."""
+"""The preset unless another is named: level with the oracle in docs/evidence.md, at the cost of plain post-training."""
 WEIGHT_BOUNDS = 1e-12, 1e12
 """Weights are squared and summed in single precision."""
 MOST = {
