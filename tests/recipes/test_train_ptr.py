@@ -131,6 +131,7 @@ def test_a_policy_from_scratch(recipe: ModuleType, points: Path, tmp_path: Path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert (config["type"], config["chunk_size"], config["dim_model"]) == ("act", 4, 32)
     assert PTRPolicy.from_pretrained(tmp_path).config.preset == "ptr_offline"
+    assert "ptr_offline" in (tmp_path / "README.md").read_text()
     args = recipe.PTRTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(
         ValueError, match=r"policy_type=acte is none that can be trained here: choose one of act, diffusion"

@@ -34,6 +34,7 @@ from typing import Any, Literal
 
 import draccus
 import torch
+from huggingface_hub.constants import REPOCARD_NAME
 from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import get_policy_class
@@ -371,7 +372,10 @@ def main(argv: list[str]) -> None:
     if truth is not None and args.weights == AUTO:
         with beside_the_run("The table of reasons is missing"):
             console.print(reasons_table(DatasetScores.load(folder / INSPECTION_FOLDER), truth))
-    console.print(comparison_table(results))
+    if any(results.values()):
+        console.print(comparison_table(results))
+    for trainer in trainers.values():
+        trainer.create_model_card()
     if args.push_to_hub:
         try:
             console.print(f"{'published':28}{main_trainer.push_to_hub()}", soft_wrap=True)
@@ -379,6 +383,7 @@ def main(argv: list[str]) -> None:
             console.print(str(error), soft_wrap=True)
     for label, path in (
         ("checkpoint", folder),
+        ("model card", folder / REPOCARD_NAME),
         ("report (open in a browser)", output / REPORT_FILE),
         ("figures", output / "figures"),
         ("picture", output / "summary.png"),
