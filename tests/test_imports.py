@@ -1,0 +1,66 @@
+"""What may import what: no circle of modules, and the folders that know little keep knowing little."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src"
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for path in (SOURCE / "ptr_hf").rglob("*.py"):
+        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports(path: Path, known: set[str]) -> set[str]:
+    """The modules of ours that a file imports when it is imported itself."""
+    found: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            members = {f"{node.module}.{name.name}" for name in node.names}
+            found |= (members & known) or {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+    return found & known
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    known = modules()
+    return {name: imports(path, set(known)) - {name} for name, path in known.items()}
+
+
+def room(module: str) -> str:
+    """The folder below ptr_hf, or the module that lies beside the folders."""
+    return [*module.split("."), ""][1]
+
+
+def test_no_circle_of_modules(graph: dict[str, set[str]]) -> None:
+    assert len(list(TopologicalSorter(graph).static_order())) == len(graph) > 150
+
+
+@pytest.mark.parametrize(
+    ("folder", "may"),
+    [
+        ("method", set()),
+        ("policies", set()),
+        ("scores", {"method"}),
+        ("hyperparameters", {"scores"}),
+        ("data", {"artifacts", "envs", "policies"}),
+        ("pathway", {"configuration_ptr", "data", "method", "policies", "scores"}),
+    ],
+)
+def test_folders_that_know_little(graph: dict[str, set[str]], folder: str, may: set[str]) -> None:
+    outside = {room(to) for module, own in graph.items() if room(module) == folder for to in own}
+    assert outside - {folder} <= may
+
+
+@pytest.mark.parametrize(("folder", "by"), [("cli", set()), ("training", {"cli", "scoring"})])
+def test_folders_that_few_know(graph: dict[str, set[str]], folder: str, by: set[str]) -> None:
+    importers = {room(module) for module, own in graph.items() if any(room(to) == folder for to in own)}
+    assert importers - {folder} <= by
