@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from demonstrations import write_dataset
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.envs.factory import make_env_config
@@ -16,7 +17,7 @@ from lerobot.policies.factory import make_policy, make_pre_post_processors
 from safetensors.torch import load_file
 from small_policies import base_policy
 
-from ptr_hf import PTRPolicy
+from ptr_hf import PTRPolicy, PTRTrainer
 from ptr_hf.cli import train_run
 from ptr_hf.cli.export import export
 from ptr_hf.policies.bundled import BUNDLED_POLICY
@@ -137,8 +138,12 @@ def test_a_policy_from_scratch(recipe: ModuleType, points: Path, tmp_path: Path)
         ValueError, match=r"policy_type=acte is none that can be trained here: choose one of act, diffusion"
     ):
         recipe.new_policy("acte", [], args)
-    with pytest.raises(ValueError, match=r"do not fit a policy of type act"):
-        recipe.new_policy("act", ["width=3"], args)
+    for wrong in ("width=3", "dim_model=x"):
+        with pytest.raises(ValueError, match=r"do not fit a policy of type act"):
+            recipe.new_policy("act", [wrong], args)
+    blind = write_dataset(tmp_path / "blind", (12,) * 8, cameras=())
+    with pytest.raises(ValueError, match=r"No act policy can be made for the dataset .*blind: You must provide"):
+        PTRTrainer(recipe.new_policy("act", [], args), args, blind)
 
 
 def test_help_explains_every_option(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

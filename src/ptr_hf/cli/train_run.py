@@ -27,6 +27,7 @@ override the earlier ones, and options on the command line override them all. `r
 import copy
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -196,12 +197,7 @@ def adapted_policy(path: str, overrides: list[str], data: DataSource, args: PTRT
         )
     check_base(path, args.model_revision, trusted=[setting.partition("=")[2] for setting in overrides])
     saved = PreTrainedConfig.from_pretrained(path, revision=args.model_revision)
-    names = [setting.partition("=")[0] for setting in overrides if "=" in setting]
-    if len(names) < len(overrides) or not set(names) <= set(vars(saved)):
-        raise ValueError(
-            f"policy_overrides={overrides} do not fit the policy {path}: each is name=value, the name one of "
-            f"{', '.join(sorted(vars(saved)))}."
-        )
+    check_overrides(overrides, vars(saved), f"the policy {path}")
     # on the CPU first, so that the processes of a node do not all load onto its first GPU
     settings = [*overrides, "device=cpu"]
     if args.chunk_size is not None:
@@ -226,6 +222,15 @@ def adapted_policy(path: str, overrides: list[str], data: DataSource, args: PTRT
     return get_policy_class(config.type).from_pretrained(path, config=config, revision=args.model_revision)
 
 
+def check_overrides(overrides: list[str], known: Iterable[str], of: str) -> None:
+    """Refuse what is not name=value, or names no setting of the policy."""
+    names = [setting.partition("=")[0] for setting in overrides if "=" in setting]
+    if len(names) < len(overrides) or not set(names) <= set(known):
+        raise ValueError(
+            f"policy_overrides={overrides} do not fit {of}: each is name=value, the name one of {', '.join(sorted(known))}."
+        )
+
+
 def new_policy(kind: str, overrides: list[str], args: PTRTrainingArguments) -> PreTrainedConfig:
     """The configuration of a policy that is trained from scratch; its sizes are taken from the data."""
     if kind not in supported_policies():
@@ -233,12 +238,13 @@ def new_policy(kind: str, overrides: list[str], args: PTRTrainingArguments) -> P
             f"policy_type={kind} is none that can be trained here: choose one of {', '.join(supported_policies())}."
         )
     config_class = PreTrainedConfig.get_choice_class(kind)
+    check_overrides(overrides, [item.name for item in fields(config_class) if item.init], f"a policy of type {kind}")
     settings = [*overrides, "device=cpu", "push_to_hub=false"]
     if args.chunk_size is not None:
         settings += [f"{name}={value}" for name, value in chunk_settings(config_class, args.chunk_size, {}).items()]
     try:
         return draccus.parse(config_class, args=[f"--{setting}" for setting in settings])
-    except (draccus.ParsingError, SystemExit) as error:
+    except draccus.ParsingError as error:
         raise ValueError(f"policy_overrides={overrides} do not fit a policy of type {kind}: {error}.") from error
 
 

@@ -153,5 +153,8 @@ def _fresh_policy(
         vars(config).update(
             chunk_settings(type(config), hyperparameters["chunk_size"], {"n_obs_steps": config.n_obs_steps})
         )
-    base = make_policy(config, ds_meta=meta, rename_map=renames)
+    try:
+        base = make_policy(config, ds_meta=meta, rename_map=renames)
+    except ValueError as error:
+        raise ValueError(f"No {config.type} policy can be made for the dataset {meta.repo_id}: {error}") from error
     return PTRPolicy(PTRConfig(device=device, **hyperparameters), base_policy=base)
