@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import transformers
+from filelock import FileLock
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import get_policy_class
@@ -168,12 +169,14 @@ def load_pretrained(setting: Setting, workspace: Path) -> PreTrainedPolicy:
 
 
 def condition_dataset(setting: Setting, workspace: Path, condition: str, seed: int, name: str = "train") -> Path:
-    """The LeRobotDataset of a condition and a seed, written at first use."""
+    """The LeRobotDataset of a condition and a seed, written at first use by one of the processes that want it."""
     folder = workspace / "datasets" / f"{name}_{condition}_{seed}"
-    if not folder.with_suffix(".done").exists():
-        recordings = load_recordings(workspace / f"recordings_{name}")
-        write_condition(folder, setting.track, condition, seed, recordings, overwrite=True)
-        folder.with_suffix(".done").touch()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.with_suffix(".done").exists():
+            recordings = load_recordings(workspace / f"recordings_{name}")
+            write_condition(folder, setting.track, condition, seed, recordings, overwrite=True)
+            folder.with_suffix(".done").touch()
     return folder
 
 

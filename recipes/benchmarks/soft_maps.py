@@ -115,13 +115,16 @@ def maps(workspace: Path, condition: str, seed: int) -> None:
 
 
 class PolicyLoss(Question):
-    """What a half-trained policy thinks of an episode; the answer is given, not asked for."""
+    """What a half-trained policy thinks of an episode: its negated loss (frames, 1), which was read beforehand."""
 
     name = "policy_loss"
     title = "Does the policy learn it?"
 
+    def __init__(self, frames: np.ndarray) -> None:
+        self._answer = Answer((self.name,), frames, 0.02)
+
     def ask(self, fit: CrossFit, reweigh: Reweigh) -> Answer:
-        raise NotImplementedError
+        return self._answer
 
     def reason(self, parts: tuple[str, ...]) -> str:
         return "the policy does not learn it"
@@ -183,9 +186,11 @@ def loss(workspace: Path, condition: str, seed: int) -> None:
         trainer.add_callback(_StopHalfway())
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
-        answer = Answer(("policy_loss",), losses(trainer, recordings, seed), 0.02)
-        row |= told(f"{preset}_loss", verdicts({PolicyLoss(): answer}))
-        row |= told(f"{preset}_both", verdicts(answers | {PolicyLoss(): answer}))
+        answer, _ = ask_all(
+            recordings, [PolicyLoss(losses(trainer, recordings, seed))], FitSettings(progress=False), group
+        )
+        row |= told(f"{preset}_loss", verdicts(answer))
+        row |= told(f"{preset}_both", verdicts(answers | answer))
     print(json.dumps(row))
 
 
