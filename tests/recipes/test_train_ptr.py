@@ -59,6 +59,9 @@ def test_the_demo_from_launch_to_report(tmp_path: Path) -> None:
         assert values[SUCCESS] == pytest.approx(sum(tasks) / 8)
         # the policy that both start from solves tasks
         assert values[SUCCESS] > 0.1
+    card = (folder / "ptr_offline" / "README.md").read_text()
+    assert f"{100 * ptr[SUCCESS]:.1f}" in card
+    assert "clipping" not in card
     assert ptr["AUC, bad episodes have a lower z (chance 0.5)"] > 0.95
     assert ptr["bad episodes that weigh less"] > 0.8
     assert ptr["clean episodes that weigh less"] < 0.05

@@ -394,7 +394,8 @@ def _pictures(facts: CardFacts) -> list[Picture]:
         pictures = [Picture(DYNAMICS_PICTURE, alt, DYNAMICS_CAPTION, draw)]
     else:
         panels = (loss_panel, clip_panel) if weighed else (loss_panel,)
-        named = "Action loss, effective sample size and clipping" if weighed else "Action loss"
+        clips = ", effective sample size and clipping" if config.scorer else " and effective sample size"
+        named = f"Action loss{clips if weighed else ''}"
         draw = partial(_some_panels, dynamics, panels)
         pictures = [Picture(DYNAMICS_PICTURE, f"{named} over the training steps", f"{named} over training.", draw)]
     if weighed and dynamics.weight_counts(run) is not None:

@@ -119,7 +119,8 @@ def controller_panel(ax: Axes, dynamics: Dynamics) -> None:
 def clip_panel(ax: Axes, dynamics: Dynamics) -> None:
     """How much of the weighting is still a choice: effective sample size, and the shares stuck at either bound."""
     run = main_run(dynamics)
-    name_axes(ax, "Effective sample size, clipping")
+    clips = dynamics.logged("weight_at_floor", run) or dynamics.logged("weight_at_ceiling", run)
+    name_axes(ax, "Effective sample size, clipping" if clips else "Effective sample size")
     if not dynamics.logged("effective_sample_size", run):
         say_absent(ax, "no weights in this run")
         return

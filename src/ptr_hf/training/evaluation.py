@@ -142,7 +142,7 @@ class EvaluationCallback(TrainerCallback):
         self._rows = [row for row in rows if row["step"] <= state.global_step]
         with beside_the_run(f"{path} of an earlier run could not be replaced"):
             if self._rows:
-                self._write(args)
+                write_evaluations(args.output_dir, self._rows)
             else:
                 path.unlink(missing_ok=True)
         with self._forgiven(), _undisturbed(self.trainer.policy, self.seed):
@@ -172,8 +172,8 @@ class EvaluationCallback(TrainerCallback):
         logs: dict[str, float] = {}
         with self._forgiven():
             results = self._run(progress=not args.disable_tqdm)
-            self._rows += [self._row(result, step) for result in results]
-            self._write(args)
+            self._rows += [evaluation_row(result, step, self.config.type) for result in results]
+            write_evaluations(args.output_dir, self._rows)
             logs = _logged(results)
         if logs:
             # Trainer.log takes the row that is due at this step for written
@@ -193,23 +193,6 @@ class EvaluationCallback(TrainerCallback):
                 seed=self.seed,
                 progress=progress,
             )
-
-    def _row(self, result: TaskResult, step: int) -> dict[str, Any]:
-        return {
-            "step": step,
-            "environment": self.config.type,
-            "task": result.task,
-            "episodes": len(result.solved),
-            "success": result.success,
-            "standard_error": result.standard_error,
-            "seeds": list(result.seeds),
-            "lerobot": version("lerobot"),
-        }
-
-    def _write(self, args: TrainingArguments) -> None:
-        path = Path(args.output_dir) / EVALUATION_FILE
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(self._rows, indent=1) + "\n")
 
     def _open(self) -> Environments:
         if not self._environments:
@@ -323,6 +306,32 @@ def run_episodes(
             results.append(TaskResult(task, tuple(seeds), tuple(solved)))
             bar.set_postfix(success=f"{np.mean([result.success for result in results]):.1%}")
     return results
+
+
+def evaluation_row(result: TaskResult, step: int, environment: str) -> dict[str, Any]:
+    """A row of `ptr_evaluation.json`.
+
+    Args:
+        result: of one task.
+        step: of training, at which the policy was evaluated.
+        environment: its name.
+    """
+    return {
+        "step": step,
+        "environment": environment,
+        "task": result.task,
+        "episodes": len(result.solved),
+        "success": result.success,
+        "standard_error": result.standard_error,
+        "seeds": list(result.seeds),
+        "lerobot": version("lerobot"),
+    }
+
+
+def write_evaluations(folder: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a run's `ptr_evaluation.json`, which the model card reads, from its `evaluation_row`s."""
+    with replacing(Path(folder) / EVALUATION_FILE) as temporary:
+        temporary.write_text(json.dumps(list(rows), indent=1) + "\n")
 
 
 def read_evaluations(folder: str | Path) -> list[dict[str, Any]]:
