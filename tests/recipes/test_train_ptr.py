@@ -60,7 +60,8 @@ def test_the_demo_from_launch_to_report(tmp_path: Path) -> None:
         # the policy that both start from solves tasks
         assert values[SUCCESS] > 0.1
     card = (folder / "ptr_offline" / "README.md").read_text()
-    assert f"{100 * ptr[SUCCESS]:.1f}" in card
+    reached = 100 * ptr[SUCCESS_OF_TASK + "reach-left"]
+    assert f"| metaworld (states) | reach-left | 6 | 2 | {reached:.1f} % |" in card
     assert "clipping" not in card
     assert ptr["AUC, bad episodes have a lower z (chance 0.5)"] > 0.95
     assert ptr["bad episodes that weigh less"] > 0.8
