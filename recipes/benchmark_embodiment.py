@@ -60,13 +60,13 @@ sys.path.insert(0, str(Path(__file__).parent))  # the recipe's other files, in a
 COLUMNS = ("preset", "condition", "arm", "seed", "success", "share", "commit", "command")
 BASELINE = "generalist_sft"
 MEAN = "mean"
-GENERALISTS = ("sft", "ptr", "ptr_calibrated", "small_loss", "random_weights", "oracle")
+GENERALISTS = ("sft", "ptr_offline", "ptr", "ptr_calibrated", "small_loss", "random_weights", "oracle")
 SPECIALISTS = ("sft", "ptr", "ptr_calibrated")
 PRESETS = (*(f"generalist_{name}" for name in GENERALISTS), *(f"specialist_{name}" for name in SPECIALISTS))
 GRID: Mapping[str, tuple[str, ...]] = {
     "uneven": PRESETS,
     # what weighing costs where there is nothing to reject; an oracle of clean data is SFT
-    "clean": (*(f"generalist_{name}" for name in GENERALISTS[:4]), "specialist_sft"),
+    "clean": (*(f"generalist_{name}" for name in GENERALISTS[:5]), "specialist_sft"),
     # pictures cost several times as much
     "uneven_cameras": (*(f"generalist_{name}" for name in GENERALISTS), "specialist_sft"),
 }
@@ -77,7 +77,8 @@ SHOWN: Mapping[str, str] = {
     "generalist_random_weights": PINK,
     "generalist_ptr": SKY,
     "generalist_small_loss": ORANGE,
-    "generalist_ptr_calibrated": BLUE,
+    "generalist_ptr_calibrated": INK,
+    "generalist_ptr_offline": BLUE,
     "generalist_oracle": GREEN,
 }
 """Presets in the picture, with their colours."""

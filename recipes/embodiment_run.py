@@ -40,6 +40,7 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "sft": ("sft", {}),
     "ptr": ("ptr", _NO_BELIEF),
     "ptr_calibrated": ("ptr_calibrated", {}),
+    "ptr_offline": ("ptr_offline", {}),
     "small_loss": ("small_loss", {}),
     "random_weights": ("random_weights", {}),
     "oracle": ("oracle", {}),
@@ -185,7 +186,7 @@ def shares(trainer: PTRTrainer, folder: Path) -> dict[str, float]:
     """q(m), the share of the weight that every arm had over the last half of training; without weights its share of samples."""
     meta = trainer.train_dataset.meta
     given = dict(zip(meta.names, meta.shares, strict=True))
-    if trainer.policy.objective is None or len(given) == 1:
+    if not trainer.policy.weighs or len(given) == 1:
         return given
     dynamics = read_dynamics(folder / DYNAMICS_FILE)
     found = {group.name: group.weight_share for group in group_shares(dynamics, dynamics.runs[0], share=0.5)}
