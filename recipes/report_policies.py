@@ -1,6 +1,6 @@
 """Fill the tables of docs/policies.md from what was found: what each policy family can do, and what PTR adds to it.
 
-    python -m pytest tests/policies -m "slow or not slow" --capabilities results/policies.json
+    python -m pytest tests/policies -m "full or not full" --capabilities results/policies.json
     python recipes/measure_side_pathway.py
     python recipes/report_policies.py
 

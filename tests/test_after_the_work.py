@@ -251,7 +251,7 @@ class TestSimulators:
         assert os.environ.get("MUJOCO_GL") == expected
 
 
-@pytest.mark.parametrize("lengths", [(20,), pytest.param((20, 24), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lengths", [(20,), pytest.param((20, 24), marks=pytest.mark.full)])
 def test_a_diagnosis_of_one_instruction(
     lengths: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,7 +30,7 @@ def rows_of(slow: bool) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=pytest.mark.slow if case.slow else (), id=case.name) for case in CASES],
+    [pytest.param(case, marks=pytest.mark.full if case.slow else (), id=case.name) for case in CASES],
 )
 @pytest.mark.timeout(900)
 def test_gradients_do_not_depend_on_the_number_of_processes(case: Case) -> None:

@@ -107,7 +107,7 @@ def test_that_the_cpu_configuration_starts_two_processes(tmp_path: Path) -> None
     assert launched(tmp_path / "two", "none") == [{"processes": 2, "steps": 0}] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_that_the_cpu_configuration_starts_two_processes_that_agree(points: Path, tmp_path: Path) -> None:
     assert launched(tmp_path / "two", str(points)) == [{"processes": 2, "steps": 2}] * 2
     states = [load_file(tmp_path / "two" / f"rank-{rank}.safetensors") for rank in range(2)]
@@ -115,7 +115,7 @@ def test_that_the_cpu_configuration_starts_two_processes_that_agree(points: Path
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_launch_that_starts_one_process_for_two(tmp_path: Path) -> None:
     """Refused by what the launcher was asked for; a cluster's MASTER_ADDR around one process that was meant is none of that."""
     two = start(tmp_path / "two", [*LAUNCH, "--cpu", "--num_processes", "2"])
@@ -128,7 +128,7 @@ def test_a_launch_that_starts_one_process_for_two(tmp_path: Path) -> None:
     assert one.returncode == 0, outputs[1][-3000:]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
     [
@@ -217,7 +217,7 @@ def ranks_of(filled: Callable[..., Path], ranks: Path, case: str) -> Path:
 
 
 def slow(*values: Any) -> ParameterSet:
-    return pytest.param(*values, marks=pytest.mark.slow)
+    return pytest.param(*values, marks=pytest.mark.full)
 
 
 def refusals(folder: Path) -> list[str]:

@@ -101,7 +101,7 @@ def checkpoint(output: Path, step: int) -> Path:
 
 @pytest.mark.parametrize(
     ("run", "tokens"),
-    [pytest.param(as_a_command, 0, id="M=0", marks=pytest.mark.slow), pytest.param(in_this_process, 2, id="M=2")],
+    [pytest.param(as_a_command, 0, id="M=0", marks=pytest.mark.full), pytest.param(in_this_process, 2, id="M=2")],
 )
 def test_it_trains_saves_and_resumes(points: Path, tmp_path: Path, run: Run, tokens: int) -> None:
     output = tmp_path / "run"
@@ -123,7 +123,7 @@ def test_it_trains_saves_and_resumes(points: Path, tmp_path: Path, run: Run, tok
     assert tensors_equal(resumed.state_dict(), end.state_dict())
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_wrong_bounds_of_episodes_are_set_right_for_lerobots_own_dataset(points: Path, tmp_path: Path) -> None:
     shutil.copytree(points, tmp_path / "off")
     (path,) = (tmp_path / "off" / "meta" / "episodes").rglob("*.parquet")
@@ -135,7 +135,7 @@ def test_wrong_bounds_of_episodes_are_set_right_for_lerobots_own_dataset(points:
     assert "dataset_from_index and dataset_to_index" in logs[1]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_preset_with_a_scorer_weighs_the_episodes_of_lerobots_data(points: Path, tmp_path: Path) -> None:
     settings = {"preset": "ptr_calibrated", "score_refresh_steps": 1, "scorer_warmup_steps": 1, "segment_length": 1}
     start(in_this_process, points, tmp_path / "run", steps=4, **settings)

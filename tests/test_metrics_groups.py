@@ -119,7 +119,7 @@ def test_of_many_tasks_those_with_the_most_chunks_are_kept(tmp_path: Path) -> No
     assert GROUP_STATISTICS[0] == "chunks"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_ranks_are_one(tmp_path: Path) -> None:
     script = Path(__file__).with_name("metrics_ranks.py")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent)}

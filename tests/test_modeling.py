@@ -75,7 +75,7 @@ class TestPlainPostTraining:
 
     @pytest.mark.parametrize(
         ("family", "settings"),
-        [pytest.param("act", {"use_vae": True}, marks=pytest.mark.slow), ("smolvla", {})],
+        [pytest.param("act", {"use_vae": True}, marks=pytest.mark.full), ("smolvla", {})],
         ids=settings_id,
     )
     def test_sft_equals_the_base_policy_alone_bit_for_bit(

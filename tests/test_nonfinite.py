@@ -162,7 +162,7 @@ class TestNamesAndCounts:
 class TestGradients:
     @pytest.mark.parametrize(
         ("optim", "max_grad_norm"),
-        [("adamw_torch_fused", 10.0), pytest.param("adamw_torch", 0.0, marks=pytest.mark.slow)],
+        [("adamw_torch_fused", 10.0), pytest.param("adamw_torch", 0.0, marks=pytest.mark.full)],
     )
     def test_a_step_without_a_finite_gradient_leaves_everything_finite(
         self, points: Path, tmp_path: Path, optim: str, max_grad_norm: float, caplog: pytest.LogCaptureFixture
@@ -184,7 +184,7 @@ class TestGradients:
         trainer.train()
         assert tensors_equal(before, dict(trainer.policy.named_parameters()))
 
-    @pytest.mark.parametrize("logging_steps", [1, pytest.param(12, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("logging_steps", [1, pytest.param(12, marks=pytest.mark.full)])
     def test_a_run_without_any_finite_gradient_stops(self, points: Path, tmp_path: Path, logging_steps: int) -> None:
         trainer = trainer_for(
             "smolvla",

@@ -65,7 +65,7 @@ def unfinished(folder: Path) -> list[str]:
 
 
 class TestKilled:
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_ten_times(self, runs: Runs, undisturbed: Undisturbed, tmp_path: Path) -> None:
         killed = kill_again_and_again(runs, tmp_path / "run", ranks=1, kills=10, seed=6)
         assert len(killed) == 10
@@ -74,7 +74,7 @@ class TestKilled:
         assert_same_run(undisturbed(1), tmp_path / "run")
         assert unfinished(tmp_path / "run") == []
 
-    @pytest.mark.parametrize(("kills", "steps"), [(2, 24), pytest.param(10, STEPS, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(("kills", "steps"), [(2, 24), pytest.param(10, STEPS, marks=pytest.mark.full)])
     def test_one_or_both_of_two_processes(
         self, runs: Runs, undisturbed: Undisturbed, tmp_path: Path, kills: int, steps: int
     ) -> None:
@@ -162,7 +162,7 @@ class TestNoSpace:
         runs.finish(tmp_path / "left", resume="last")
         assert_same_run(undisturbed(1), tmp_path / "left")
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_space_comes_back(self, runs: Runs, undisturbed: Undisturbed, tmp_path: Path) -> None:
         """The kernel fails writes in the middle; also those of the logs."""
         limits = {"6": 600, "9": 3000, "12": 5500, "15": 10_000, "18": 600_000, "21": 1_500_000, "24": -1}
@@ -198,7 +198,7 @@ class TestNoSpace:
 
 
 class TestOtherLayout:
-    @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+    @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.full), 2])
     def test_another_number_of_processes(
         self, runs: Runs, undisturbed: Undisturbed, tmp_path: Path, ranks: int
     ) -> None:
@@ -227,7 +227,7 @@ class TestOtherLayout:
         assert losses[-1] < losses[0], "it still learns"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_recipe_after_a_kill(tmp_path: Path) -> None:
     """The demo, killed while SFT is in training: PTR, which comes first, is not trained again, SFT goes on."""
     recipe = Path(__file__).parents[1] / "recipes" / "train_ptr.py"

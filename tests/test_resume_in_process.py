@@ -99,7 +99,7 @@ class TestBitForBit:
                 "smolvla",
                 [4, 5, 7],
                 {**ACCUMULATION, "per_device_train_batch_size": 8, "max_steps": 12, "save_steps": 1},
-                marks=pytest.mark.slow,
+                marks=pytest.mark.full,
             ),
             (
                 "smolvla",
@@ -107,7 +107,7 @@ class TestBitForBit:
                 {"preset": "ptr_calibrated", "num_belief_tokens": 0, "score_refresh_steps": 2, "max_steps": 8},
             ),
             pytest.param(
-                "smolvla", [3], {"preset": "sft", "num_belief_tokens": 0, "max_steps": 8}, marks=pytest.mark.slow
+                "smolvla", [3], {"preset": "sft", "num_belief_tokens": 0, "max_steps": 8}, marks=pytest.mark.full
             ),
             ("act", [3], {"max_steps": 4}),
         ],
@@ -309,7 +309,7 @@ class TestRotationAndBest:
         assert tensors_equal(loaded.state_dict(), resumed.policy.state_dict())
         assert not list(tmp_path.rglob(f"*{PARTIAL}"))
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_a_best_that_was_deleted_is_looked_for_anew(
         self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -324,7 +324,7 @@ class TestRotationAndBest:
         assert step_of(Path(resumed.state.best_model_checkpoint)) == 9
         assert fault(Path(resumed.state.best_model_checkpoint)) is None
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_a_best_that_lies_elsewhere_is_not_followed(
         self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -279,7 +279,7 @@ class TestOtherPaths:
         scale = trainer.preprocessor.steps[0].statistics["action.scale"]
         assert torch.allclose(scale[1], 20 * scale[0], rtol=1e-2)
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_a_mixtures_checkpoint_goes_on_with_the_statistics_of_the_data(
         self, sources: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -18,7 +18,7 @@ from ptr_hf.data.screening import Screen, leave_out
 from ptr_hf.processor_ptr import preprocess
 from ptr_hf.training.processors import policy_processors
 
-FAMILIES = (pytest.param("act", marks=pytest.mark.slow), "smolvla")
+FAMILIES = (pytest.param("act", marks=pytest.mark.full), "smolvla")
 """ACT takes longer, with bfloat16 eight times as long on a CPU that does not compute with it."""
 
 
@@ -38,7 +38,7 @@ class TestABadSampleHasNoSay:
         ("preset", "feature", "value"),
         [
             ("ptr", "observation.state", np.nan),
-            pytest.param("ptr_calibrated", "action", np.inf, marks=pytest.mark.slow),
+            pytest.param("ptr_calibrated", "action", np.inf, marks=pytest.mark.full),
         ],
     )
     def test_training_equals_training_without_it(

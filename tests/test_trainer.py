@@ -80,7 +80,7 @@ def output_of(trainer: PTRTrainer) -> Path:
 
 
 class TestPlainPostTraining:
-    @pytest.mark.parametrize(("family", "steps"), [("smolvla", 20), pytest.param("act", 8, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(("family", "steps"), [("smolvla", 20), pytest.param("act", 8, marks=pytest.mark.full)])
     def test_sft_equals_a_hand_written_loop_bit_for_bit(
         self, points: Path, family: str, steps: int, tmp_path: Path
     ) -> None:
@@ -247,7 +247,7 @@ class TestResume:
         assert not tensors_equal(last.state_dict(), best.state_dict())
         assert tensors_equal(trainer.policy.state_dict(), best.state_dict())
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_a_peft_run_resumes(self, points: Path, tmp_path: Path) -> None:
         def run(folder: Path) -> PTRTrainer:
             torch.manual_seed(0)
@@ -290,11 +290,11 @@ class TestModels:
         "name",
         [
             "folder of a LeRobot policy",
-            pytest.param("path of a LeRobot policy", marks=pytest.mark.slow),
+            pytest.param("path of a LeRobot policy", marks=pytest.mark.full),
             "LeRobot policy",
-            pytest.param("PTRPolicy", marks=pytest.mark.slow),
+            pytest.param("PTRPolicy", marks=pytest.mark.full),
             "PTR checkpoint",
-            pytest.param("loaded PTR checkpoint", marks=pytest.mark.slow),
+            pytest.param("loaded PTR checkpoint", marks=pytest.mark.full),
         ],
     )
     def test_every_kind_of_model_trains(self, points: Path, tmp_path: Path, sources: dict[str, Any], name: str) -> None:

@@ -157,7 +157,7 @@ def test_instructions() -> None:
         instruction("juggle-v3")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_recipe_records_both_splits_and_does_not_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     command = f"record --output_dir {tmp_path} --tasks reach-v3 push-v3 --episodes_per_task 2 --heldout_per_task 1"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--corrupted_share", "1", "--image_size", "32"])

@@ -195,7 +195,7 @@ class TestWrongOnes:
             sound_statistics(dataset.meta, dataset, {OBS_STATE: NormalizationMode.MEAN_STD})
         sound_statistics(dataset.meta, dataset, {ACTION: NormalizationMode.MEAN_STD})
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_where_nothing_can_be_computed_the_command_works(self, points: Path, tmp_path: Path) -> None:
         root = edited(points, tmp_path / "bare", dict.clear)
         (root / "meta" / "stats.json").unlink()

@@ -151,7 +151,7 @@ class TestEveryChunkHasItsOwn:
         names = segments.meta.tasks.index
         assert [names[task] for task in evidence.task.tolist()] == scores.task.tolist()
 
-    @pytest.mark.parametrize("in_memory", [False, pytest.param(True, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("in_memory", [False, pytest.param(True, marks=pytest.mark.full)])
     def test_in_a_mixture_under_its_own_name(self, changing: Path, in_memory: bool) -> None:
         layout = LAYOUTS["futures"]
         renamed = {"dataset": str(changing), "name": "a", "tasks": {"move": "carry"}, "embodiment": POINT}
@@ -268,7 +268,7 @@ class TestImageTransforms:
         ours.clear_image_transforms()
         assert torch.equal(ours[7][CAMERA], plain.float() / 255)
 
-    @pytest.mark.parametrize("in_memory", [False, pytest.param(True, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("in_memory", [False, pytest.param(True, marks=pytest.mark.full)])
     def test_in_a_mixture_all_frames_are_floats(self, points: Path, point_videos: Path, in_memory: bool) -> None:
         layout = LAYOUTS["futures"]
         transformed = LeRobotDataset("tests/points", root=points, image_transforms=lambda frames: frames * 3 - 1)

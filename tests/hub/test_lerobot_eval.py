@@ -73,7 +73,7 @@ def run(command: list[str], hub: LoopbackHub, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_without_belief_nobody_needs_ptr_hf(online: LoopbackHub, tmp_path: Path) -> None:
     """In LeRobot's own Meta-World environment, in an interpreter that cannot import this project."""
     publish(tmp_path / "run", tokens=0)

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from test_loopback_hub import REPO, contents
 
 # it shows that the stand-in is a hub, and nothing of ptr_hf
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 CREATE, VALIDATE, COMMIT = "^/api/repos/create$", "^/api/validate-yaml$", "/commit/main$"
 PREUPLOAD, BATCH, STORAGE, VERIFY = "/preupload/main$", "/lfs/objects/batch$", "^/storage/", "/lfs/verify$"

@@ -40,7 +40,7 @@ from huggingface_hub.hf_api import RepoFile
 from loopback_hub import STORAGE, LoopbackHub, environment
 
 # it shows that the stand-in is a hub, and nothing of ptr_hf
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 
 REPO = "lab/policy"
 

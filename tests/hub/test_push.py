@@ -140,7 +140,7 @@ class TestPush:
         assert not [path for path in local if online.token.encode() in path.read_bytes()]
         assert online.leaks == []
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_training_continues_from_the_hub(self, online: LoopbackHub, points: Path, tmp_path: Path) -> None:
         trainer = trainer_for(points, tmp_path / "run")
         trainer.train()
@@ -151,7 +151,7 @@ class TestPush:
         again.train()
         assert not tensors_equal(again.policy.state_dict(), trainer.policy.state_dict())
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_private_repo_and_branch(self, online: LoopbackHub, points: Path, tmp_path: Path) -> None:
         trainer = trainer_for(points, tmp_path / "run")
         trainer.train()
@@ -180,7 +180,7 @@ class TestDuringTraining:
         [
             "checkpoint",
             "end",
-            *(pytest.param(name, marks=pytest.mark.slow) for name in ("every_save", "all_checkpoints")),
+            *(pytest.param(name, marks=pytest.mark.full) for name in ("every_save", "all_checkpoints")),
         ],
     )
     def test_every_pushed_checkpoint_is_whole(
@@ -217,7 +217,7 @@ class TestDuringTraining:
         assert not list((tmp_path / "run").glob(".push_*")), "what was staged is gone"
 
     @pytest.mark.parametrize(
-        "kind", [500, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("timeout", "cut", 403, 409))]
+        "kind", [500, *(pytest.param(kind, marks=pytest.mark.full) for kind in ("timeout", "cut", 403, 409))]
     )
     def test_a_fault_costs_no_training(
         self,
@@ -246,7 +246,7 @@ class TestDuringTraining:
 
 
 class TestRefusals:
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_a_final_push_that_fails_says_what_to_do(
         self, online: LoopbackHub, points: Path, tmp_path: Path, waits: list[float]
     ) -> None:
@@ -274,7 +274,7 @@ class TestRefusals:
         assert caught.value.final
         assert vars(online)[which] not in str(caught.value)
 
-    @pytest.mark.slow
+    @pytest.mark.full
     def test_a_hub_that_is_down_does_not_stop_training(
         self, online: LoopbackHub, points: Path, tmp_path: Path, waits: list[float]
     ) -> None:
@@ -291,7 +291,7 @@ class TestRefusals:
         assert caught.value.final
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_saving_publishes_where_training_was_asked_to(
     online: LoopbackHub, points: Path, tmp_path: Path, waits: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 # test_exact_distribution.py compares whole runs of one, two and four processes
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.full
 RANKS = 2
 
 

@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             "test_bf16_autocast": policy_type == "smolvla",
         }.get(item.originalname, policy_type in ("act", "smolvla"))
         if not here and item.originalname not in ON_EVERY_FAMILY:
-            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture(params=FAMILIES, ids=lambda family: family.name)

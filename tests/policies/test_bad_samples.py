@@ -58,7 +58,7 @@ def variants(raw: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             family,
             preset,
             id=f"{family.name}-{preset}",
-            marks=pytest.mark.slow if preset == "sft" and family.name not in ("smolvla", "diffusion") else (),
+            marks=pytest.mark.full if preset == "sft" and family.name not in ("smolvla", "diffusion") else (),
         )
         for family in FIRST_OF_EACH
         for preset in ("ptr", "sft")

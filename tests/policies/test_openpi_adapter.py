@@ -195,7 +195,7 @@ def test_lerobots_own_peft_entry_point(make: Callable[..., Any]) -> None:
     assert all("lora_" in name for name in trained)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_compiled_layers_are_still_read(make: Callable[..., Any]) -> None:
     """`compile_model` hides the hooks; the tower and the layers' feed-forward blocks can be compiled in place."""
     policy, batch = make()

@@ -59,7 +59,7 @@ def base_losses(policy: PTRPolicy, root: Path) -> Tensor:
 @pytest.mark.parametrize(
     "family",
     [
-        pytest.param(family, marks=pytest.mark.slow if family.name.split("-")[0] in LONG else (), id=family.name)
+        pytest.param(family, marks=pytest.mark.full if family.name.split("-")[0] in LONG else (), id=family.name)
         for family in FIRST_OF_EACH
     ],
 )

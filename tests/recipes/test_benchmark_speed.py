@@ -54,7 +54,7 @@ def test_the_counter_sees_a_frame_that_is_decoded_twice() -> None:
     assert len(counter.codec_frames) == 2 * len(set(counter.codec_frames)) > 0
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("runner", ["lerobot-train", "ptr"])
 def test_a_training_run_reports_throughput_and_memory(runner: str) -> None:
     case = Case("smolvla", segments=1, segment_length=2, belief_tokens=2)

@@ -105,7 +105,7 @@ def test_the_picture_has_what_was_left_out_on_its_diagonal(recipe: ModuleType) -
     picture.canvas.draw()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_recipe_from_training_to_picture(
     recipe: ModuleType, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -245,7 +245,7 @@ CHANGED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "variant", [variant if variant in FEW else pytest.param(variant, marks=pytest.mark.slow) for variant in VARIANTS]
+    "variant", [variant if variant in FEW else pytest.param(variant, marks=pytest.mark.full) for variant in VARIANTS]
 )
 def test_every_variant_trains(variant: str, datasets: dict[str, Path], smolvla_base: Path, tmp_path: Path) -> None:
     trainer = trainer_of("libero", variant, datasets["libero"], smolvla_base, tmp_path)
@@ -304,7 +304,7 @@ def drawn(shapes: Any, random: np.random.Generator, environments: int) -> Any:
 @pytest.mark.parametrize(
     ("suite", "variant"),
     [
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("libero", "sft"), ("robocasa", "ptr"))),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in (("libero", "sft"), ("robocasa", "ptr"))),
         ("libero", "ptr"),
     ],
 )

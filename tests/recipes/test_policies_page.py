@@ -33,7 +33,7 @@ def test_the_committed_results_cover_every_policy_and_none_failed() -> None:
         assert not any(outcome["failed"] for outcomes in capabilities.values() for outcome in outcomes), name
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_side_pathway_measures_the_same_again(tmp_path: Path) -> None:
     done = run("measure_side_pathway.py", "--output", str(tmp_path / "again.json"))
     assert done.returncode == 0, done.stderr

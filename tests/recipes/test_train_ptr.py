@@ -85,7 +85,7 @@ def test_the_demo_from_launch_to_report(tmp_path: Path) -> None:
     assert all((end[name] - start[name]).abs().max() < 0.02 for end in ends)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_demo_with_a_camera(recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = RECIPE.parent / "experiments" / "demo_images.yaml"
     short = ("--max_steps", "2", "--logging_steps", "1", "--report_to", "none")

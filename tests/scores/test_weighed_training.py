@@ -57,7 +57,7 @@ def trainer_of(preset: str, folder: Path, points: Path, truth: Path, **settings:
 
 @pytest.fixture(
     scope="module",
-    params=[*PRESETS[:2], *(pytest.param(preset, marks=pytest.mark.slow) for preset in PRESETS[2:])],
+    params=[*PRESETS[:2], *(pytest.param(preset, marks=pytest.mark.full) for preset in PRESETS[2:])],
 )
 def finished(request: Any, points: Path, truth: Path, tmp_path_factory: pytest.TempPathFactory) -> PTRTrainer:
     trainer = trainer_of(request.param, tmp_path_factory.mktemp("runs") / request.param, points, truth)
@@ -176,7 +176,7 @@ def test_the_dataset_decides_the_sizes_and_learned_heads_stay(points: Path, trut
     assert tensors_equal(weigher.scores.state_dict(), learned)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_memory_is_the_same_on_both_ranks(points: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

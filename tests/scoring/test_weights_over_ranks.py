@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_policies import base_policy, tensors_equal
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_two_ranks_take_the_step_of_one(points: Path, tmp_path: Path) -> None:
     pd.DataFrame({"episode_index": range(4), "weight": [1.0, 0.02, 0.4, 1.0]}).to_csv(
         tmp_path / "weights.csv", index=False
