@@ -132,13 +132,15 @@ class PTRHyperparameters:
     )
 
     # Segments (4.1)
-    chunk_size: int | None = _option(None, "L, actions per chunk. None: the base policy's own.")
+    chunk_size: int | None = _option(None, "L, actions per chunk. Default: the base policy's own.")
     segment_length: int | None = _option(
-        None, "T, consecutive chunks of one episode in a training sample. None: 4 with a scorer, 1 without."
+        None, "T, consecutive chunks of one episode in a training sample. Default: 4 with a scorer, 1 without."
     )
-    chunk_stride: int | None = _option(None, "Frames between the starts of two chunks of a segment. None: chunk_size.")
+    chunk_stride: int | None = _option(
+        None, "Frames between the starts of two chunks of a segment. Default: chunk_size."
+    )
     consequence_offset: int | None = _option(
-        None, "Δ, frames from a chunk's start to the observation taken as its consequence. None: chunk_size."
+        None, "Δ, frames from a chunk's start to the observation taken as its consequence. Default: chunk_size."
     )
 
     # Belief (4.1)
@@ -149,7 +151,7 @@ class PTRHyperparameters:
 
     # Consequence target (4.2)
     target_layer: int | None = _option(
-        None, "Vision-tower layer of the consequence encoder (paper: 12 of 24). None: half of the tower's depth."
+        None, "Vision-tower layer of the consequence encoder (paper: 12 of 24). Default: half of the tower's depth."
     )
     ema_decay: float = _option(0.999, "μ, decay of the consequence encoder's moving average.")
     target_eps: float = _option(1e-6, "Floor of the norm of a consequence embedding.")
@@ -163,7 +165,7 @@ class PTRHyperparameters:
         "sample",
         "Whose verdict weighs a chunk: its own (sample), its stretch's (segment) or its episode's (trajectory).",
     )
-    aggregation_frames: int | None = _option(None, "Frames of a stretch for aggregation=segment. None: two chunks.")
+    aggregation_frames: int | None = _option(None, "Frames of a stretch for aggregation=segment. Default: two chunks.")
     standardize_by: str = _option(
         "all", "Whom a verdict is compared with: all, task, or a column of the dataset's episode metadata."
     )
@@ -180,7 +182,7 @@ class PTRHyperparameters:
     score_horizon: float = _option(32.0, "Visits that an episode's mean verdict looks back on.")
     head_dim: int = _option(128, "Hidden width of the heads of action_ and instruction_identification.")
     head_learning_rate: float | None = _option(
-        None, "Learning rate of the side pathway (scorer, heads, belief). None: the run's."
+        None, "Learning rate of the side pathway (scorer, heads, belief). Default: the run's."
     )
     temperature: float = _option(0.12, "τ, temperature of the identification posterior (start value).")
     logit_clamp: float = _option(20.0, "Identification logits are clamped to ± this value.")

@@ -154,11 +154,11 @@ def test_help_shows_the_defaults_that_count(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         OptionParser(Arguments).parse(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "(default: task; all with --preset ptr)" in shown
-    assert "starts (start value). (default: 0.12)" in shown or "(start value). (default: 0.12)" in shown
+    assert "Default: task; all with --preset ptr." in shown
+    assert "(start value). Default: 0.12." in shown
     assert "one of ptr, sft_belief" in shown
-    assert "(default: ptr_offline)" in shown
-    assert "(default: None)" not in shown
+    assert "Default: ptr_offline." in shown
+    assert "Default: None" not in shown
 
 
 def test_python_spelling_becomes_the_command_lines() -> None:

@@ -152,7 +152,7 @@ def test_a_policy_from_scratch(recipe: ModuleType, points: Path, tmp_path: Path)
 
 def test_help_explains_every_option(recipe: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        recipe.main(["--help"])
+        recipe.main(["--help_all"])
     shown = " ".join(capsys.readouterr().out.split())
     for option in ("--policy_path", "--dataset", "--config", "--alpha", "--num_belief_tokens", "--preset"):
         assert option in shown

@@ -1,12 +1,13 @@
 """What `ptr-train` refuses before it imports torch and LeRobot: options' files, and which policy and data they name."""
 
-from argparse import SUPPRESS, ArgumentParser
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from ptr_hf.cli.light_parser import LightParser
 from ptr_hf.cli.option_names import ELSEWHERE, unknown_options
 from ptr_hf.cli.refusals import UsageError
 
@@ -14,11 +15,6 @@ SOURCES = ("policy_path", "policy_type", "dataset", "mixture", "only", "output_d
 DEMO = Path(__file__).parent / "demo.yaml"
 """Options of the job that runs without arguments."""
 FOREIGN = frozenset(other for others in ELSEWHERE.values() for other in others)
-
-
-class _Finder(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}.")
 
 
 def first_look(argv: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -33,9 +29,9 @@ def first_look(argv: Sequence[str]) -> dict[str, dict[str, Any]]:
     Raises:
         UsageError: a file cannot be read, an option has another name, or the sources contradict each other.
     """
-    if {"-h", "--help"} & set(argv):
+    if {"-h", "--help", "--help_all", "--help-all"} & set(argv):
         return {}
-    finder = _Finder(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
+    finder = LightParser(add_help=False, argument_default=SUPPRESS)
     finder.add_argument("--config", nargs="+", action="extend", default=[])
     finder.add_argument("--policy_overrides", "--policy-overrides", nargs="+")
     finder.add_argument("--compare_sft", "--compare-sft", nargs="?", const="true")

@@ -1,21 +1,22 @@
 """The options of `ptr-score`, without torch or LeRobot, so that help and refusals take no time."""
 
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, BooleanOptionalAction
+from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from ptr_hf.cli.option_names import unknown_options
+from ptr_hf.cli.light_parser import LightParser
 from ptr_hf.cli.refusals import UsageError
 
 PROGRAM = "ptr-score"
 MIXTURE_ENDINGS = (".yaml", ".yml")
 DESCRIPTION = """Find the bad demonstrations of a LeRobot dataset, before training and without a policy.
 
-States, actions and instructions are read, and no video without --policy; small networks then ask what a demonstration should
-satisfy: do the actions explain what happened, does what happened follow from the actions, does the instruction fit, is the task
-carried to its end. Written are a page to look at, weights to train with, and lists of episodes to keep and to exclude."""
+States, actions and instructions are read, and no video without --policy; small networks then ask what a
+demonstration should satisfy: do the actions explain what happened, does what happened follow from the
+actions, does the instruction fit, is the task carried to its end. Written are a page to look at, weights to
+train with, and lists of episodes to keep and to exclude."""
 DEFAULTS = {
     "false_alarms": 0.01,
     "weight_min": 0.02,
@@ -58,83 +59,76 @@ class ScoreOptions:
         return self.dataset[0] if self.dataset[0].endswith(MIXTURE_ENDINGS) else None
 
 
-class _Parser(ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}.")
-
-
-class _Help(ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: object) -> str | None:
-        default = getattr(action, "default", None)
-        return getattr(action, "help", None) if default in (None, False) else super()._get_help_string(action)  # type: ignore[arg-type]
-
-
-def parser() -> ArgumentParser:
+def parser() -> LightParser:
     """The parser of the command, its options in groups."""
-    made = _Parser(prog=PROGRAM, description=DESCRIPTION, allow_abbrev=False, formatter_class=_Help)
+    made = LightParser(prog=PROGRAM, usage="%(prog)s --dataset DATASET [options]", description=DESCRIPTION)
     what = made.add_argument_group("what is inspected")
     what.add_argument(
         "--dataset",
         nargs="+",
         action="extend",
         metavar="DATASET",
-        help="Hub ids, folders, or a mixture's YAML file; each is judged by itself",
+        help="Hub ids, folders, or a mixture's YAML file; each is judged by itself.",
     )
-    what.add_argument("--episodes", nargs="+", type=int, metavar="N", help="these alone (of a single dataset)")
-    what.add_argument("--revision", help="of a single dataset on the Hub")
+    what.add_argument("--episodes", nargs="+", type=int, metavar="N", help="These alone (of a single dataset).")
+    what.add_argument("--revision", help="Revision of a single dataset on the Hub.")
     how = made.add_argument_group("how it is judged")
     how.add_argument(
         "--false_alarms",
         type=float,
         default=DEFAULTS["false_alarms"],
-        help="share of good episodes that may be flagged",
+        help="Share of good episodes that may be flagged.",
     )
-    how.add_argument("--weight_min", type=float, default=DEFAULTS["weight_min"], help="weight of flagged frames")
+    how.add_argument("--weight_min", type=float, default=DEFAULTS["weight_min"], help="Weight of flagged frames.")
     how.add_argument(
         "--group",
         default=DEFAULTS["group"],
-        help="episodes are compared within their task, an episode column such as operator, or none",
+        help="Episodes are compared within their task, an episode column such as operator, or none.",
     )
-    how.add_argument("--questions", nargs="+", metavar="NAME", help="ask these alone; all without it")
+    how.add_argument("--questions", nargs="+", metavar="NAME", help="Ask these alone. Default: all.")
     how.add_argument(
         "--policy",
         metavar="POLICY",
-        help="look at pictures too, through the frozen vision tower of this policy (folder or Hub id), or as thumbnails, which "
-        "need none; the videos are decoded once and what was seen is kept in the Hugging Face cache",
+        help="Look at pictures too, through the frozen vision tower of this policy (folder or Hub id), or as thumbnails, which "
+        "need none; the videos are decoded once and what was seen is kept in the Hugging Face cache.",
     )
     how.add_argument(
         "--images_per_episode",
         type=int,
         default=DEFAULTS["images_per_episode"],
-        help="pictures of each camera that --policy looks at, evenly over the episode",
+        help="Pictures of each camera that --policy looks at, evenly over the episode.",
     )
     how.add_argument(
-        "--max_frames", type=int, default=DEFAULTS["max_frames"], help="the networks learn from at most so many frames"
+        "--max_frames", type=int, default=DEFAULTS["max_frames"], help="The networks learn from at most so many frames."
     )
-    how.add_argument("--seed", type=int, default=DEFAULTS["seed"], help="of folds and networks")
-    how.add_argument("--device", help="e.g. cuda or cpu; a GPU is used by itself")
+    how.add_argument("--seed", type=int, default=DEFAULTS["seed"], help="Seed of folds and networks.")
+    how.add_argument("--device", help="Such as cuda or cpu. Default: a GPU where there is one.")
     out = made.add_argument_group("what is written")
-    out.add_argument("--output_dir", type=Path, help="folder of all files (default: ptr_scores/<dataset>)")
-    out.add_argument("--page", action=BooleanOptionalAction, default=True, help="write ptr_scores.html")
-    out.add_argument("--write_dataset", type=Path, metavar="FOLDER", help="a copy without the episodes to exclude")
+    out.add_argument("--output_dir", type=Path, help="Folder of all files. Default: ptr_scores/<dataset>.")
+    out.add_argument(
+        "--page", action=BooleanOptionalAction, default=True, help="Write ptr_scores.html; --no-page does not."
+    )
+    out.add_argument(
+        "--write_dataset", type=Path, metavar="FOLDER", help="Write a copy without the episodes to exclude."
+    )
     out.add_argument(
         "--export_lerobot",
         type=Path,
         metavar="FILE",
-        help="the weights as a parquet file that lerobot-train's own sample weighting (rabc) reads",
+        help="Write the weights as a parquet file that lerobot-train's own sample weighting (rabc) reads.",
     )
     out.add_argument(
         "--scorer",
         metavar="CHECKPOINT",
-        help="score with the scorer of a trained checkpoint as well, into ptr_scores.parquet",
+        help="Score with the scorer of a trained checkpoint as well, into ptr_scores.parquet.",
     )
-    out.add_argument("--push_to_hub", metavar="REPO", help="publish the files and a card as this dataset repo")
-    out.add_argument("--json", action="store_true", help="print one JSON object on stdout, all else on stderr")
+    out.add_argument("--push_to_hub", metavar="REPO", help="Publish the files and a card as this dataset repo.")
+    out.add_argument("--json", action="store_true", help="Print one JSON object on stdout, all else on stderr.")
     out.add_argument(
         "--fail_over",
         type=float,
         metavar="SHARE",
-        help="exit with code 1 where more than this share of the weight moves, for instance 0.05",
+        help="Exit with code 1 where more than this share of the weight moves, for instance 0.05.",
     )
     return made
 
@@ -149,11 +143,7 @@ def parse(argv: Sequence[str]) -> ScoreOptions:
         UsageError: an option is unknown, missing, or contradicts another.
         SystemExit: help was asked for and printed.
     """
-    command = parser()
-    given, rest = command.parse_known_args(argv)
-    known = sorted(set(vars(given)))
-    if rest:
-        raise UsageError(unknown_options(rest, known))
+    given = parser().parse(argv)
     if not given.dataset:
         raise UsageError("--dataset is needed: a dataset's Hub id or folder.")
     mixture = any(name.endswith(MIXTURE_ENDINGS) for name in given.dataset)

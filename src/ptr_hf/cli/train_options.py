@@ -1,38 +1,30 @@
-"""Post-train a LeRobot policy with Posterior-Transition Reweighting.
-
-Without arguments: the bundled Meta-World demonstrations, more than half of which are corrupted, are inspected; a small pretrained
-SmolVLA is fine-tuned on them, SFT beside PTR; and both act in simulation, from starts that no demonstration begins at.
-
-    accelerate launch recipes/train_ptr.py          # or, without a clone: accelerate launch -m ptr_hf.cli.train, or ptr-train
-
-The real thing:
-
-    accelerate launch recipes/train_ptr.py --policy_path lerobot/smolvla_base --dataset me/my_demos --output_dir out
-
-A policy from scratch, here ACT: `--policy_type act` in the place of --policy_path.
-
-Several datasets, also of different robots (docs/mixtures.md; without --policy_path a tiny SmolVLA, to try a mixture out):
-
-    accelerate launch recipes/train_ptr.py --policy_path lerobot/smolvla_base --mixture mixture.yaml --output_dir out
-
-A run that was killed goes on with `--resume_from_checkpoint last` and otherwise the same options; where both SFT and PTR are
-trained, the one that had ended is not trained again. Checkpoints are written with `--save_strategy steps --save_steps N`.
-
-The data are inspected first, and bad demonstrations weigh less (preset `ptr_offline`, docs/weights.md); `--preset sft` is plain
-fine-tuning, `--preset ptr` the paper's method.
-`--config file.yaml` reads any of the options from a file. Of several files (`--config base.yaml variant.yaml`) the later ones
-override the earlier ones, and options on the command line override them all. `recipes/experiments/` has ready ones.
-"""
+"""The options of `ptr-train`; `python -m ptr_hf.cli.train_options` prints their help."""
 
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from ptr_hf import PTRTrainingArguments
 from ptr_hf.cli.first_look import first_look
+from ptr_hf.cli.help_groups import GROUPS, WORDS
 from ptr_hf.cli.parser import OptionParser
 from ptr_hf.cli.refusals import refusals
 from ptr_hf.cli.train import PROGRAM
 from ptr_hf.data.mixture.config import MixtureConfig
+
+USAGE = "%(prog)s --policy_path POLICY --dataset DATASET --output_dir FOLDER [options]"
+DESCRIPTION = """
+Fine-tune a LeRobot policy on demonstrations that are inspected first: bad ones weigh less.
+
+  ptr-train --policy_path lerobot/smolvla_base --dataset me/my_demos --output_dir out
+  ptr-train --policy_type act --dataset me/my_demos --output_dir out                    # a new policy, from scratch
+  ptr-train --policy_path lerobot/smolvla_base --mixture mixture.yaml --output_dir out  # several datasets or robots
+  ptr-train --config base.yaml variant.yaml --seed 1      # options of files; later ones win, the command line wins
+  ptr-train ... --resume_from_checkpoint last             # go on after a kill; the other options as before
+  ptr-train                                               # the demo: bundled demonstrations, SFT beside PTR
+
+Many GPUs: `accelerate launch -m ptr_hf.cli.train` (or recipes/train_ptr.py) in the place of `ptr-train`.
+--preset sft is plain fine-tuning, --preset ptr the paper's method.
+"""
 
 
 @dataclass
@@ -48,7 +40,7 @@ class RecipeArguments:
     )
     policy_path: str | None = field(
         default=None,
-        metadata={"help": "Hub id or folder of a LeRobot policy or a PTR checkpoint. None: the small demo policy."},
+        metadata={"help": "Hub id or folder of a LeRobot policy or a PTR checkpoint. Default: the small demo policy."},
     )
     policy_type: str | None = field(
         default=None,
@@ -62,7 +54,7 @@ class RecipeArguments:
         },
     )
     dataset: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the LeRobotDataset. None: the bundled demonstrations."}
+        default=None, metadata={"help": "Hub id or folder of the LeRobotDataset. Default: the bundled demonstrations."}
     )
     mixture: str | None = field(
         default=None,
@@ -87,7 +79,7 @@ class RecipeArguments:
     eval_dataset: str | None = field(
         default=None,
         metadata={
-            "help": "Held-out demonstrations for the action loss; for a mixture, a YAML file of the same robots. None: the "
+            "help": "Held-out demonstrations for the action loss; for a mixture, a YAML file of the same robots. Default: the "
             "bundled ones in the demo."
         },
     )
@@ -107,11 +99,14 @@ def parse_arguments(argv: list[str]) -> tuple[RecipeArguments, PTRTrainingArgume
     """Command line over YAML files, the last file first, over defaults; without policy, dataset and YAML, the demo."""
     with refusals(PROGRAM):
         files = first_look(argv)
-    parser = OptionParser(
-        (RecipeArguments, PTRTrainingArguments), prog=PROGRAM, description=__doc__
-    )  # the text at the top of this file
-    recipe, args = parser.parse(argv, files)
+    recipe, args = train_parser().parse(argv, files)
     return recipe, args
+
+
+def train_parser() -> OptionParser:
+    """The parser of the command."""
+    kinds = (RecipeArguments, PTRTrainingArguments)
+    return OptionParser(kinds, GROUPS, WORDS, prog=PROGRAM, usage=USAGE, description=DESCRIPTION)
 
 
 def read_mixture(recipe: RecipeArguments) -> MixtureConfig | None:
@@ -121,3 +116,7 @@ def read_mixture(recipe: RecipeArguments) -> MixtureConfig | None:
     with refusals(PROGRAM, OPTIONS):
         mixture = MixtureConfig.from_yaml(recipe.mixture)
         return mixture if recipe.only is None else mixture.only(recipe.only)
+
+
+if __name__ == "__main__":
+    print(train_parser().format_help(), end="")
