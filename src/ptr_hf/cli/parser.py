@@ -1,6 +1,6 @@
 """The parser of every command: options from dataclasses, real defaults in the help, one line of error."""
 
-from argparse import Action, Namespace
+from argparse import SUPPRESS, Action, Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -37,7 +37,14 @@ class OptionParser(HfArgumentParser):
         super().__init__(dataclass_types, **{"formatter_class": _Defaults, "allow_abbrev": False, **kwargs})
         self._groups = groups or {}
         if self._groups:
-            self.add_argument("--help_all", "--help-all", action=_HelpAll, nargs=0, help="Show every option and exit.")
+            self.add_argument(
+                "--help_all",
+                "--help-all",
+                action=_HelpAll,
+                nargs=0,
+                default=SUPPRESS,
+                help="Show every option and exit.",
+            )
         for action in self._actions:
             if words and action.dest in words:
                 # argparse reads % as a placeholder
