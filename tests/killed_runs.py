@@ -36,6 +36,7 @@ SETTINGS: dict[str, Any] = {
     "logging_steps": 4,
     "save_strategy": "steps",
     "save_steps": 3,
+    "save_total_limit": 0,
     "report_to": "none",
     "disable_tqdm": True,
     "use_cpu": True,

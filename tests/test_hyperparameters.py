@@ -231,12 +231,12 @@ class TestCommandLine:
         assert args.observation_renames == rename
         assert args.consequence_offset is None
         assert args.segment_length == 4
-        assert (args.max_steps, args.weight_decay, args.lr_scheduler_type) == (60_000, 0.01, "cosine")
+        assert (args.max_steps, args.weight_decay, args.lr_scheduler_type) == (20_000, 0.01, "cosine")
 
     @pytest.mark.parametrize(
         ("settings", "steps", "epochs"),
         [
-            ({}, 60_000, -1),
+            ({}, 20_000, -1),
             ({"num_train_epochs": 2}, -1, 2),
             ({"num_train_epochs": 2, "max_steps": -1}, -1, 2),
             ({"max_steps": 5}, 5, -1),

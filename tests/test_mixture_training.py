@@ -253,7 +253,7 @@ class TestTraining:
         content["sources"][0]["episodes"] = [3]
         content["sources"][1]["episodes"] = [1]
         content["fps"] = 10
-        settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3}
+        settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 0}
         whole = trained(content, tmp_path / "whole", **settings)
         assert whole.state.epoch is not None
         assert whole.state.epoch > 1

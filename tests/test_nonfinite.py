@@ -88,7 +88,8 @@ class TestNamesAndCounts:
 
     def test_a_run_resumed_between_two_rows_logs_the_same(self, points: Path, tmp_path: Path) -> None:
         root = spoiled(points, tmp_path / "bad", {("action", FRAME): np.nan})
-        settings: dict[str, Any] = {"max_steps": 16, "logging_steps": 8, "save_strategy": "steps", "save_steps": 6}
+        settings: dict[str, Any] = {"max_steps": 16, "logging_steps": 8, "save_steps": 6, "save_total_limit": 0}
+        settings |= {"save_strategy": "steps"}
         whole = trainer_for("smolvla", points, root, tmp_path / "run", **settings)
         spoil_gradients(whole, {4, 13})
         whole.train()
@@ -195,6 +196,7 @@ class TestGradients:
             logging_steps=logging_steps,
             save_strategy="steps",
             save_steps=4,
+            save_total_limit=0,
         )
         spoil_gradients(trainer, range(5, 60))
         with pytest.raises(FloatingPointError, match=r"not been finite for \d+ steps.*checkpoint-4\b"):

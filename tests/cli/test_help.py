@@ -37,7 +37,6 @@ NOTHING = {
         "eval_env",
         "license",
     ),
-    *("save_total_limit",),
 }
 """Options that stand for nothing where they are not given."""
 
@@ -82,6 +81,12 @@ def test_every_option_of_the_help_exists_with_its_default(tmp_path: Path) -> Non
         if name not in IN_WORDS:
             value = real[name][0] if isinstance(real[name], list) else getattr(real[name], "value", real[name])
             assert default[1] == (str(value).lower() if isinstance(value, bool) else str(value)), name
+
+
+def test_a_command_line_is_the_two_dataclasses(tmp_path: Path) -> None:
+    recipe, args = train_parser().parse(["--output_dir", str(tmp_path), "--use_cpu", "true", "--max_steps", "3"])
+    assert isinstance(recipe, RecipeArguments)
+    assert args.max_steps == 3
 
 
 def test_help_all_has_every_option() -> None:

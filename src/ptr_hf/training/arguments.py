@@ -14,18 +14,24 @@ from ptr_hf.training.ranges import check_ranges, check_renames, check_structures
 class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
     """Arguments of `PTRTrainer`.
 
-    Everything of `transformers.TrainingArguments` and `PTRHyperparameters`; optimisation defaults are the paper's Table 6
-    (AdamW, 1e-4, weight decay 0.01, cosine after a warm-up of 3.3 % of the run, 60k steps). `per_device_train_batch_size`
-    counts segments: one holds `segment_length` chunks. The preset is `ptr_offline` unless another is named.
+    Everything of `transformers.TrainingArguments` and `PTRHyperparameters`. Optimisation defaults are the paper's Table 6
+    (AdamW, 1e-4, weight decay 0.01, cosine after a warm-up of 3.3 % of the run); a run has 20,000 steps (the paper's: 60,000),
+    writes a checkpoint every 2,000 and keeps the last two. `per_device_train_batch_size` counts segments: one holds
+    `segment_length` chunks. The preset is `ptr_offline` unless another is named.
 
     Raises:
         TypeError: a hyperparameter is of another type than its field.
         ValueError: a value is out of range or contradicts another one or the preset; the sentence names it.
+
+    Example:
+        >>> args = PTRTrainingArguments(output_dir="out", max_steps=5000, per_device_train_batch_size=32)
+        >>> args.preset, args.weights, args.save_total_limit
+        ('ptr_offline', 'auto', 2)
     """
 
     max_steps: int = field(
         default=None,  # type: ignore[assignment]  # None: not given
-        metadata={"help": "Optimiser steps. Default: 60,000, or -1 with num_train_epochs, which counts these instead."},
+        metadata={"help": "Optimiser steps. Default: 20,000, or -1 with num_train_epochs, which counts these instead."},
     )
     num_train_epochs: float = field(
         default=None,  # type: ignore[assignment]
@@ -44,6 +50,12 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
     )
     logging_steps: float = field(
         default=50, metadata={"help": "Steps between two log rows, or below 1 a share of the run."}
+    )
+    save_steps: float = field(
+        default=2000, metadata={"help": "Steps between two checkpoints, or below 1 a share of the run."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints that are kept: the newest ones, and the best one. 0 keeps all."}
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN losses from the log; it waits for the device at every step."}
@@ -157,7 +169,7 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
             )
         if steps == -1 and not counts_epochs:
             raise ValueError("max_steps=-1 counts num_train_epochs, which was not given: give it, or the steps.")
-        self._fill("max_steps", -1 if counts_epochs else 60_000)
+        self._fill("max_steps", -1 if counts_epochs else 20_000)
         self._fill("num_train_epochs", -1.0)
 
     @property

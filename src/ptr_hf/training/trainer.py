@@ -63,6 +63,7 @@ from ptr_hf.training.guarded_trainer import GuardedTrainer
 from ptr_hf.training.launch import check_launch, check_same_everywhere, run_facts
 from ptr_hf.training.metrics import MetricsWindow
 from ptr_hf.training.nonfinite import BadFrame
+from ptr_hf.training.plan import RunPlan
 from ptr_hf.training.policy_sources import ModelSource, resolve_policy, widest_vector
 from ptr_hf.training.processors import checked_preprocessor, observation_renames, policy_processors
 from ptr_hf.training.reporting import check_reporting
@@ -194,7 +195,7 @@ class PTRTrainer(GuardedTrainer):
             data_collator=TensorsOnly(collate_segments) if dispatches else collate_segments,
             train_dataset=opened.get("train"),
             eval_dataset=opened.get("eval"),
-            callbacks=[_AfterStep(), *callbacks],
+            callbacks=[_AfterStep(), RunPlan(self), *callbacks],
             optimizers=optimizers,
         )
         args.torch_compile_backend = compiler
