@@ -19,8 +19,9 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ptr_hf import PTRTrainingArguments
 from ptr_hf.report import DYNAMICS_FILE
-from ptr_hf.training.launch import is_launcher, launch_arguments, processes_asked_for
+from ptr_hf.training.launch import check_launch, is_launcher, launch_arguments, processes_asked_for
 
 TESTS = Path(__file__).parent
 CONFIGS = TESTS.parent / "recipes" / "accelerate"
@@ -113,6 +114,12 @@ def test_that_the_cpu_configuration_starts_two_processes_that_agree(points: Path
     states = [load_file(tmp_path / "two" / f"rank-{rank}.safetensors") for rank in range(2)]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_that_batches_that_one_process_reads_for_all_are_refused(tmp_path: Path) -> None:
+    args = PTRTrainingArguments(str(tmp_path), use_cpu=True, accelerator_config={"dispatch_batches": True})
+    with pytest.raises(ValueError, match="every process reads its own segments"):
+        check_launch(args)
 
 
 @pytest.mark.full

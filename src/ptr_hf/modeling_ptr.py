@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import get_policy_class
@@ -294,15 +294,10 @@ class PTRPolicy(PreTrainedPolicy):
 
     def _weighed(self, plain: dict[str, Any]) -> ObjectiveOutput:
         """The loss and the given weight of every chunk."""
-        weight, valid = self.given_weights(plain)
+        assert self.frame_weights is not None
+        weight, valid = self.frame_weights.of(plain["index"]), ~plain[ACTION + PAD_SUFFIX].all(dim=1)
         loss = self.adapter.losses(self.adapter.arrange(plain))
         return weighed_chunks(loss, weight, valid, plain.get("task_index"), plain.get(SOURCE_INDEX))
-
-    def given_weights(self, rows: dict[str, Any]) -> tuple[Float[Tensor, " rows"], Bool[Tensor, " rows"]]:
-        """The given weights of a preprocessed batch's chunks, and which of them have a say."""
-        assert self.frame_weights is not None
-        plain = self._plain(rows)
-        return self.frame_weights.of(plain["index"]), ~plain[ACTION + PAD_SUFFIX].all(dim=1)
 
     @staticmethod
     def _reduced(output: ObjectiveOutput) -> tuple[Tensor, dict[str, Any]]:

@@ -30,6 +30,7 @@ NO_TORCH = (
     ("options", "sentence"),
     [
         (["--dataset", "me/demos"], "--dataset needs a --policy_path, the policy to fine-tune"),
+        (["--normalize_over", "window"], "it was taken out in 0.2: every micro-batch is divided by its own Σw"),
         (["--batch_size", "4"], "did you mean --per_device_train_batch_size (segments on each device)?"),
     ],
 )

@@ -30,7 +30,6 @@ from ptr_hf.data.segments import SegmentLayout, segment_rows, split_segment
 from ptr_hf.diagnosis import collect, frozen_policy
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
 from ptr_hf.training.data_sources import read_metadata
-from ptr_hf.training.global_batches import TensorsOnly, instructions_of, with_instructions
 
 CAMERA = "observation.image"
 CHUNK = (0, 1, 2, 3)
@@ -177,14 +176,6 @@ class TestEveryChunkHasItsOwn:
             segment = split_segment(collate_segments([next(stream)]), layout)
             own = [instruction(frame) for frame in segment.chunks["frame_index"].tolist()]
             assert segment.chunks["task"] == own
-
-    def test_in_dispatched_batches(self, changing: Path) -> None:
-        layout = LAYOUTS["futures"]
-        dataset = open_dataset(changing, layout)
-        samples = [dataset[4], dataset[9]]
-        whole = with_instructions(TensorsOnly(collate_segments)(samples), instructions_of(dataset.meta))
-        expected = split_segment(collate_segments(samples), layout).chunks["task"]
-        assert split_segment(whole, layout).chunks["task"] == expected
 
     def test_lerobots_training_loop_is_refused(self, changing: Path, points: Path, tmp_path: Path) -> None:
         """LeRobot's factory hands a policy the metadata of the data that its own loop reads."""

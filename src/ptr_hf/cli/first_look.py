@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from ptr_hf.cli.light_parser import LightParser
-from ptr_hf.cli.option_names import ELSEWHERE, unknown_options
+from ptr_hf.cli.option_names import ELSEWHERE, GONE, unknown_options
 from ptr_hf.cli.refusals import UsageError
 
 SOURCES = ("policy_path", "policy_type", "dataset", "mixture", "only", "output_dir", "resume_from_checkpoint")
@@ -39,7 +39,7 @@ def first_look(argv: Sequence[str]) -> dict[str, dict[str, Any]]:
         finder.add_argument(*{f"--{name}", f"--{name.replace('_', '-')}"})
     known, rest = finder.parse_known_args(argv)
     command = vars(known)
-    foreign = [word for word in rest if word.startswith("--") and _name(word) in FOREIGN]
+    foreign = [word for word in rest if word.startswith("--") and _name(word) in FOREIGN | GONE.keys()]
     if foreign:
         raise UsageError(unknown_options(foreign, ELSEWHERE))
     named = command.pop("config")

@@ -57,6 +57,7 @@ NOTES = {
     "bf16": "true or false",
     "eval_env_steps": "steps between two evaluations in --eval_env",
 }
+GONE = {"normalize_over": "it was taken out in 0.2: every micro-batch is divided by its own Σw; leave it out"}
 _MEANT = {other: name for name, others in ELSEWHERE.items() for other in others}
 
 
@@ -68,6 +69,8 @@ def meant(option: str, known: Collection[str]) -> str:
         known: the command's own options, without dashes.
     """
     name = option.partition("=")[0].lstrip("-").replace("-", "_")
+    if name in GONE:
+        return f"{GONE[name]}."
     near = [_MEANT[name]] if _MEANT.get(name) in known else get_close_matches(name, known, n=1, cutoff=0.7)
     if not near:
         return ""

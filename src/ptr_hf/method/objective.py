@@ -12,10 +12,7 @@ N ranks give the gradient that one process would give on all their rows: what a 
 and what a sum is divided by never depend on which rank holds it.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,7 +40,6 @@ from ptr_hf.method.weight import (
     conservative_weight,
     effective_sample_size,
     global_self_normalized_loss,
-    global_weight_sum,
     self_normalized_loss,
     weight_bounds,
 )
@@ -190,20 +186,6 @@ class PTRObjective(NeverLowered):
             self._step_statistics.append(self._statistics(output))
         return output
 
-    @contextmanager
-    def looking_ahead(self) -> Iterator[None]:
-        """A context whose forwards leave no trace: the ones after it draw the same and are counted once."""
-        seen: list[list[Any]] = [self._step_samples, self._step_statistics]
-        if self.weigher is not None:
-            seen.append(self.weigher.step_verdicts)
-        lengths, micro_step = [len(kept) for kept in seen], self._micro_step
-        try:
-            yield
-        finally:
-            self._micro_step = micro_step
-            for kept, length in zip(seen, lengths, strict=True):
-                del kept[length:]
-
     @property
     def warm(self) -> bool:
         """Whether the scorer's warm-up is over."""
@@ -302,21 +284,10 @@ class PTRObjective(NeverLowered):
         )
         return self.weigher.weigh(evidence, beta, self.warm, draws)
 
-    def combine(
-        self, output: ObjectiveOutput, totals: Float[Tensor, " terms"] | None = None
-    ) -> dict[str, Float[Tensor, ""]]:
-        """Eq. 32. In training every mean is over all ranks' chunks, with one all-reduce for all denominators.
-
-        Args:
-            output: of this rank's chunks.
-            totals: what to divide the terms by where it is known already: ``totals`` of several outputs, added up.
-        """
-        losses, weights = self._terms(output)
-        action, identification, ranking, entropy, diversity, *heads = (
-            global_self_normalized_loss(losses, weights, totals)
-            if self.training
-            else self_normalized_loss(losses, weights)
-        )
+    def combine(self, output: ObjectiveOutput) -> dict[str, Float[Tensor, ""]]:
+        """Eq. 32 from this rank's chunks. In training every mean is over all ranks', with one all-reduce for all."""
+        mean = global_self_normalized_loss if self.training else self_normalized_loss
+        action, identification, ranking, entropy, diversity, *heads = mean(*self._terms(output))
         tokenizer = self.entropy_coef * entropy + self.diversity_coef * diversity
         loss = (
             action + self.identification_coef * self.discount * identification + self.ranking_coef * ranking + tokenizer
@@ -326,10 +297,6 @@ class PTRObjective(NeverLowered):
             terms["heads"] = head
             loss = loss + head
         return terms | {"loss": loss}
-
-    def totals(self, output: ObjectiveOutput) -> Float[Tensor, " terms"]:
-        """What each term's sum over all ranks' chunks is divided by."""
-        return global_weight_sum(*self._terms(output))
 
     @staticmethod
     def _terms(output: ObjectiveOutput) -> tuple[Float[Tensor, "terms batch"], Float[Tensor, "terms batch"]]:

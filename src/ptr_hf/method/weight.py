@@ -80,22 +80,15 @@ def self_normalized_loss(
 
 
 def global_self_normalized_loss(
-    loss: Float[Tensor, "*terms batch"],
-    weight: Float[Tensor, "*terms batch"],
-    total: Float[Tensor, "*terms"] | None = None,
+    loss: Float[Tensor, "*terms batch"], weight: Float[Tensor, "*terms batch"]
 ) -> Float[Tensor, "*terms"]:
     """Eq. 27 over every rank's rows: R · Σ_local w ℓ / Σ_global w, with one all-reduce for all terms.
 
     Data-parallel training averages gradients over the R ranks, so the factor R makes them equal those of one rank
     holding the union batch; the mean of the returned values over ranks is the global loss.
-
-    Args:
-        loss, weight: of this rank's rows.
-        total: Σ w to divide by where it is known already, e.g. of a whole window of micro-batches.
     """
     numerator, denominator = _weighted_sums(loss, weight)
-    if total is None:
-        total = sum_over_ranks(denominator)
+    total = sum_over_ranks(denominator)
     return world_size() * numerator / torch.where(total > 0, total, 1.0)
 
 
@@ -106,14 +99,6 @@ def _weighted_sums(
     usable = loss.isfinite() & weight.isfinite()
     loss, weight = torch.where(usable, loss, 0.0), torch.where(usable, weight, 0.0)
     return (weight * loss).sum(dim=-1), weight.sum(dim=-1)
-
-
-@torch.no_grad()
-def global_weight_sum(
-    loss: Float[Tensor, "*terms batch"], weight: Float[Tensor, "*terms batch"]
-) -> Float[Tensor, "*terms"]:
-    """Σ w over every rank's rows, those whose loss or weight is not finite left out."""
-    return sum_over_ranks(_weighted_sums(loss, weight)[1])
 
 
 @torch.no_grad()

@@ -91,14 +91,9 @@ def weighed_chunks(
     )
 
 
-def weighed_loss(output: ObjectiveOutput, total: Float[Tensor, ""] | None = None) -> Float[Tensor, ""]:
-    """Σ w ℓ / Σ w over all ranks' chunks.
-
-    Args:
-        output: of `weighed_chunks`.
-        total: Σ w to divide by where it is known already: of all micro-batches of a step.
-    """
-    return global_self_normalized_loss(output.loss, output.weight, total)
+def weighed_loss(output: ObjectiveOutput) -> Float[Tensor, ""]:
+    """Σ w ℓ / Σ w over all ranks' chunks, of `weighed_chunks`."""
+    return global_self_normalized_loss(output.loss, output.weight)
 
 
 @torch.no_grad()

@@ -64,13 +64,6 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
         default="tensorboard", metadata={"help": "Where logs go: tensorboard, trackio, wandb, none, or several."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: policies read dicts."})
-    normalize_over: Literal["micro_batch", "window"] = field(
-        default="micro_batch",
-        metadata={
-            "help": "With gradient accumulation: divide Σ w ℓ by the Σ w of each micro-batch (over all processes), or of the "
-            "whole step, which costs one more forward pass of every micro-batch."
-        },
-    )
     nonfinite: Literal["skip", "stop"] = field(
         default="skip",
         metadata={

@@ -1,7 +1,6 @@
-"""The batch of a step over all processes: which rows were recorded once, and how it reaches the ranks."""
+"""The batch of a step over all processes: which rows were recorded once."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,9 +8,6 @@ from accelerate import Accelerator
 from jaxtyping import Bool
 from lerobot.datasets import LeRobotDatasetMetadata
 from torch import Tensor, nn
-
-from ptr_hf.data.segment_dataset import TASK, TASK_INDEX
-from ptr_hf.data.segments import CHUNK_PREFIX
 
 
 def repeated_rows(batch: Mapping[str, Any], accelerator: Accelerator) -> Bool[Tensor, " batch"] | None:
@@ -35,21 +31,6 @@ def repeated_rows(batch: Mapping[str, Any], accelerator: Accelerator) -> Bool[Te
     return place >= recorded
 
 
-@dataclass(frozen=True)
-class TensorsOnly:
-    """A collate function without text: with `dispatch_batches` one process reads, and only tensors reach the others.
-
-    Args:
-        collate: that of the dataset.
-    """
-
-    collate: Callable[[Sequence[Any]], dict[str, Any]]
-
-    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        """Collate and keep the tensors."""
-        return {key: value for key, value in self.collate(samples).items() if isinstance(value, Tensor)}
-
-
 def has_batch_statistics(module: nn.Module) -> bool:
     """Whether a module keeps running statistics of its batches, which ranks see differently."""
     return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
@@ -59,12 +40,3 @@ def instructions_of(meta: LeRobotDatasetMetadata) -> tuple[str, ...]:
     """The instruction of every `task_index` of a dataset."""
     tasks = meta.tasks
     return tuple(tasks["task_index"].sort_values().index)
-
-
-def with_instructions(batch: dict[str, Any], instructions: Sequence[str]) -> dict[str, Any]:
-    """Put the text back that `TensorsOnly` has left out; it reads the task numbers off the device."""
-    batch = {**batch, TASK: [instructions[number] for number in batch[TASK_INDEX].tolist()]}
-    if CHUNK_PREFIX + TASK_INDEX in batch:
-        of_chunks = batch[CHUNK_PREFIX + TASK_INDEX].T.tolist()
-        batch[CHUNK_PREFIX + TASK] = [[instructions[number] for number in column] for column in of_chunks]
-    return batch

@@ -50,7 +50,8 @@ def check_launch(args: TrainingArguments) -> None:
 
     Raises:
         ValueError: one process where several were asked for, several that do not know of each other, several GPUs without a
-            launcher, ranks that could hold different numbers of rows, or ZeRO-3; the sentence has the right command.
+            launcher, ranks that could hold different numbers of rows or rows without their text, or ZeRO-3; the sentence has
+            the right command.
     """
     watch_launcher(is_launcher)
     script = Path(sys.argv[0]).name or "train.py"
@@ -80,6 +81,11 @@ def check_launch(args: TrainingArguments) -> None:
                 f"GPUs with `accelerate launch --multi_gpu --num_processes {asked} {script} ...`; for one process ask for one "
                 "(`--num_processes 1`, WORLD_SIZE unset)."
             )
+    if args.accelerator_config.dispatch_batches:
+        raise ValueError(
+            "accelerator_config.dispatch_batches=True lets one process read for all and send tensors alone, without the "
+            "instructions: leave it out, so that every process reads its own segments."
+        )
     if args.world_size > 1 and not args.accelerator_config.even_batches:
         raise ValueError(
             "accelerator_config.even_batches=False lets processes hold different numbers of segments, and they would wait for "

@@ -34,7 +34,6 @@ from ptr_hf.data.mixture.processor import for_robot
 from ptr_hf.data.mixture.streaming import StreamingMixture
 from ptr_hf.data.screening import FINE, Screen, leave_out
 from ptr_hf.data.segments import is_rows
-from ptr_hf.method.distributed import sum_over_ranks
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.processor_ptr import keep_statistics, preprocess
 from ptr_hf.report import DYNAMICS_COLUMNS
@@ -52,13 +51,7 @@ from ptr_hf.training.data_sources import (
 )
 from ptr_hf.training.evaluation import EnvironmentSource, EvaluationCallback
 from ptr_hf.training.given_weights import INSPECTION_FOLDER, other_weights, training_weights
-from ptr_hf.training.global_batches import (
-    TensorsOnly,
-    has_batch_statistics,
-    instructions_of,
-    repeated_rows,
-    with_instructions,
-)
+from ptr_hf.training.global_batches import has_batch_statistics, instructions_of, repeated_rows
 from ptr_hf.training.guarded_trainer import GuardedTrainer
 from ptr_hf.training.launch import check_launch, check_same_everywhere, run_facts
 from ptr_hf.training.metrics import MetricsWindow
@@ -177,13 +170,8 @@ class PTRTrainer(GuardedTrainer):
         )
         if policy.frame_weights is not None:
             self.window.weight_range = policy.frame_weights.range
-        dispatches = bool(args.accelerator_config.dispatch_batches)
-        self._instructions: dict[str, tuple[str, ...]] = {}
-        if dispatches:
-            self._instructions = {name: instructions_of(dataset.meta) for name, dataset in opened.items()}
-        if isinstance(opened.get("train"), StreamingMixture):
-            # every process reads the stream and takes its own rows: dispatched batches would lose their instructions
-            args.accelerator_config.dispatch_batches = bool(args.accelerator_config.dispatch_batches)
+        # every process reads its own rows, of a stream too
+        args.accelerator_config.dispatch_batches = False
         if args.ddp_broadcast_buffers is None and not has_batch_statistics(policy):
             # queue, controller and memory are computed alike on every rank, so there is nothing to send
             args.ddp_broadcast_buffers = False
@@ -192,7 +180,7 @@ class PTRTrainer(GuardedTrainer):
         super().__init__(
             model=policy,
             args=args,
-            data_collator=TensorsOnly(collate_segments) if dispatches else collate_segments,
+            data_collator=collate_segments,
             train_dataset=opened.get("train"),
             eval_dataset=opened.get("eval"),
             callbacks=[_AfterStep(), RunPlan(self), *callbacks],
@@ -230,41 +218,27 @@ class PTRTrainer(GuardedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Eq. 32 over the global batch; without a scorer (SFT) the base policy's own loss."""
+        """Eq. 32 over the global batch; with weights known before training Σ w ℓ / Σ w; else (SFT) the base policy's loss."""
         objective = self.policy.objective
-        if objective is None and self.policy.weighs and model.training:
-            return self._given_weights_loss(model, inputs, return_outputs)
-        if objective is None:
-            loss, _ = model(inputs)
+        if objective is not None:
+            output, _ = model(inputs, reduction="none")
+            terms = objective.combine(output)
+            loss = terms.pop("loss")
+            figures = {f"loss_{name}": value for name, value in terms.items()} | objective.metrics(output)
+        elif self.policy.weighs and model.training:
+            output, _ = model(inputs, reduction="none")
+            loss = weighed_loss(output)
+            figures = {"loss_action": loss} | weight_metrics(output)
+        else:
+            output, (loss, _) = None, model(inputs)
             # a batch of which nothing may be learned: some policies do not look at the mask
             loss = loss * (~inputs["action_is_pad"]).any()
-            if model.training:
-                self.window.add({"loss_action": loss})
-            return (loss, None) if return_outputs else loss
-        output, _ = model(inputs, reduction="none")
-        terms = objective.combine(output, self._window_totals if model.training else None)
-        if model.training and self._window_totals is not None:
-            # transformers will divide by the number of micro-batches
-            terms = {name: value * self.current_gradient_accumulation_steps for name, value in terms.items()}
+            figures = {"loss_action": loss}
         if model.training:
-            losses = {f"loss_{name}": value for name, value in terms.items() if name != "loss"}
-            self.window.add(losses | objective.metrics(output), output)
-        return (terms["loss"], output) if return_outputs else terms["loss"]
-
-    def _given_weights_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        """Σ w ℓ / Σ w of the policy's own loss, the weights known before training."""
-        output, _ = model(inputs, reduction="none")
-        loss = weighed_loss(output, self._window_totals)
-        if self._window_totals is not None:
-            # transformers will divide by the number of micro-batches
-            loss = loss * self.current_gradient_accumulation_steps
-        self.window.add({"loss_action": loss} | weight_metrics(output), output)
+            self.window.add(figures, output)
         return (loss, output) if return_outputs else loss
 
     _mixture_sampler: MixtureSampler | None = None
-    _window: list[dict[str, Any]] | None = None
-    """Micro-batches of the coming optimiser step, where the loss is normalised over all of them."""
-    _window_totals: Tensor | None = None
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -276,48 +250,7 @@ class PTRTrainer(GuardedTrainer):
             if repeated is not None:
                 batches[-1] = leave_out(batches[-1], repeated)
                 self.masked.discount(repeated)
-        self._window_totals = None
-        whole = self.args.normalize_over == "window" and len(batches) > 1 and self.policy.weighs
-        self._window = batches if whole else None
         return batches, count
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        """Forward and backward of a micro-batch; `normalize_over="window"` first looks at the weights of the whole step."""
-        if self._window is not None:
-            self._window_totals, self._window = self._totals_of(self._window), None
-        return super().training_step(model, inputs, num_items_in_batch)
-
-    @torch.no_grad()
-    def _totals_of(self, batches: list[dict[str, Any]]) -> Tensor:
-        """Σ w and the other denominators over all micro-batches and ranks, by one more forward each on the same noise."""
-        policy, objective = self.policy, self.policy.objective
-        if objective is None:
-            return self._given_totals(batches)
-        policy.train()
-        devices = [self.args.device] if self.args.device.type == "cuda" else []
-        totals = []
-        with torch.random.fork_rng(devices), self.compute_loss_context_manager(), objective.looking_ahead():
-            for batch in batches:
-                prepared = self._prepare_inputs(batch)
-                # the real pass takes them as they are
-                batch.clear()
-                batch.update(prepared)
-                output, _ = policy(prepared, reduction="none")
-                totals.append(objective.totals(output))
-        return torch.stack(totals).sum(dim=0)
-
-    def _given_totals(self, batches: list[dict[str, Any]]) -> Tensor:
-        """Σ w over all micro-batches and ranks of weights that no forward is needed for."""
-        totals = []
-        for batch in batches:
-            prepared = self._prepare_inputs(batch)
-            batch.clear()
-            batch.update(prepared)
-            weight, valid = self.policy.given_weights(prepared)
-            totals.append(weight.masked_fill(~valid, 0.0).sum())
-        return sum_over_ranks(torch.stack(totals).sum())
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move to the device, scale 8-bit frames to [0, 1] there, cut into rows, and run the policy's preprocessor.
@@ -326,8 +259,6 @@ class PTRTrainer(GuardedTrainer):
         """
         if is_rows(inputs):
             return inputs
-        if self._instructions:
-            inputs = with_instructions(inputs, self._instructions["train" if self.model.training else "eval"])
         batch, bad = self.screen.before(super()._prepare_inputs(inputs))
         rows, bad = self.screen.after(preprocess(batch, self.preprocessor, self.policy.config.layout), bad)
         episodes = rows["episode_index"][: len(bad)]
