@@ -79,6 +79,7 @@ class At(TrainerCallback):
             self.action(Path(args.output_dir))
 
 
+@pytest.mark.full
 def test_a_short_run_of_a_control_in_a_folder_with_brackets(
     points: Path, folder_policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +129,7 @@ def test_held_out_data_that_is_not_there_is_said_before_training(
         )
 
 
+@pytest.mark.full
 def test_an_output_folder_that_is_gone_costs_no_training(
     points: Path,
     folder_policy: Path,
@@ -160,6 +162,7 @@ def test_an_output_folder_that_is_gone_costs_no_training(
     assert output.read_text() == "somebody else's"
 
 
+@pytest.mark.full
 def test_what_a_resumed_run_cannot_read_is_put_aside(
     points: Path, folder_policy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -207,6 +210,7 @@ def test_a_damaged_record_of_bad_frames(tmp_path: Path, content: str, caplog: py
 
 
 class TestSimulators:
+    @pytest.mark.full
     def test_the_environment_is_reset_before_the_first_step(
         self, points: Path, folder_policy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -251,6 +255,7 @@ class TestSimulators:
         assert os.environ.get("MUJOCO_GL") == expected
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("lengths", [(20,), pytest.param((20, 24), marks=pytest.mark.full)])
 def test_a_diagnosis_of_one_instruction(
     lengths: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

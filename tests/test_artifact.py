@@ -293,6 +293,7 @@ ADAPTER_DAMAGES: dict[str, tuple[Damage, str]] = {
 
 
 class TestDamagedFolders:
+    @pytest.mark.full
     @pytest.mark.parametrize("name", DAMAGES)
     def test_one_error_says_what_is_wrong(self, folder: Path, name: str) -> None:
         self.refuse(folder, *DAMAGES[name])

@@ -29,6 +29,7 @@ FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCh
 
 
 class TestAnyBytes:
+    @pytest.mark.full
     @FUZZ
     @given(data=st.data())
     def test_a_header_is_refused_or_true(self, small_file: Path, data: st.DataObject) -> None:

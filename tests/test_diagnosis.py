@@ -30,6 +30,8 @@ from ptr_hf.diagnosis.rules import RULES
 from ptr_hf.method.evidence import Evidence
 from ptr_hf.report.diagnosis import sections, write_diagnosis
 
+pytestmark = pytest.mark.full
+
 EPISODES, CHUNKS, DIM = 48, 6, 8
 FLIPPED, MISFILED = range(0, 5), range(5, 10)
 

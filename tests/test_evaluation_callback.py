@@ -161,6 +161,7 @@ def evaluated(states: Path, vlm: Path, tmp_path_factory: pytest.TempPathFactory)
     return trainer
 
 
+@pytest.mark.full
 def test_training_is_the_same_to_the_bit(undisturbed: PTRTrainer, evaluated: PTRTrainer) -> None:
     assert tensors_equal(undisturbed.policy.state_dict(), evaluated.policy.state_dict())
     rows = training_rows(undisturbed)
@@ -168,6 +169,7 @@ def test_training_is_the_same_to_the_bit(undisturbed: PTRTrainer, evaluated: PTR
     assert json.dumps(rows) == json.dumps(training_rows(evaluated))
 
 
+@pytest.mark.full
 def test_results_are_those_of_lerobots_own_loop(evaluated: PTRTrainer) -> None:
     """The checkpoint that training left, loaded and evaluated by hand on the same starts."""
     folder = Path(evaluated.args.output_dir)
@@ -204,6 +206,7 @@ def test_the_log_has_every_task_and_all_together(evaluated: PTRTrainer) -> None:
         assert logged[1][f"eval_env/{row['task']}/success"] == row["success"]
 
 
+@pytest.mark.full
 def test_a_resumed_run_keeps_what_was_measured_before(
     evaluated: PTRTrainer, states: Path, vlm: Path, tmp_path: Path
 ) -> None:
@@ -217,6 +220,7 @@ def test_a_resumed_run_keeps_what_was_measured_before(
     assert tensors_equal(again.policy.state_dict(), evaluated.policy.state_dict())
 
 
+@pytest.mark.full
 def test_a_simulator_that_fails_is_reported_once_and_costs_nothing(
     undisturbed: PTRTrainer, states: Path, vlm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -232,6 +236,7 @@ def test_a_simulator_that_fails_is_reported_once_and_costs_nothing(
     assert read_evaluations(tmp_path) == []
 
 
+@pytest.mark.full
 def test_a_simulator_that_fails_ends_the_training_where_that_was_asked(states: Path, vlm: Path, tmp_path: Path) -> None:
     trainer = new_trainer(tmp_path, states, vlm, BrokenConfig(), must_succeed=True)
     with pytest.raises(RuntimeError, match="the simulator is gone"):

@@ -99,6 +99,7 @@ def raw_observation(points: Path, frames: list[int]) -> dict[str, Any]:
 
 
 class TestLayout:
+    @pytest.mark.full
     @pytest.mark.parametrize("case", CASES)
     def test_files(self, folders: dict[str, Path], case: str) -> None:
         expected = {"ptr_config.json", "ptr_scorer.safetensors", "model.safetensors", "config.json"}
@@ -122,6 +123,7 @@ class TestLayout:
 
 
 class TestRoundTrip:
+    @pytest.mark.full
     @pytest.mark.parametrize("case", CASES)
     def test_it_loads_exactly(
         self, folders: dict[str, Path], trained: dict[str, PTRPolicy], points: Path, case: str
@@ -224,6 +226,7 @@ save_file(actions, outputs)
 
 
 class TestLeRobot:
+    @pytest.mark.full
     def test_without_belief_plain_lerobot_needs_no_ptr_hf(
         self, folders: dict[str, Path], points: Path, tmp_path: Path
     ) -> None:
@@ -264,6 +267,7 @@ class TestLeRobot:
         expected = actions_of(PTRPolicy.from_pretrained(folders[case]), folders[case], [35, 50], points)
         assert torch.equal(actions_of(policy, folders[case], [35, 50], points), expected)
 
+    @pytest.mark.full
     def test_a_checkpoint_does_not_need_the_policy_it_started_from(self, points: Path, tmp_path: Path) -> None:
         source = tmp_path / "source"
         base = base_policy("act", points)

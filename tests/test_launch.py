@@ -104,6 +104,7 @@ def launched(folder: Path, points: str) -> list[dict[str, int]]:
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
+@pytest.mark.full
 def test_that_the_cpu_configuration_starts_two_processes(tmp_path: Path) -> None:
     assert launched(tmp_path / "two", "none") == [{"processes": 2, "steps": 0}] * 2
 
@@ -249,6 +250,7 @@ def difference(first: Path, second: Path) -> float:
     return max(relative(one[name], other[name]) for name in one)
 
 
+@pytest.mark.full
 class TestRefusals:
     def test_ranks_that_were_not_started_alike(self, ranks: Path) -> None:
         first, second = refusals(ranks / "unlike")

@@ -126,6 +126,7 @@ class TestBelief:
                 parameter.mul_(3.0)
         return rollouts
 
+    @pytest.mark.full
     def test_a_batch_of_environments_acts_as_each_alone(self, rollouts: Rollouts) -> None:
         together = rollouts.actions(*SEEDS)
         for row, seed in enumerate(SEEDS):
@@ -145,6 +146,7 @@ class TestBelief:
         assert torch.equal(carried[:, :CHUNK], forgotten[:, :CHUNK])
         assert (carried - forgotten)[:, CHUNK:].abs().max() > 1e-3
 
+    @pytest.mark.full
     def test_it_is_forgotten_with_the_episode(self, rollouts: Rollouts) -> None:
         first = rollouts.actions(SEEDS[0])
         rollouts.actions(SEEDS[1])

@@ -18,6 +18,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [message for message in ours if SAYS in message]
 
 
+@pytest.mark.full
 def test_a_run_says_it_once(points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     bad = {("action", frame): float("nan") for frame in range(0, 112, 6)}
     trainer = trainer_for(

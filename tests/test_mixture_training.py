@@ -103,6 +103,7 @@ class TestLoss:
             assert (output.loss > 0).all()
         assert torch.equal(losses["alone"], losses["together"])
 
+    @pytest.mark.full
     def test_counts_a_robots_own_dimensions_alone(self, content: dict[str, Any]) -> None:
         meta = MixtureMetadata.read(MixtureConfig.from_dict(content))
         policy = PTRPolicy(
@@ -182,6 +183,7 @@ class TestTraining:
         trainer.save_model()
         return trainer
 
+    @pytest.mark.full
     def test_the_checkpoint_runs_on_either_robot(self, run: PTRTrainer) -> None:
         folder = Path(run.args.output_dir)
         policy = PTRPolicy.from_pretrained(folder)
@@ -217,6 +219,7 @@ class TestTraining:
         # x and y of the end effector are shared, the arm has z and a gripper besides
         assert run.policy.config.output_features["action"].shape == (4,)
 
+    @pytest.mark.full
     def test_scores_name_source_and_episode(self, run: PTRTrainer) -> None:
         scores = score_dataset(run.policy, run.train_dataset, preprocessor=run.preprocessor, progress=False)
         assert set(scores.source.tolist()) == {"points", "arm"}
@@ -228,6 +231,7 @@ class TestTraining:
         assert scores.index[rows].min() == first
         assert (scores.index[rows] - first == scores.frame_index[rows]).all()
 
+    @pytest.mark.full
     def test_loss_by_source(self, run: PTRTrainer) -> None:
         data, processor = run.train_dataset, run.preprocessor
         by_source = action_loss_by_source(run.policy, data, processor, repeats=1)
@@ -248,6 +252,7 @@ class TestTraining:
         with pytest.raises(ValueError, match=r"give the same sources in the same order"):
             PTRTrainer(run.args.output_dir, arguments(tmp_path), content.only("arm"))
 
+    @pytest.mark.full
     def test_a_resumed_run_equals_one_that_was_not_stopped(self, content: dict[str, Any], tmp_path: Path) -> None:
         # 18 + 30 frames: an epoch ends between the checkpoint and the end
         content["sources"][0]["episodes"] = [3]
@@ -265,6 +270,7 @@ class TestTraining:
         for name, value in rest.policy.state_dict().items():
             assert torch.equal(value, expected[name]), name
 
+    @pytest.mark.full
     def test_plain_fine_tuning_leaves_unused_dimensions_out_too(self, content: dict[str, Any], tmp_path: Path) -> None:
         trainer = trained(content, tmp_path, preset="sft", segment_length=1)
         mixture, policy = trainer.train_dataset, trainer.policy.eval()
@@ -282,15 +288,18 @@ class TestTraining:
         with pytest.raises(ValueError, match=sentence):
             PTRTrainer(policy, arguments(tmp_path), {**content, "action_space": "standard"})
 
+    @pytest.mark.full
     def test_a_list_is_enough_for_a_policy_with_few_dimensions(self, content: dict[str, Any], tmp_path: Path) -> None:
         compact = MixtureMetadata.read(MixtureConfig.from_dict({**content, "action_space": "compact"}))
         trainer = PTRTrainer(small_policy("smolvla", compact), arguments(tmp_path), content["sources"])
         assert trainer.train_dataset.meta.features["action"]["shape"] == (4,)
 
+    @pytest.mark.full
     def test_streams_train_too(self, content: dict[str, Any], tmp_path: Path) -> None:
         trainer = trained({**content, "streaming": True, "stream_episodes": 2}, tmp_path, max_steps=2)
         assert trainer.state.global_step == 2
 
+    @pytest.mark.full
     def test_held_out_data_of_the_same_robots(self, content: dict[str, Any], tmp_path: Path) -> None:
         meta = MixtureMetadata.read(MixtureConfig.from_dict(content))
         policy = small_policy("act", meta)
@@ -303,6 +312,7 @@ class TestTraining:
 
 
 class TestCard:
+    @pytest.mark.full
     def test_it_says_how_to_choose_a_robot(self, content: dict[str, Any], tmp_path: Path) -> None:
         trainer = trained(content, tmp_path)
         trainer.write_card(tmp_path)
@@ -320,6 +330,7 @@ class TestCard:
 
 
 class TestBadFrames:
+    @pytest.mark.full
     def test_are_named_by_their_own_dataset(self, content: dict[str, Any], tmp_path: Path) -> None:
         bad = write_dataset(tmp_path / "bad", lengths=(12, 14))
         file = next((bad / "data").rglob("*.parquet"))

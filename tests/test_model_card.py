@@ -102,6 +102,7 @@ class TestFacts:
         assert card.data.tags == ["robotics", "lerobot", "ptr", "smolvla", "ptr_calibrated"]
         assert "loaded from its own source" in card.text
 
+    @pytest.mark.full
     def test_the_file_reads_back_the_same(self, full: CardFacts, tmp_path: Path) -> None:
         card = model_card(full)
         loaded = ModelCard.load(write_model_card(full, tmp_path))
@@ -197,6 +198,7 @@ class TestHonesty:
         assert model_card(facts).data.base_model is None
 
 
+@pytest.mark.full
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     absent=st.sets(
@@ -276,6 +278,7 @@ class TestHostileNames:
 
 
 class TestPictures:
+    @pytest.mark.full
     @pytest.mark.parametrize(
         ("preset", "run", "files"),
         [("ptr", "ptr", 2), ("sft", "sft", 1), ("ptr_calibrated", "ptr", 2), ("sft_belief", "ptr", 2)],

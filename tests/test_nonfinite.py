@@ -68,6 +68,7 @@ class TestNamesAndCounts:
         assert "no say" in messages
         assert NONFINITE_FILE in messages
 
+    @pytest.mark.full
     def test_a_resumed_run_goes_on_with_the_file(
         self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -86,6 +87,7 @@ class TestNamesAndCounts:
         anew.train()
         assert not (tmp_path / "run" / NONFINITE_FILE).exists(), "a new run on clean data has nothing to report"
 
+    @pytest.mark.full
     def test_a_run_resumed_between_two_rows_logs_the_same(self, points: Path, tmp_path: Path) -> None:
         root = spoiled(points, tmp_path / "bad", {("action", FRAME): np.nan})
         settings: dict[str, Any] = {"max_steps": 16, "logging_steps": 8, "save_steps": 6, "save_total_limit": 0}
@@ -102,6 +104,7 @@ class TestNamesAndCounts:
         assert [row["nonfinite_gradients"] for row in rows[0]] == [1.0, 1.0]
         assert rows[0][0]["nonfinite_samples"] > 0
 
+    @pytest.mark.full
     def test_evaluation_leaves_them_out_and_says_so(
         self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -112,6 +115,7 @@ class TestNamesAndCounts:
         assert "40 (episode 1)" in caplog.text
         assert "evaluation loss" in caplog.text
 
+    @pytest.mark.full
     def test_a_loss_that_is_not_finite_names_its_chunk(
         self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -129,6 +133,7 @@ class TestNamesAndCounts:
         assert all(math.isfinite(row["loss"]) for row in rows)
         assert all(tensor.isfinite().all() for tensor in trainer.policy.state_dict().values())
 
+    @pytest.mark.full
     def test_statistics_with_nan_do_not_spoil_the_run(
         self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -147,6 +152,7 @@ class TestNamesAndCounts:
         assert saved
         assert all(value.isfinite().all() for path in saved for value in load_file(path).values())
 
+    @pytest.mark.full
     def test_stop_ends_the_run_with_a_checkpoint(self, points: Path, tmp_path: Path) -> None:
         root = spoiled(points, tmp_path / "bad", {("action", FRAME): np.nan})
         trainer = trainer_for("act", points, root, tmp_path / "run", max_steps=40, nonfinite="stop")
@@ -178,6 +184,7 @@ class TestGradients:
         assert "2 of the 5 steps up to step 10" in caplog.text
         assert json.loads((tmp_path / NONFINITE_FILE).read_text()) == {"frames": [], "gradients": 3}
 
+    @pytest.mark.full
     def test_such_a_step_moves_nothing_without_momentum(self, points: Path, tmp_path: Path) -> None:
         trainer = trainer_for("act", points, points, tmp_path, optim="sgd", weight_decay=0.0, max_steps=4)
         spoil_gradients(trainer, {0, 1, 2, 3})
@@ -185,6 +192,7 @@ class TestGradients:
         trainer.train()
         assert tensors_equal(before, dict(trainer.policy.named_parameters()))
 
+    @pytest.mark.full
     @pytest.mark.parametrize("logging_steps", [1, pytest.param(12, marks=pytest.mark.full)])
     def test_a_run_without_any_finite_gradient_stops(self, points: Path, tmp_path: Path, logging_steps: int) -> None:
         trainer = trainer_for(
@@ -204,6 +212,7 @@ class TestGradients:
         patience = max(PATIENCE, logging_steps)
         assert patience <= trainer.state.global_step - 5 <= patience + logging_steps
 
+    @pytest.mark.full
     def test_stop_does_so_at_the_next_row(self, points: Path, tmp_path: Path) -> None:
         trainer = trainer_for("act", points, points, tmp_path, nonfinite="stop")
         spoil_gradients(trainer, {1})
@@ -227,6 +236,7 @@ class TestMixedPrecision:
         """Accelerate's word for it, which makes it unscale gradients before they are clipped."""
         monkeypatch.setattr(Accelerator, "mixed_precision", property(lambda _: "fp16"))
 
+    @pytest.mark.full
     def test_overflows_of_the_scaler_are_nobodys_fault(
         self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -241,6 +251,7 @@ class TestMixedPrecision:
         assert not tensors_equal(before, dict(trainer.policy.named_parameters())), "later steps did not"
         assert "not finite" not in caplog.text
 
+    @pytest.mark.full
     def test_a_scale_that_has_nowhere_to_fall_stops_the_run(self, points: Path, tmp_path: Path) -> None:
         scaler = GradScaler("cpu", init_scale=4.0, growth_interval=1000)
         trainer = self.trainer(points, tmp_path, scaler, max_steps=60)
@@ -250,6 +261,7 @@ class TestMixedPrecision:
         assert scaler.get_scale() < 1.0
 
 
+@pytest.mark.full
 def test_two_ranks_count_and_name_together(points: Path, tmp_path: Path) -> None:
     """They meet different numbers of bad samples, and one alone a NaN gradient; both log, write and step the same."""
     root = spoiled(points, tmp_path / "bad", {("action", FRAME): np.nan, ("observation.state", 90): np.inf})

@@ -10,6 +10,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+pytestmark = pytest.mark.full
+
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "quickstart.ipynb"
 PICTURE = "image/png"
 # absolute paths of a POSIX or Windows machine, and addresses of objects

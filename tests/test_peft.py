@@ -100,6 +100,7 @@ class TestTraining:
         assert config.r == 3
         assert config.target_modules == base_policy("smolvla", points)._get_default_peft_targets()["target_modules"]
 
+    @pytest.mark.full
     def test_resuming_is_going_on(self, points: Path, base: Path, tmp_path: Path) -> None:
         def run(folder: Path) -> PTRTrainer:
             torch.manual_seed(0)
@@ -157,6 +158,7 @@ class TestFiles:
             actions.append(model.predict_action_chunk(observation(own, points, [0, 40])))
         torch.testing.assert_close(actions[0], actions[1], rtol=0, atol=0)
 
+    @pytest.mark.full
     def test_a_checkpoint_goes_on_training(self, trained: PTRTrainer, points: Path, tmp_path: Path) -> None:
         again = PTRTrainer(str(folder_of(trained)), arguments(tmp_path, warmup_steps=0), points)
         before = {name: value.clone() for name, value in again.policy.state_dict().items()}

@@ -17,6 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ptr_hf.report import DYNAMICS_FILE, read_dynamics
 from ptr_hf.training.checkpoints import MANIFEST_NAME, checkpoints, fault, step_of
 
+pytestmark = pytest.mark.full
+
 STEPS: int = SETTINGS["max_steps"]
 
 

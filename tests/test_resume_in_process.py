@@ -159,6 +159,7 @@ class TestChoice:
         assert f"{tmp_path / 'run' / 'checkpoint-9'} is skipped: it has no ptr_checkpoint.json" in foreign
         assert f"{tmp_path / 'run' / 'checkpoint-6'} is skipped: optimizer.pt has 4 bytes instead of" in damaged
 
+    @pytest.mark.full
     def test_a_few_bytes_of_any_file(
         self, points: Path, short: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -232,6 +233,7 @@ class TestChoice:
         trainer(tmp_path / "run", points, max_steps=6).train(resume_from_checkpoint=True)
         assert "checkpoint-6 is of step 6, the last one of this run: nothing is left to train" in caplog.text
 
+    @pytest.mark.full
     def test_a_damaged_one_gives_way_to_its_successor(self, points: Path, short: Path, tmp_path: Path) -> None:
         shutil.copytree(short, tmp_path / "run")
         (tmp_path / "run" / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
@@ -257,6 +259,7 @@ class TestChoice:
         with pytest.raises(ValueError, match="save_only_model=True and holds no state of the optimiser"):
             trainer(tmp_path, points, max_steps=6).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
+    @pytest.mark.full
     def test_checkpoints_of_an_earlier_run_are_named(
         self, points: Path, short: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -268,6 +271,7 @@ class TestChoice:
 class TestAnotherRunInTheFolder:
     """See test_run_lock.py for other processes."""
 
+    @pytest.mark.full
     def test_neither_trains_nor_saves(self, points: Path, tmp_path: Path) -> None:
         second = trainer(tmp_path / "run", points, max_steps=1, save_strategy="no")
         first = RunLock(tmp_path / "run")
@@ -292,6 +296,7 @@ class TestRotationAndBest:
     SETTINGS = BEST | {"max_steps": 9, "save_total_limit": 2}
     GRADES = {3: 3.0, 6: 1.0, 9: 2.0}  # noqa: RUF012
 
+    @pytest.mark.full
     def test_after_resuming_in_a_folder_that_was_moved(self, points: Path, tmp_path: Path) -> None:
         whole = trainer(tmp_path / "whole", points, grades=self.GRADES, **self.SETTINGS)
         whole.train()
@@ -340,6 +345,7 @@ class TestRotationAndBest:
         resumed.train(resume_from_checkpoint=newest)
         assert f"The best checkpoint so far, '{recorded}', is gone or damaged, or lies in another" in caplog.text
 
+    @pytest.mark.full
     def test_a_best_that_is_damaged_at_the_end_leaves_the_last(
         self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -357,6 +363,7 @@ class TestRotationAndBest:
 
 
 class TestOtherLayout:
+    @pytest.mark.full
     def test_another_batch_or_accumulation(
         self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -99,6 +99,7 @@ def evaluate(policy: PreTrainedPolicy, pipelines: Pipelines, **settings: Any) ->
     return evaluate_success(policy, *pipelines, **{**defaults, **settings})
 
 
+@pytest.mark.full
 def test_success_is_that_of_lerobots_own_loop() -> None:
     policy = ReachRight()
     ours = evaluate(policy, untouched())

@@ -109,6 +109,7 @@ def checkpoint(points: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestOneDataset:
+    @pytest.mark.full
     def test_renamed_features_have_their_statistics(self, points: Path, tmp_path: Path) -> None:
         back = {name: key for key, name in RENAMES.items()}
         root = rewritten(points, tmp_path / "renamed", 1000.0, back)
@@ -122,6 +123,7 @@ class TestOneDataset:
         fresh = PTRTrainer(ACTConfig(**small), args, root)
         assert set(fresh.policy.config.input_features) == {"observation.state", "observation.image"}
 
+    @pytest.mark.full
     @pytest.mark.parametrize("in_memory", [False, True])
     def test_without_statistics_they_are_computed(
         self, points: Path, bare: Path, usual: Any, tmp_path: Path, in_memory: bool, caplog: pytest.LogCaptureFixture
@@ -173,6 +175,7 @@ class TestOneDataset:
 
 
 class TestGoingOnFromACheckpoint:
+    @pytest.mark.full
     def test_the_same_data_say_nothing(
         self, points: Path, checkpoint: Path, usual: Any, tmp_path: Path, caplog: Any
     ) -> None:
@@ -180,6 +183,7 @@ class TestGoingOnFromACheckpoint:
         assert seen(trainer) == pytest.approx(usual, abs=0.01)
         assert "other statistics" not in caplog.text
 
+    @pytest.mark.full
     def test_other_data_bring_theirs_unless_the_policys_are_asked_for(
         self, checkpoint: Path, scaled: Path, usual: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -193,6 +197,7 @@ class TestGoingOnFromACheckpoint:
         assert seen(kept)[1] == pytest.approx(20 * usual[1], rel=0.01)
         assert "lies far outside of what the policy was trained on" in caplog.text
 
+    @pytest.mark.full
     def test_a_resumed_run_keeps_its_own(
         self, points: Path, checkpoint: Path, usual: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -207,6 +212,7 @@ class TestGoingOnFromACheckpoint:
         assert seen(trainer)[1] == pytest.approx(usual[1], abs=0.01)
         assert "The run keeps the statistics of" in caplog.text
 
+    @pytest.mark.full
     def test_the_checkpoints_renames_are_kept(self, points: Path, tmp_path: Path) -> None:
         back = {name: key for key, name in RENAMES.items()}
         root = rewritten(points, tmp_path / "renamed", 1.0, back)
@@ -219,6 +225,7 @@ class TestGoingOnFromACheckpoint:
 
 
 class TestOtherPaths:
+    @pytest.mark.full
     def test_scores_keep_the_checkpoints_and_say_where_the_data_are_elsewhere(
         self, points: Path, scaled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -256,6 +263,7 @@ class TestOtherPaths:
         batch = {"observation.joints": state, "observation.images.top": torch.rand(1, 3, 32, 32), "task": ["reach"]}
         assert preprocessor(batch)["observation.state"].abs().max() < 5
 
+    @pytest.mark.full
     def test_a_mixtures_sources_each_have_their_own(
         self, sources: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

@@ -33,6 +33,7 @@ class LeavesOut(PTRTrainer):
 
 
 class TestABadSampleHasNoSay:
+    @pytest.mark.full
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize(
         ("preset", "feature", "value"),
@@ -89,6 +90,7 @@ class TestABadSampleHasNoSay:
             assert torch.allclose(vars(bad)[name][kept], vars(without)[name], atol=1e-6), name
         assert not torch.allclose(bad.score[kept], clean.score[kept], atol=1e-6), "one candidate less"
 
+    @pytest.mark.full
     @pytest.mark.parametrize("family", FAMILIES)
     def test_under_bfloat16_autocast(self, points: Path, tmp_path: Path, family: str) -> None:
         root = spoiled(points, tmp_path / "bad", {("action", FRAME): np.nan})
@@ -98,6 +100,7 @@ class TestABadSampleHasNoSay:
         assert all(row["nonfinite_gradients"] == 0 for row in rows_of(trainer))
         assert all(parameter.isfinite().all() for parameter in trainer.policy.parameters())
 
+    @pytest.mark.full
     def test_float_images_in_a_run(self, points: Path, tmp_path: Path) -> None:
         class Broken:
             def __call__(self, frames: Tensor) -> Tensor:
@@ -125,6 +128,7 @@ def prepared(policy: Any, batch: dict[str, Any], stats: Path) -> dict[str, Any]:
 
 
 class TestPlainPostTraining:
+    @pytest.mark.full
     @pytest.mark.parametrize("family", FAMILIES)
     def test_the_place_of_a_bad_sample_is_taken_by_a_good_one(self, points: Path, tmp_path: Path, family: str) -> None:
         root = spoiled(points, tmp_path / "bad", {("action", FRAME): np.nan})
@@ -136,6 +140,7 @@ class TestPlainPostTraining:
         assert all(math.isfinite(row["loss"]) for row in rows)
         assert rows[-1]["loss"] < rows[0]["loss"]
 
+    @pytest.mark.full
     def test_its_own_values_do_not_matter(self, points: Path, tmp_path: Path) -> None:
         """Neither does what stood beside the bad value: the run is the same with another number there."""
         states = []
@@ -148,6 +153,7 @@ class TestPlainPostTraining:
             states.append(trainer.policy.state_dict())
         assert tensors_equal(*states)
 
+    @pytest.mark.full
     def test_a_step_with_nan_does_not_stay_in_the_logged_loss(self, points: Path, tmp_path: Path) -> None:
         trainer = trainer_for("act", points, points, tmp_path, preset="sft", max_steps=6, logging_steps=2)
         spoil_gradients(trainer, {2}, loss_too=True)
@@ -158,6 +164,7 @@ class TestPlainPostTraining:
 
 
 class TestNothingToLearnFrom:
+    @pytest.mark.full
     @pytest.mark.parametrize("preset", ["sft", "ptr", "ptr_calibrated"])
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("cause", ["nan", "past-the-end"])
@@ -190,6 +197,7 @@ class TestNothingToLearnFrom:
         assert loss.isfinite()
         assert loss > 0
 
+    @pytest.mark.full
     @pytest.mark.parametrize("preset", ["sft", "ptr", "ptr_calibrated"])
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("spoil", [False, True], ids=["fine", "bad"])

@@ -180,6 +180,7 @@ class TestActionLoss:
             total, count = total + float(losses.sum()), count + len(losses)
         assert self.loss(policy, points, layout=layout, repeats=1) == pytest.approx(total / count, rel=1e-5)
 
+    @pytest.mark.full
     def test_seed_and_repeats(self, trained: dict[str, PTRPolicy], points: Path) -> None:
         policy = trained["smolvla"]
         losses = [self.loss(policy, points, repeats=1, seed=seed) for seed in (0, 0, 1)]
@@ -200,6 +201,7 @@ class TestLargePictures:
             }
             assert segments_at_once(features, layout, 16) == expected
 
+    @pytest.mark.full
     @pytest.mark.parametrize("preset", ["ptr", "ptr_calibrated"])
     def test_which_changes_no_score(self, points: Path, monkeypatch: pytest.MonkeyPatch, preset: str) -> None:
         policy = ptr_policy("act", points, preset=preset, **SETTINGS)

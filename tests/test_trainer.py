@@ -126,6 +126,7 @@ class TestPlainPostTraining:
 
 
 class TestLogs:
+    @pytest.mark.full
     def test_every_metric_is_logged(self, finished: PTRTrainer) -> None:
         rows = [row for row in finished.state.log_history if "loss" in row]
         assert [row["step"] for row in rows] == [3, 6, 9, 12]
@@ -217,6 +218,7 @@ class TestResume:
         with pytest.raises(ValueError, match=r"plain is no PTR checkpoint; resume from a checkpoint-<step> folder"):
             trainer.train(resume_from_checkpoint=str(tmp_path / "plain"))
 
+    @pytest.mark.full
     def test_a_new_run_in_the_same_folder_starts_its_dynamics_anew(self, points: Path, tmp_path: Path) -> None:
         for steps in (3, 2):
             args = arguments(tmp_path, max_steps=steps, preset="sft")
@@ -225,6 +227,7 @@ class TestResume:
                 trainer.train()
                 assert read_dynamics(tmp_path / DYNAMICS_FILE).steps("sft").tolist() == list(range(1, steps + 1))
 
+    @pytest.mark.full
     def test_the_best_checkpoint_comes_back_whole(self, points: Path, tmp_path: Path) -> None:
         args = arguments(
             tmp_path,
@@ -309,6 +312,7 @@ class TestModels:
         assert trainer.policy.objective.step == 1
         assert not tensors_equal(trainer.policy.base.state_dict(), base_policy("smolvla", points).state_dict())
 
+    @pytest.mark.full
     def test_a_configuration_starts_from_random_weights(self, points: Path, tmp_path: Path) -> None:
         config = ACTConfig(
             chunk_size=8,
@@ -367,6 +371,7 @@ class TestModels:
 
 
 class TestAnotherRobot:
+    @pytest.mark.full
     def test_a_vla_saved_for_another_robot_takes_this_ones_sizes(self, points: Path, tmp_path: Path) -> None:
         camera = PolicyFeature(FeatureType.VISUAL, (3, 32, 32))
         cameras = {f"observation.images.camera{index}": camera for index in (1, 2, 3)}
@@ -389,6 +394,7 @@ class TestAnotherRobot:
 
 
 class TestData:
+    @pytest.mark.full
     @pytest.mark.parametrize("kind", ["folder", "string", "open dataset"])
     def test_every_kind_of_dataset_is_read_at_the_layout(self, points: Path, tmp_path: Path, kind: str) -> None:
         source = {
@@ -403,6 +409,7 @@ class TestData:
         assert len(trainer.train_dataset) == (64 if kind == "open dataset" else 112)
         trainer.train()
 
+    @pytest.mark.full
     @pytest.mark.parametrize("as_json", [False, True])
     def test_renamed_cameras(self, points: Path, tmp_path: Path, as_json: bool) -> None:
         features = base_policy("smolvla", points).config.input_features
@@ -423,6 +430,7 @@ class TestData:
 
 
 class TestOptimisation:
+    @pytest.mark.full
     def test_accumulated_micro_batches_make_one_step(self, points: Path, tmp_path: Path) -> None:
         args = arguments(tmp_path, gradient_accumulation_steps=3, num_belief_tokens=0, **SMALL)
         trainer = PTRTrainer(base_policy("smolvla", points), args, train_dataset=points)
@@ -440,6 +448,7 @@ class TestOptimisation:
             parts = config.identification_coef * row["loss_identification"] + config.ranking_coef * row["loss_ranking"]
             assert row["loss"] == pytest.approx(row["loss_action"] + parts, abs=2e-4)
 
+    @pytest.mark.full
     def test_a_groups_own_learning_rate_keeps_its_ratio(self, points: Path, tmp_path: Path) -> None:
         policy = base_policy("act", points, optimizer_lr=1e-3, optimizer_lr_backbone=1e-4)
         args = arguments(tmp_path, learning_rate=1e-2, **SMALL)
@@ -451,6 +460,7 @@ class TestOptimisation:
         trained = {id(parameter) for group in groups for parameter in group["params"]}
         assert trained == {id(parameter) for parameter in trainer.policy.parameters() if parameter.requires_grad}
 
+    @pytest.mark.full
     @pytest.mark.parametrize("rate", [1e-2, 0.0])
     def test_the_side_pathways_learning_rate_is_taken_as_given(self, points: Path, tmp_path: Path, rate: float) -> None:
         policy = base_policy("act", points, optimizer_lr=1e-3)
@@ -458,6 +468,7 @@ class TestOptimisation:
         trainer = PTRTrainer(policy, args, train_dataset=points)
         assert trainer.create_optimizer().param_groups[-1]["lr"] == 3e-3
 
+    @pytest.mark.full
     def test_the_scorer_alone_learns_at_learning_rate_0(self, points: Path, tmp_path: Path) -> None:
         args = arguments(tmp_path, learning_rate=0.0, head_learning_rate=1e-3, num_belief_tokens=0, **SMALL)
         trainer = PTRTrainer(base_policy("smolvla", points), args, train_dataset=points)
@@ -469,6 +480,7 @@ class TestOptimisation:
         assert all(torch.equal(before[name], after[name]) for name in base)
         assert any(not torch.equal(before[name], after[name]) for name in before if ".scorer." in name)
 
+    @pytest.mark.full
     @pytest.mark.parametrize(
         "settings",
         [{"gradient_checkpointing": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}],
@@ -490,6 +502,7 @@ class TestOptimisation:
             assert tensors_equal(loaded.state_dict(), trainer.policy.state_dict())
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
+    @pytest.mark.full
     def test_bf16_trains(self, points: Path, tmp_path: Path) -> None:
         args = arguments(tmp_path, max_steps=3, bf16=True, num_belief_tokens=2, warmup_steps=0, **SMALL)
         trainer = PTRTrainer(base_policy("smolvla", points), args, train_dataset=points)
@@ -501,6 +514,7 @@ class TestOptimisation:
         for part in ("base.", "belief.", "objective.scorer."):
             assert any(not torch.equal(after[name], before[name]) for name in after if name.startswith(part)), part
 
+    @pytest.mark.full
     def test_the_warmup_is_a_share_of_the_run(self, points: Path, tmp_path: Path) -> None:
         args = arguments(tmp_path, max_steps=4, scorer_warmup_steps=0.5, num_belief_tokens=0, **SMALL)
         trainer = PTRTrainer(base_policy("smolvla", points), args, train_dataset=points)

@@ -33,6 +33,8 @@ from ptr_hf.data.demonstrations import load_truth, save_truth, write_demonstrati
 from ptr_hf.data.fast_writer import VideoSource, write_frames
 from ptr_hf.data.metaworld import FPS
 
+pytestmark = pytest.mark.full
+
 TASKS = ("reach-left", "reach-right", "push-left", "push-right")
 COUNT = 10
 

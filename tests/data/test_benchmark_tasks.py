@@ -21,6 +21,8 @@ from ptr_hf.data.benchmark_tasks import (
 )
 from ptr_hf.data.metaworld import record_expert
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def puck() -> BenchmarkScene:

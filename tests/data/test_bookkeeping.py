@@ -161,6 +161,7 @@ MENDED: dict[str, tuple[str, str, Spoil, str]] = {
 
 
 class TestSetRight:
+    @pytest.mark.full
     @pytest.mark.parametrize("fault", MENDED)
     def test_the_frames_are_read_as_from_a_dataset_in_order(
         self, fault: str, request: pytest.FixtureRequest, tmp_path: Path, said: Callable[[], list[str]]
@@ -329,6 +330,7 @@ class TestRefused:
             mend_dataset(dataset)
 
 
+@pytest.mark.full
 def test_datasets_in_order_pass_without_a_word(
     good: Path, filed: Path, point_videos: Path, said: Callable[[], list[str]]
 ) -> None:

@@ -149,6 +149,7 @@ class TestCameras:
 class TestBeforeTraining:
     """The trainer refuses them when it is built."""
 
+    @pytest.mark.full
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
@@ -161,6 +162,7 @@ class TestBeforeTraining:
         with pytest.raises(ValueError, match=message):
             PTRTrainer(base_policy("smolvla", points), args, train_dataset=points)
 
+    @pytest.mark.full
     def test_a_dataset_without_the_policys_camera(self, points: Path, short: Path, tmp_path: Path) -> None:
         args = PTRTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
         for train, evaluation in ((short, None), (points, short)):

@@ -87,6 +87,7 @@ def test_every_frame_decodes_and_shows_a_scene(train: LeRobotDataset) -> None:
         assert red > blue, "the red arm comes in from the upper left"
 
 
+@pytest.mark.full
 def test_the_camera_follows_the_arm(train: LeRobotDataset) -> None:
     """Images belong to their states: a frame fits its own time step better than one 12 steps away."""
     for episode in (0, 3, 9):

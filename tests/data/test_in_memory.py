@@ -97,6 +97,7 @@ class TestEquality:
         positions = list(range(len(dataset)))
         assert_same(InMemorySegments(dataset, layout).__getitems__(positions), collated(dataset, positions))
 
+    @pytest.mark.full
     @pytest.mark.parametrize("kind", ["states", "point_videos"])
     @pytest.mark.parametrize("episodes", [[1, 3], [2], [3, 0]])
     def test_of_some_episodes(self, kind: str, episodes: list[int], request: pytest.FixtureRequest) -> None:
@@ -175,6 +176,7 @@ class TestCache:
         memory.__getitems__([0])["observation.image"].zero_()
         assert_same(InMemorySegments(dataset, layout, frames_cache=tmp_path)[0], dataset[0])
 
+    @pytest.mark.full
     def test_other_data_gets_a_file_of_its_own(self, point_videos: Path, tmp_path: Path) -> None:
         layout = LAYOUTS["plain"]
         other = write_dataset(tmp_path / "other", use_videos=True, seed=1)

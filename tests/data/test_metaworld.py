@@ -73,6 +73,7 @@ def test_the_bundled_episodes_come_out_of_the_simulator() -> None:
             np.testing.assert_allclose(bundled, recording.episode.frames[key], atol=2e-3)
 
 
+@pytest.mark.full
 def test_observations_are_those_of_lerobots_environment() -> None:
     """Same seed, same actions: equal states, and equal images up to shadows, antialiasing and the marker's colour."""
     ours = MetaworldScene("push-v3", goal_color=None)
@@ -116,6 +117,7 @@ def test_scenes_of_different_tasks_do_not_disturb_each_other() -> None:
         faucet.close()
 
 
+@pytest.mark.full
 def test_reach_and_pick_place_look_alike() -> None:
     """On the same seed the instruction alone tells the tasks apart; with Meta-World's marker colours the image does."""
     alike, different = [], []

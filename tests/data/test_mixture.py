@@ -103,6 +103,7 @@ class TestSamples:
         assert len(index) == len(set(index))
         assert mixture.meta.episodes["tasks"][1] == ["Reach a goal position"]
 
+    @pytest.mark.full
     @pytest.mark.parametrize("in_memory", [False, True])
     def test_a_batch_keeps_the_order_that_was_asked_for(self, content: dict[str, Any], in_memory: bool) -> None:
         mixture = opened(content, in_memory=in_memory)
@@ -113,6 +114,7 @@ class TestSamples:
         for key, value in expected.items():
             assert torch.equal(batch[key], value) if isinstance(value, torch.Tensor) else batch[key] == value
 
+    @pytest.mark.full
     def test_one_source_is_the_same_alone_and_in_a_mixture(self, content: dict[str, Any]) -> None:
         together = opened(content)
         alone = opened({"sources": content["sources"][:1], "image_size": [32, 32]})
@@ -131,6 +133,7 @@ class TestSamples:
 
 
 class TestCameras:
+    @pytest.mark.full
     def test_all_pictures_get_one_size(self, content: dict[str, Any]) -> None:
         batch = opened(content).__getitems__([0, 115])
         assert batch[CAMERA].shape == (2, 3, 3, 32, 32)
@@ -146,6 +149,7 @@ class TestCameras:
         assert not small[:, :, 15:].any()
         assert torch.equal(resized(frames, (20, 40)), frames)
 
+    @pytest.mark.full
     def test_a_camera_that_a_robot_lacks_is_black_and_marked(self, content: dict[str, Any]) -> None:
         content["sources"][1]["rename"] = {CAMERA: "observation.images.wrist"}
         batch = opened(content).__getitems__([0, 115])
@@ -156,6 +160,7 @@ class TestCameras:
 
 
 class TestRates:
+    @pytest.mark.full
     def test_a_rate_reads_every_nth_frame(self, content: dict[str, Any], metaworld: str) -> None:
         content["fps"] = 10
         content["sources"] = content["sources"][::-1]
@@ -304,6 +309,7 @@ class TestStatistics:
 
 
 class TestStreaming:
+    @pytest.mark.full
     def test_samples_are_those_of_the_mixture(self, content: dict[str, Any]) -> None:
         content |= {"streaming": True, "stream_episodes": 2, "shares": "temperature", "temperature": 100.0}
         mixture = opened(content)
@@ -319,6 +325,7 @@ class TestStreaming:
                 assert torch.equal(value, sample[key]) if isinstance(value, torch.Tensor) else value == sample[key]
         assert min(checked["points"], checked["arm"]) > 3
 
+    @pytest.mark.full
     def test_the_order_is_the_same_again_and_goes_on_after_the_end(self, content: dict[str, Any]) -> None:
         content["sources"] = [{**content["sources"][0], "episodes": [3]}]
         stream = StreamingMixture(MixtureMetadata.read(MixtureConfig.from_dict(content)), LAYOUT)

@@ -73,6 +73,7 @@ def same(first: Any, second: Any, keys: tuple[str, ...] = (OBS_STATE, ACTION), t
 
 
 class TestRightOnes:
+    @pytest.mark.full
     @pytest.mark.parametrize("mode", MODES)
     @pytest.mark.parametrize("episodes", [None, [1], [3, 0]])
     def test_they_stay_as_they_are(
@@ -128,6 +129,7 @@ class TestWrongOnes:
             assert f"statistics of '{key}'" in caplog.text
         assert caplog.text.count("are missing") == 3
 
+    @pytest.mark.full
     @pytest.mark.parametrize(
         ("change", "why"),
         [
@@ -238,6 +240,7 @@ def still(points: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestConstants:
+    @pytest.mark.full
     @pytest.mark.parametrize("mode", [*MODES, NormalizationMode.QUANTILE10])
     def test_what_does_not_vary_is_not_divided_by_nothing(
         self, still: Path, mode: NormalizationMode, caplog: pytest.LogCaptureFixture

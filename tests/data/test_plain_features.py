@@ -56,6 +56,7 @@ def policy(root: Path, *left_out: str) -> Any:
     return tiny_act({key: value for key, value in features.items() if key not in left_out}, chunk_size=4, dim_model=32)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("preset", ["ptr", "sft"])
 def test_vectors_of_one_number_train_and_score(plain: Path, tmp_path: Path, preset: str) -> None:
     args = arguments(tmp_path, preset, max_steps=2, logging_steps=1, per_device_train_batch_size=4)

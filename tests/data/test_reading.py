@@ -99,6 +99,7 @@ def arguments(folder: Path, **settings: Any) -> PTRTrainingArguments:
 
 
 class TestEveryChunkHasItsOwn:
+    @pytest.mark.full
     @pytest.mark.parametrize(("name", "episodes"), [("futures", [1]), ("lone futures", None), ("no futures", None)])
     def test_instruction_and_every_other_column(self, changing: Path, name: str, episodes: list[int] | None) -> None:
         layout = LAYOUTS[name]
@@ -136,6 +137,7 @@ class TestEveryChunkHasItsOwn:
         own = open_dataset(changing, SegmentLayout(None, CHUNK, 1, 4, 4))[4]
         assert not [key for key in own if key.startswith("chunk.")], "a segment of one chunk has nothing to add"
 
+    @pytest.mark.full
     def test_prompts_scores_and_inspection(self, changing: Path, tmp_path: Path) -> None:
         trainer = PTRTrainer(base_policy("smolvla", changing), arguments(tmp_path), changing)
         segments = trainer.train_dataset
@@ -207,6 +209,7 @@ TRANSFORMS: dict[str, Callable] = {
 
 
 class TestImageTransforms:
+    @pytest.mark.full
     @pytest.mark.parametrize("name", TRANSFORMS)
     @pytest.mark.parametrize("kind", ["points", "point_videos"])
     def test_see_what_lerobot_shows_them(self, kind: str, name: str, request: pytest.FixtureRequest) -> None:
@@ -300,6 +303,7 @@ class TestAnOpenDataset:
         meta = mixture_of({"dataset": given, "embodiment": POINT})
         assert Mixture(meta, LAYOUTS["futures"]).datasets[0].tolerance_s == 0.03
 
+    @pytest.mark.full
     @pytest.mark.parametrize("edit", ["filter", "map", "select"])
     def test_rows_changed_in_memory_are_refused(self, changing: Path, edit: str) -> None:
         given = LeRobotDataset("tests/changing", root=changing)
@@ -313,6 +317,7 @@ class TestAnOpenDataset:
             with pytest.raises(ValueError, match=r"rows of the open dataset tests/changing are not those of its files"):
                 open_dataset(given, LAYOUTS["futures"], episodes=episodes)
 
+    @pytest.mark.full
     def test_other_files_that_came_into_the_folder_do_no_harm(self, tmp_path: Path) -> None:
         root = write_dataset(tmp_path / "whole", (6, 6), cameras=(), file_an_episode=True)
         last = max((root / "data").rglob("*.parquet"))
@@ -321,6 +326,7 @@ class TestAnOpenDataset:
         kept.rename(last)
         assert len(open_dataset(given, LAYOUTS["no futures"])) == 6
 
+    @pytest.mark.full
     def test_a_subclass(self, points: Path) -> None:
         class Convenient(LeRobotDataset):
             def __init__(self) -> None:
@@ -405,6 +411,7 @@ def annotated(points: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestLanguageColumns:
+    @pytest.mark.full
     def test_are_scored_and_inspected_as_they_are_trained(self, annotated: Path, points: Path, tmp_path: Path) -> None:
         policy = ptr_policy("act", points, num_belief_tokens=0, **SMALL)
         preprocessor, _ = make_ptr_pre_post_processors(policy.config, stats_of(points))

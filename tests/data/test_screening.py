@@ -51,6 +51,7 @@ def floats(batch: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 class TestBefore:
+    @pytest.mark.full
     def test_samples_with_bad_values_are_found_and_named(self, bad: Path, layout: SegmentLayout) -> None:
         batch = everything(bad, layout)
         _, frames = Screen(layout, READ).before(batch)
@@ -63,6 +64,7 @@ class TestBefore:
         named = set(frames.tolist()) - {FINE}
         assert {place for _, place in BAD} <= named
 
+    @pytest.mark.full
     def test_they_become_padding_and_nothing_else_changes(self, bad: Path, layout: SegmentLayout) -> None:
         batch = everything(bad, layout)
         screened, frames = Screen(layout, READ).before(batch)
@@ -78,6 +80,7 @@ class TestBefore:
             else:
                 assert value is batch[key]
 
+    @pytest.mark.full
     def test_their_chunks_count_nowhere(self, bad: Path, layout: SegmentLayout) -> None:
         screened, frames = Screen(layout, READ).before(everything(bad, layout))
         segment = split_segment(segment_rows(screened, layout), layout)
@@ -173,6 +176,7 @@ class TestAfterThePreprocessor:
         assert rows["action_is_pad"][left_out].all()
         assert rows[FUTURE_PAD][left_out].all()
 
+    @pytest.mark.full
     def test_a_copy_of_a_good_sample_takes_the_place(self, bad: Path, points: Path, family: str) -> None:
         layout = LAYOUTS["no-future"]
         rows, frames, _ = self.rows(bad, points, family, layout, substitute=True)

@@ -83,6 +83,7 @@ def garbled(path: Path) -> None:
 
 
 class TestDamagedFiles:
+    @pytest.mark.full
     @pytest.mark.parametrize(
         ("name", "damage"),
         [
@@ -121,6 +122,7 @@ class TestTimes:
             open_dataset(folder, LAYOUT)
         assert len(open_dataset(folder, LAYOUT, episodes=[2])) == 7
 
+    @pytest.mark.full
     @pytest.mark.parametrize(("begin", "end"), [(9.0, 9.7), (np.nan, 2.2), (1.5, 1.6)])
     def test_an_episode_outside_its_video(self, films: Path, tmp_path: Path, begin: float, end: float) -> None:
         folder = episodes_changed(
@@ -129,6 +131,7 @@ class TestTimes:
         with pytest.raises(ValueError, match=r"places episode 2 at .* of .*file-000.mp4, which lasts 2.2 s"):
             open_dataset(folder, LAYOUT)
 
+    @pytest.mark.full
     @pytest.mark.parametrize("wrong", [np.nan, 0.3, 7.0])
     def test_one_wrong_timestamp_is_left_out(
         self, films: Path, tmp_path: Path, wrong: float, caplog: pytest.LogCaptureFixture
@@ -158,6 +161,7 @@ class TestTimes:
 
 
 class TestOneBadPicture:
+    @pytest.mark.full
     def test_samples_that_show_it_are_left_out_and_name_it(self, one_bad_picture: Path, points: Path) -> None:
         dataset, right = open_dataset(one_bad_picture, LAYOUT), open_dataset(points, LAYOUT)
         memory = InMemorySegments(dataset, LAYOUT)
@@ -182,6 +186,7 @@ class TestOneBadPicture:
                 if named == FINE:
                     assert torch.equal(read[VIDEO][0], right[place][VIDEO])
 
+    @pytest.mark.full
     def test_a_run_and_a_scoring_pass_go_on(
         self, one_bad_picture: Path, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -207,6 +212,7 @@ class TestOneBadPicture:
             InMemorySegments(open_dataset(folder, LAYOUT), LAYOUT)
 
 
+@pytest.mark.full
 def test_a_nan_in_what_is_scored(points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = spoiled(points, tmp_path / "nan", {("action", BAD): float("nan")})
     trainer = PTRTrainer(base_policy("act", points), arguments(tmp_path / "out"), train_dataset=points)

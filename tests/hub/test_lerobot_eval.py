@@ -94,6 +94,7 @@ def test_without_belief_nobody_needs_ptr_hf(online: LoopbackHub, tmp_path: Path)
     assert len(found["per_task"][0]["metrics"]["successes"]) == 1
 
 
+@pytest.mark.full
 def test_with_belief_the_command_finds_the_plugin(online: LoopbackHub, tmp_path: Path) -> None:
     publish(tmp_path / "run", tokens=2)
     run(

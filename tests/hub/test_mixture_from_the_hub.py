@@ -56,6 +56,7 @@ def content(online: LoopbackHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     }
 
 
+@pytest.mark.full
 def test_a_stream_gives_what_the_whole_datasets_do(content: dict[str, Any]) -> None:
     meta = MixtureMetadata.read(MixtureConfig.from_dict(content))
     assert meta.names == ("points", "lift")
@@ -68,6 +69,7 @@ def test_a_stream_gives_what_the_whole_datasets_do(content: dict[str, Any]) -> N
             assert torch.equal(value, sample[key]) if isinstance(value, torch.Tensor) else value == sample[key]
 
 
+@pytest.mark.full
 def test_a_stream_keeps_the_files_of_the_open_episodes_alone(
     content: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -99,6 +101,7 @@ def test_a_stream_keeps_the_files_of_the_open_episodes_alone(
     assert not list(fetched.iterdir()), "what was fetched goes with the stream"
 
 
+@pytest.mark.full
 def test_episodes_whose_files_are_missing_beside_others_are_fetched(content: dict[str, Any]) -> None:
     first = Mixture(
         MixtureMetadata.read(MixtureConfig([SourceConfig("lab/points", embodiment=POINT, episodes=[0])])), LAYOUT

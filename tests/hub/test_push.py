@@ -93,6 +93,7 @@ class TestPush:
         assert online.seen("/api/validate-yaml", "POST"), "the card is validated by the hub"
         assert [ref.name for ref in HfApi().list_repo_refs(REPO).tags] == ["v1"]
 
+    @pytest.mark.full
     def test_a_better_report_stays_and_no_path_goes_out(
         self, online: LoopbackHub, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -175,6 +176,7 @@ class TestPush:
 
 
 class TestDuringTraining:
+    @pytest.mark.full
     @pytest.mark.parametrize(
         "strategy",
         [
@@ -216,6 +218,7 @@ class TestDuringTraining:
             assert {f"{resumable}/optimizer.pt", f"{resumable}/trainer_state.json"} <= commits[-1].files.keys()
         assert not list((tmp_path / "run").glob(".push_*")), "what was staged is gone"
 
+    @pytest.mark.full
     @pytest.mark.parametrize(
         "kind", [500, *(pytest.param(kind, marks=pytest.mark.full) for kind in ("timeout", "cut", 403, 409))]
     )
@@ -259,6 +262,7 @@ class TestRefusals:
         assert PTRPolicy.from_pretrained(tmp_path / "run") is not None
         assert (tmp_path / "run" / "README.md").is_file()
 
+    @pytest.mark.full
     @pytest.mark.parametrize("which", ["read_token", "stranger_token"])
     def test_a_token_without_permission_stops_before_training(
         self,
@@ -306,6 +310,7 @@ def test_saving_publishes_where_training_was_asked_to(
     assert files_of(online).keys() >= COMPLETE
 
 
+@pytest.mark.full
 def test_what_was_measured_is_in_the_card(online: LoopbackHub, points: Path, tmp_path: Path) -> None:
     trainer = trainer_for(points, tmp_path / "run", num_belief_tokens=2)
     trainer.train()

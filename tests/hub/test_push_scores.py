@@ -11,6 +11,7 @@ from ptr_hf.cli.score import score
 from ptr_hf.cli.score_options import parse
 
 
+@pytest.mark.full
 def test_scores_as_a_dataset_repo(online: LoopbackHub, tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "points", (12,) * 10, cameras=())
     options = ["--dataset", str(root), "--output_dir", str(tmp_path / "out"), "--questions", "roughness"]

@@ -20,24 +20,31 @@ ON_EVERY_FAMILY = {
     "test_future_frames_cannot_reach_the_policy",
     "test_padded_steps_do_not_count",
 }
-"""Conformance checks that the default run makes on every family; the others it makes on act and smolvla alone."""
+"""Conformance checks that the default run makes on every family; the others it makes on `NEAREST` alone."""
 COMPILED = "smolvla-frozen"
 """The one that the default run compiles: in 3 seconds, the others in up to 30."""
 
 
+NEAREST = ("act", "smolvla")
+"""Families that the default run examines whole."""
+FILES = ("test_conformance.py", "test_bad_samples.py", "test_families_under_ptr.py")
+"""Tests of every family, of which the default run makes a part."""
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the remaining conformance checks of the other families as slow."""
+    """Leave the dearer checks of the other families to `-m full`."""
     for item in items:
-        if item.path.name != "test_conformance.py" or not isinstance(item, pytest.Function):
+        if item.path.name not in FILES or not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
             continue
-        name = item.callspec.params["family"].name
+        family = item.callspec.params.get("family")
+        name = item.callspec.params["name"] if family is None else family.name
         policy_type = name.partition("-")[0]
         here = {
             "test_compiled_regions": name == COMPILED,
             # ten times as long in ACT's convolutions, on a CPU that does not compute with it
             "test_bf16_autocast": policy_type == "smolvla",
-        }.get(item.originalname, policy_type in ("act", "smolvla"))
+        }.get(item.originalname, policy_type in NEAREST)
         if not here and item.originalname not in ON_EVERY_FAMILY:
             item.add_marker(pytest.mark.full)
 

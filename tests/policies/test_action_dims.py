@@ -156,6 +156,7 @@ def test_samples_do_not_depend_on_noise_in_unused_dimensions(
     assert torch.equal(shifted.actions[..., :USED], whole.actions[..., :USED]) == family.regression
 
 
+@pytest.mark.full
 @masked
 def test_a_row_without_dimensions_has_no_loss_and_leaves_the_others_theirs(
     policy: PreTrainedPolicy, batch: Batch, family: Family

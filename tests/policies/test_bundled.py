@@ -45,6 +45,7 @@ def test_an_installation_without_it_says_so(tmp_path: Path, monkeypatch: pytest.
         bundled_policy(tmp_path)
 
 
+@pytest.mark.full
 def test_a_process_that_has_imported_nothing_else_loads_it(tmp_path: Path) -> None:
     program = "import sys; from ptr_hf.policies.bundled import bundled_policy; print(bundled_policy(sys.argv[1]).name)"
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)

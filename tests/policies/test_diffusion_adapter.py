@@ -200,6 +200,7 @@ def test_a_state_is_its_own_target(make: Make) -> None:
     assert torch.equal(adapter.encode_image(tower, ENV, batch[ENV][:, -1]).squeeze(1), batch[ENV][:, -1])
 
 
+@pytest.mark.full
 def test_a_compiled_unet_is_refused(make: Make) -> None:
     policy, _ = make(compile_model=True)
     with pytest.raises(ValueError, match="compile_model=False"):

@@ -41,6 +41,7 @@ def uneven(batch: Batch) -> Batch:
     return {**batch, "action_is_pad": torch.arange(CHUNK).expand(4, CHUNK) >= lengths.unsqueeze(1)}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "settings",
     [

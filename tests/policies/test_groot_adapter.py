@@ -100,6 +100,7 @@ def test_the_belief_reads_the_whole_chunk_of_a_policy_that_executes_less(make: C
     assert rollout.action_tokens.shape[1] == rollout.action_hidden.shape[1] == rollout.action_mask.shape[1] == CHUNK
 
 
+@pytest.mark.full
 def test_under_the_policys_own_autocast(make: Callable[..., Any]) -> None:
     policy, batch = make(use_bf16=True, tune_llm=True)
     torch.manual_seed(1)

@@ -133,6 +133,7 @@ def test_images_are_prepared_as_the_policy_prepares_them(make: Callable[..., Any
     torch.testing.assert_close(found, views.tower[TOP], rtol=0, atol=0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("with_views", [False, True])
 def test_gradient_checkpointing_changes_nothing(make: Callable[..., Any], with_views: bool) -> None:
     policy, batch = make()
@@ -158,6 +159,7 @@ def test_gradient_checkpointing_changes_nothing(make: Callable[..., Any], with_v
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_bf16_weights(make: Callable[..., Any], checkpointing: bool) -> None:
     policy, batch = make(dtype="bfloat16", freeze_vision_encoder=True, gradient_checkpointing=checkpointing)

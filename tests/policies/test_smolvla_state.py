@@ -138,6 +138,7 @@ class TestAdapter:
 
 
 class TestTraining:
+    @pytest.mark.full
     @pytest.mark.parametrize(
         "settings",
         [

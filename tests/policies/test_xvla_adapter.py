@@ -49,6 +49,7 @@ def traced(policy: XVLAPolicy, batch: Batch, **kwargs: Any) -> Any:
     return XVLAAdapter(policy).trace(batch, **kwargs)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("mode", ACTION_SPACES)
 def test_loss_is_each_rows_own_over_its_valid_steps(make: Callable[..., Any], mode: str) -> None:
     """Cut to a row's valid steps, the action space's own loss is that row's loss."""

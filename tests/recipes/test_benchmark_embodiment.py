@@ -72,6 +72,7 @@ def test_a_single_seed_has_no_standard_error_and_is_paired_with_its_own(results:
     assert math.isnan(difference.error)
 
 
+@pytest.mark.full
 def test_the_report_alone_prints_the_table(results: Path) -> None:
     command = [sys.executable, str(ROOT / "recipes/benchmark_embodiment.py"), "--report", "--results", str(results)]
     done = subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "200", "PATH": ""}, check=False)
@@ -187,6 +188,7 @@ def test_a_condition_is_a_mixture_whose_truth_lies_beside_it(small: tuple[data.P
     assert again == mixture
 
 
+@pytest.mark.full
 def test_with_cameras_the_same_demonstrations_are_seen(small: tuple[data.Pool, Path]) -> None:
     pool, workspace = small
     mixtures = [data.condition_mixture(pool, workspace, name, seed=1) for name in ("uneven", "uneven_cameras")]

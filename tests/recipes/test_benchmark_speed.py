@@ -25,6 +25,7 @@ def _layout(length: int, futures: bool) -> SegmentLayout:
     return SegmentLayout(None, tuple(range(CHUNK)), length, CHUNK, CHUNK if futures else None)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("length", "futures", "frames"), [(1, False, 1), (1, True, 2), (4, True, 5), (4, False, 4)])
 def test_a_segment_asks_for_each_frame_once_and_none_is_decoded_twice(length: int, futures: bool, frames: int) -> None:
     counted = decoded_frames(_layout(length, futures), bundled_demonstrations(), samples=24, seed=0)

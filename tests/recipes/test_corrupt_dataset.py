@@ -107,6 +107,7 @@ def test_each_share_is_met_exactly(truth: Truth) -> None:
     assert truth.plan["shares"] == {"noise": 0.25, "truncation": 0.25, "wrong_instruction": 0.25}
 
 
+@pytest.mark.full
 def test_clean_episodes_are_as_recorded(truth: Truth, pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     for record in truth.of_kind("clean"):
         before, after = pairs[record.episode_index]
@@ -141,6 +142,7 @@ def test_a_wrong_instruction_is_another_tasks(truth: Truth, pairs: list[tuple[di
         assert record.task in INSTRUCTIONS
 
 
+@pytest.mark.full
 def test_images_become_videos_and_the_seed_decides_everything(
     recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,6 +174,7 @@ def spoiled(before: dict[str, Any], record: TruthRecord) -> np.ndarray:
     return {"camera_moved": shifted, "frozen_frames": frozen}[record.kind](shown, **done)
 
 
+@pytest.mark.full
 def test_faults_of_pictures_change_one_camera_alone(recipe: ModuleType, tmp_path: Path) -> None:
     source = write_stand_in(tmp_path / "source", "libero", (12, 11, 10, 12))
     shares = [word for kind in IMAGE_KINDS for word in (f"--{kind}", "0.25")]

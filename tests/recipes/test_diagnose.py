@@ -11,6 +11,8 @@ from demonstrations import write_dataset
 from lerobot.policies.factory import make_pre_post_processors
 from small_policies import base_policy, ptr_policy, stats_of
 
+pytestmark = pytest.mark.full
+
 RECIPE = Path(__file__).parents[2] / "recipes" / "diagnose.py"
 QUICK = ["--steps", "5", "--segment_length", "2", "--use_cpu", "true"]
 

@@ -87,6 +87,7 @@ def test_bytes_of_candidates_and_slots_are_as_the_formulas_say() -> None:
     assert large["remember_peak_bytes"] == small["remember_peak_bytes"] > 0
 
 
+@pytest.mark.full
 def test_a_larger_dataset_costs_what_the_page_extrapolates(tmp_path: Path) -> None:
     found = scaling_costs.measure_dataset(tmp_path, (4, 40), 50)
     assert found["frames"] == 40 * 50

@@ -29,6 +29,8 @@ from ptr_hf import PTRPolicy, PTRTrainer
 from ptr_hf.cli import train_run
 from ptr_hf.report import read_dynamics
 
+pytestmark = pytest.mark.full
+
 RECIPES = Path(__file__).parents[2] / "recipes"
 PAPER = RECIPES / "experiments" / "paper"
 SWEPT = re.compile(r"_combined_(?P<name>[a-z_]+)_(?P<value>[0-9.]+)$")
@@ -120,6 +122,7 @@ def test_the_page_holds_every_cell(commands: Commands) -> None:
         assert len(swept) == 11
 
 
+@pytest.mark.full
 def test_every_training_command_parses_to_the_papers_settings(
     commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +177,7 @@ def test_every_copy_is_one_of_the_papers_conditions(commands: Commands) -> None:
         }
 
 
+@pytest.mark.full
 def test_every_evaluation_reads_what_a_training_wrote(commands: Commands) -> None:
     trained = {value(arguments, "--output_dir") for arguments in commands.train}
     evaluated, seen = set(), set()
@@ -244,6 +248,7 @@ CHANGED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "variant", [variant if variant in FEW else pytest.param(variant, marks=pytest.mark.full) for variant in VARIANTS]
 )
@@ -301,6 +306,7 @@ def drawn(shapes: Any, random: np.random.Generator, environments: int) -> Any:
     return random.uniform(-1, 1, (environments, *shapes)).astype(np.float32)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("suite", "variant"),
     [

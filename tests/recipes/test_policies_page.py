@@ -19,6 +19,7 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
 
+@pytest.mark.full
 def test_the_committed_page_is_up_to_date() -> None:
     done = run("report_policies.py", "--check", "true")
     assert done.returncode == 0, done.stderr
@@ -61,6 +62,7 @@ def test_a_page_without_marks_is_named() -> None:
         report_policies.filled("a page", {"memory": "|"})
 
 
+@pytest.mark.full
 def test_an_outdated_page_fails_the_check(tmp_path: Path) -> None:
     page = tmp_path / "policies.md"
     page.write_text((ROOT / "docs" / "policies.md").read_text().replace("| `act` | yes |", "| `act` | no |"))

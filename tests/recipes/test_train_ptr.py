@@ -97,6 +97,7 @@ def test_the_demo_with_a_camera(recipe: ModuleType, tmp_path: Path, capsys: pyte
     assert len(set(read_scores(tmp_path / "ptr_scores.parquet").episode_index.tolist())) == 60
 
 
+@pytest.mark.full
 def test_somebodys_policy_and_data_with_a_configuration_file(recipe: ModuleType, points: Path, tmp_path: Path) -> None:
     policy, folder = base_policy("act", points), tmp_path / "policy"
     policy.save_pretrained(folder)
@@ -117,6 +118,7 @@ def test_somebodys_policy_and_data_with_a_configuration_file(recipe: ModuleType,
     assert any((value != load_file(folder / "model.safetensors")[name]).any() for name, value in trained.items())
 
 
+@pytest.mark.full
 def test_a_policy_from_scratch(recipe: ModuleType, points: Path, tmp_path: Path) -> None:
     small = ["dim_model=32", "n_heads=2", "dim_feedforward=32", "pretrained_backbone_weights=null", "use_vae=false"]
     given = [
@@ -181,6 +183,7 @@ def test_a_refusal_is_one_sentence(
     assert sentence in capsys.readouterr().err + str(refusal.value)
 
 
+@pytest.mark.full
 def test_two_robots_from_one_command(recipe: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bundled data of two robots: other actions, states, cameras and rates."""
     mixture = Path(__file__).parents[2] / "recipes" / "experiments" / "mixture_demo.yaml"

@@ -145,6 +145,7 @@ def test_weights_that_are_all_zero_and_values_without_end(
     assert [number(value) for value in (np.inf, -np.inf, np.nan)] == ["∞", "−∞", "–"]
 
 
+@pytest.mark.full
 def test_no_page_figure_or_terminal_prints_what_nobody_sees(
     tmp_path: Path, scores: ChunkScores, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -174,6 +174,7 @@ def test_paragraphs_say_what_is_solid(results: Path) -> None:
     assert "Whether the cost is above 1 pp is open for ptr, small_loss" in clean
 
 
+@pytest.mark.full
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     def keep(name: str, condition: str, seed: int) -> bool:
         gone = (name, condition) in (("oracle", "combined"), ("sft", "zeroed"), ("ptr", "clean"))
@@ -282,6 +283,7 @@ def test_histograms_count_all_seeds(results: Path) -> None:
     assert runs.histogram("sft", "clean") is None
 
 
+@pytest.mark.full
 def test_the_recipe_writes_page_figures_and_markdown(tmp_path: Path, results: Path) -> None:
     dynamics = tmp_path / "ptr_combined_0" / DYNAMICS_FILE
     log = DynamicsLog(dynamics)

@@ -56,6 +56,7 @@ def drawn(figure: Figure) -> np.ndarray:
     return np.asarray(Image.open(buffer).convert("L"))
 
 
+@pytest.mark.full
 def test_dynamics_panels_show_the_logged_columns(dynamics: Dynamics) -> None:
     figure = dynamics_figure(dynamics, chance=CHANCE)
     assert len(figure.axes) == 9
@@ -111,6 +112,7 @@ def test_quality_keeps_weights_of_zero_and_equal_weights(scores: ChunkScores, tr
     assert "no scored chunk" in texts(weights_by_quality_figure(nothing, truth))
 
 
+@pytest.mark.full
 def test_summary_is_one_board_for_a_readme(
     dynamics: Dynamics, scores: ChunkScores, truth: dict[int, str], tmp_path: Path
 ) -> None:
@@ -126,6 +128,7 @@ def test_summary_is_one_board_for_a_readme(
         save_figure(figure, tmp_path / "summary.svg")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rows", [1, 2, 9])
 def test_short_runs_are_drawn(tmp_path: Path, rows: int) -> None:
     log = DynamicsLog(tmp_path / "d.parquet")

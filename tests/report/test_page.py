@@ -78,6 +78,7 @@ def test_the_whole_page(folder: Path, truth: dict[int, str]) -> None:
     assert "The weights do not tell truncation from clean data (AUC 0.57, 10 against 30 clean episodes)." in page.words
 
 
+@pytest.mark.full
 def test_nothing_is_loaded_from_outside(folder: Path, truth: dict[int, str]) -> None:
     text = write_report(folder, truth=truth).read_text(encoding="utf-8")
     page = Page(text)
@@ -91,6 +92,7 @@ def test_nothing_is_loaded_from_outside(folder: Path, truth: dict[int, str]) -> 
     assert "url(" not in text
 
 
+@pytest.mark.full
 def test_names_from_a_dataset_are_text_and_never_markup(folder: Path) -> None:
     hostile = "<script>alert('x')</script>"
     text = write_report(folder, title=hostile, hyperparameters={'a"b': hostile, hostile: 1}).read_text()
@@ -107,6 +109,7 @@ def test_a_page_from_dynamics_alone(tmp_path: Path) -> None:
     assert "SFT trained without a scorer, so every chunk counted the same." in page.words
 
 
+@pytest.mark.full
 def test_dynamics_of_two_folders_stand_side_by_side(tmp_path: Path, dynamics: Dynamics) -> None:
     page = Page(write_report(tmp_path / "elsewhere", dynamics=dynamics).read_text(encoding="utf-8"))
     assert page.rows["summary"][0] == ["", "SFT", "PTR"]

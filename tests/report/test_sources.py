@@ -142,6 +142,7 @@ def test_of_many_sources_the_largest_are_drawn(tmp_path: Path) -> None:
     assert all(len(title) <= 30 for title in titles)
 
 
+@pytest.mark.full
 def test_the_page(sourced: Dynamics, tmp_path: Path) -> None:
     page = Page(write_report(tmp_path, dynamics=sourced).read_text(encoding="utf-8"))
     header, *rows = page.rows["sources"]
@@ -158,6 +159,7 @@ def test_the_page(sourced: Dynamics, tmp_path: Path) -> None:
     assert any(base64.b64encode(saved).decode() in (of.get("src") or "") for tag, of in page.tags if tag == "img")
 
 
+@pytest.mark.full
 def test_the_card(sourced: Dynamics, tmp_path: Path) -> None:
     data = [
         TrainingData(source="me/bench", name="so101_bench", episodes=50),
@@ -182,6 +184,7 @@ def test_the_card(sourced: Dynamics, tmp_path: Path) -> None:
     assert "Does every source get its due" not in uniform
 
 
+@pytest.mark.full
 def test_names_of_sources_are_text(tmp_path: Path) -> None:
     hostile = "<script>alert(1)</script> | $x$"
     path = tmp_path / DYNAMICS_FILE

@@ -82,6 +82,7 @@ def judged(score: CrossFitted, evidence: Evidence) -> tuple[Tensor, Tensor]:
     return value, null
 
 
+@pytest.mark.full
 def test_t_a_finds_flipped_actions_and_overlooks_wrong_tasks(actions, world) -> None:
     evidence, kind = world
     value, null = judged(actions, evidence)
@@ -106,6 +107,7 @@ def test_t_l_finds_wrong_tasks_and_overlooks_flipped_actions(instructions, world
     assert value.max() <= torch.tensor(float(TASKS)).log() + 1e-5
 
 
+@pytest.mark.full
 def test_no_verdict_beyond_chance_where_consequences_are_noise(world) -> None:
     evidence, _ = world
     noise = replace(evidence, target=torch.randn(evidence.target.shape, generator=seeded(5)))

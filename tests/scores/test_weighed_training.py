@@ -92,6 +92,7 @@ def test_only_scores_with_heads_train_any(finished: PTRTrainer) -> None:
     assert finished.policy.config.reads_futures == (finished.policy.config.preset == "ptr_consequence")
 
 
+@pytest.mark.full
 def test_resuming_gives_the_run_that_was_never_interrupted(
     finished: PTRTrainer, points: Path, truth: Path, tmp_path: Path
 ) -> None:
@@ -114,6 +115,7 @@ def test_resuming_gives_the_run_that_was_never_interrupted(
     assert rows[0] == rows[1]
 
 
+@pytest.mark.full
 def test_a_checkpoint_brings_its_memory_and_judges_other_data(
     finished: PTRTrainer, points: Path, tmp_path: Path
 ) -> None:
@@ -150,6 +152,7 @@ def test_a_column_to_standardize_by_that_the_data_lacks(points: Path, truth: Pat
         trainer_of("small_loss", tmp_path, points, truth, standardize_by="robot")
 
 
+@pytest.mark.full
 def test_episodes_that_are_bad_in_part(points: Path, truth: Path, tmp_path: Path) -> None:
     trainer = trainer_of("ptr_consequence", tmp_path, points, truth, aggregation="segment", aggregation_frames=12)
     memory = trainer.policy.objective.weigher.memory
@@ -159,6 +162,7 @@ def test_episodes_that_are_bad_in_part(points: Path, truth: Path, tmp_path: Path
     assert (memory.weight[:3] != memory.weight[0]).any(), "stretches of one episode weigh apart"
 
 
+@pytest.mark.full
 def test_the_dataset_decides_the_sizes_and_learned_heads_stay(points: Path, truth: Path, tmp_path: Path) -> None:
     from demonstrations import write_dataset
 

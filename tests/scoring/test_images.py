@@ -198,18 +198,21 @@ class TestKeptFeatures:
         with pytest.raises(pytest.fail.Exception, match="decoded"):
             inspected(films, images_per_episode=5)
 
+    @pytest.mark.full
     def test_a_damaged_file_is_made_anew(self, films: Path, kept: Path) -> None:
         first = inspected(films)
         (file,) = kept.iterdir()
         file.write_bytes(b"no tensors")
         assert inspected(films).chunks.equals(first.chunks)
 
+    @pytest.mark.full
     def test_other_videos_are_others(self, films: Path, kept: Path, tmp_path: Path) -> None:
         copy = write_dataset(tmp_path / "films", (14,) * 10, use_videos=True)
         inspected(films)
         inspected(copy)
         assert len(list(kept.iterdir())) == 2
 
+    @pytest.mark.full
     def test_a_video_that_cannot_be_read(
         self, films: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -234,6 +237,7 @@ class TestNothingChangesWithoutThem:
         assert found.questions == ("roughness",)
         assert "images" not in found.settings
 
+    @pytest.mark.full
     def test_other_questions_say_the_same(self, films: Path) -> None:
         names = ["roughness", "jumps", "idleness"]
         without = inspected(films, policy=None, questions=names)
@@ -244,6 +248,7 @@ class TestNothingChangesWithoutThem:
 
 
 class TestTowers:
+    @pytest.mark.full
     @pytest.mark.parametrize("family", ["act", "smolvla"])
     def test_a_loaded_policy_stays_as_it_is(self, family: str, films: Path) -> None:
         policy = base_policy(family, films).train()
@@ -261,6 +266,7 @@ class TestTowers:
         ).data += 1
         assert encoder.digest != image_encoder(policy, "cpu").digest
 
+    @pytest.mark.full
     def test_a_saved_policy_prepares_pictures_as_it_was_saved(self, films: Path, tmp_path: Path) -> None:
         policy = base_policy("act", films)
         policy.save_pretrained(tmp_path / "policy")
@@ -291,6 +297,7 @@ class TestTowers:
                 encoder.encode("observation.images.top", 0, images)
         assert caplog.text.count("has no camera observation.images.top; its pictures go through the tower as") == 1
 
+    @pytest.mark.full
     def test_a_policy_that_sees_nothing(self, films: Path, blind: Path, tmp_path: Path) -> None:
         vlm = write_tiny_vlm(tmp_path / "vlm", text_dim=64, text_layers=2)
         policy = tiny_smolvla(LeRobotDatasetMetadata("tests/points", root=blind).features, vlm)

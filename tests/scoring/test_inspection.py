@@ -75,6 +75,7 @@ class TestWhatIsFound:
                 others = ("rough", "does not follow")
                 assert any(word in row.reason for word in (expected, *others)), (kinds[row.episode_index], row.reason)
 
+    @pytest.mark.full
     def test_the_same_seed_gives_the_same_scores(self, scores: DatasetScores) -> None:
         again = inspect_dataset(UNEVEN, device="cpu", progress=False)
         assert again.chunks.equals(scores.chunks)
@@ -96,12 +97,14 @@ class TestWhatIsFound:
 
 
 class TestWhatIsNotFlagged:
+    @pytest.mark.full
     @pytest.mark.parametrize("episodes", [[1], [0, 2], None], ids=["one", "two", "four"])
     def test_too_few_episodes(self, points: Path, episodes: list[int] | None) -> None:
         found = inspect_dataset(points, episodes=episodes, device="cpu", progress=False)
         assert (found.chunks["weight"] == 1).all()
         assert "Too few episodes to judge" in found.notes[0]
 
+    @pytest.mark.full
     def test_two_tasks_of_one_episode_each(self, recordings: Recordings) -> None:
         """Together with six of one task they are two of eight, and have nobody to be compared with."""
         tasks = recordings.task
@@ -111,6 +114,7 @@ class TestWhatIsNotFlagged:
         assert found.episodes.set_index("episode_index").loc[lonely, "weight"].eq(1).all()
         assert any("2 episodes have too few others" in note for note in found.notes)
 
+    @pytest.mark.full
     def test_frames_that_hold_no_number(self, tmp_path: Path) -> None:
         def spoil(action: np.ndarray, episode: np.ndarray) -> None:
             action[np.flatnonzero(episode == 3)[2:5], 1] = np.nan

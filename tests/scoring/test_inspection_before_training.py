@@ -46,6 +46,7 @@ def trainer_of(folder: Path, data: Any, root: Path, model: str = "act", **settin
     return PTRTrainer(base_policy(model, root), args, train_dataset=data)
 
 
+@pytest.mark.full
 def test_clean_data_train_as_sft_and_are_inspected_once(
     demonstrations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -76,6 +77,7 @@ def test_clean_data_train_as_sft_and_are_inspected_once(
     assert json.loads((folder / KEY_FILE).read_text())["settings"] != key["settings"]
 
 
+@pytest.mark.full
 def test_the_episodes_of_an_open_dataset_alone_are_inspected(demonstrations: Path, tmp_path: Path) -> None:
     part = LeRobotDataset("tests/points", root=demonstrations, episodes=[2, 3, 5, 7, 8, 9, 10, 11])
     trainer = trainer_of(tmp_path / "run", part, demonstrations)
@@ -98,6 +100,7 @@ def fingerprint_of(root: Path) -> str:
     return fingerprint(LeRobotDatasetMetadata("tests/points", root=root))
 
 
+@pytest.mark.full
 def test_a_mixture_is_inspected_source_by_source(demonstrations: Path, tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "other", (10,) * 12, seed=1)
     sources = [{"dataset": str(root), "embodiment": POINT, "name": root.name} for root in (demonstrations, other)]
@@ -110,6 +113,7 @@ def test_a_mixture_is_inspected_source_by_source(demonstrations: Path, tmp_path:
     assert set(DatasetScores.load(tmp_path / "found").chunks["source"]) == {0, 1}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_mixture_is_scored_by_its_file_and_trained_with_the_weights(
     demonstrations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], streaming: bool

@@ -71,6 +71,7 @@ def test_too_much_weight_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "exit code 1" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_a_cleaned_copy(tmp_path: Path, points: Path) -> None:
     root = write_dataset(tmp_path / "points", (14,) * 12, cameras=())
     frames = next((root / "data").rglob("*.parquet"))
@@ -137,6 +138,7 @@ def test_exit_code_and_sentence_of_a_missing_dataset(
     assert "is no LeRobotDataset" in line
 
 
+@pytest.mark.full
 def test_bad_recordings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_dataset(tmp_path / "one", (20,), cameras=())
     options = ["--dataset", str(root), "--output_dir", str(tmp_path / "out"), "--questions", "roughness"]
@@ -152,6 +154,7 @@ def test_bad_recordings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "hold NaN or Inf" in (tmp_path / "broken_out" / PAGE_FILE).read_text()
 
 
+@pytest.mark.full
 def test_the_scorer_of_a_checkpoint(points: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     policy = ptr_policy("act", points, num_belief_tokens=2, segment_length=2, scorer_warmup_steps=0)
     policy.save_pretrained(tmp_path)
@@ -164,6 +167,7 @@ def test_the_scorer_of_a_checkpoint(points: Path, tmp_path: Path, capsys: pytest
     assert "Its lowest episodes" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_several_datasets(tmp_path: Path, point_videos: Path) -> None:
     other = write_dataset(tmp_path / "other", (12,) * 10, cameras=())
     options = ["--dataset", str(point_videos), str(other), "--output_dir", str(tmp_path / "out")]

@@ -92,6 +92,7 @@ def test_alpha_pulls_the_weights_to_1() -> None:
     assert not FrameWeights.of_array(np.array([0.0, 3.0]), alpha=0.0).move
 
 
+@pytest.mark.full
 def test_evaluation_and_checkpoints_know_no_weights(points: Path, tmp_path: Path) -> None:
     values = np.where(np.arange(FRAMES) < 30, 0.1, 1.0)
     trainer = trained(tmp_path / "run", points, weights=str(weights_file(tmp_path / "w.parquet", values)))

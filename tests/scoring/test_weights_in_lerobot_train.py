@@ -53,6 +53,7 @@ def lerobot_trains(points: Path, output: Path, weights: Path) -> str:
     return log.getvalue()
 
 
+@pytest.mark.full
 def test_a_file_weighs_the_chunks(points: Path, tmp_path: Path) -> None:
     path = tmp_path / "weights.csv"
     pd.DataFrame({"index": np.arange(112), "weight": np.linspace(0.1, 0.9, 112)}).to_csv(path, index=False)

@@ -9,6 +9,7 @@ from ptr_hf.artifacts.checkpoint import is_ptr_source, resolve_folder
 from ptr_hf.data.datasets import dataset_metadata
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("service", "sentence"),
     [

@@ -29,6 +29,7 @@ def starting_weights(folder: Path, points: Path, fresh: bool, seed: int, **setti
     return PTRTrainer(model, args, points).policy.state_dict()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("settings", "fresh"),
     [({"preset": "ptr"}, False), ({"preset": "ptr_calibrated"}, False), ({"preset": "sft"}, True)],
@@ -65,6 +66,7 @@ def test_what_is_drawn_afterwards_is_not_changed() -> None:
         assert draws() == inside
 
 
+@pytest.mark.full
 def test_the_papers_score_under_another_presets_map(tmp_path: Path, points: Path) -> None:
     """What is given is also what trains."""
     options = {"max_steps": 4, "logging_steps": 1, "segment_length": 2, "score_refresh_steps": 1, "queue_size": 0}
@@ -90,6 +92,7 @@ def test_the_papers_score_under_another_presets_map(tmp_path: Path, points: Path
     assert all(row["loss"] == row["loss"] for row in rows)
 
 
+@pytest.mark.full
 def test_a_warm_up_as_long_as_the_run_is_said(tmp_path: Path, points: Path, caplog: pytest.LogCaptureFixture) -> None:
     args = PTRTrainingArguments(
         output_dir=str(tmp_path),
