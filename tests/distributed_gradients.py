@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments
-from ptr_hf.policies.hooks import unwrap
+from ptr_hf.policies.base import unwrap
 
 WORLDS = (1, 2, 4)
 EPISODES = (12, 10, 8)

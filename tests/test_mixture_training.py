@@ -16,6 +16,7 @@ from lerobot.policies.factory import make_pre_post_processors
 from small_policies import CHUNK, vlm_folder
 
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments, score_dataset
+from ptr_hf.constants import ACTION_DIM_PAD
 from ptr_hf.data.demonstrations import bundled_demonstrations
 from ptr_hf.data.mixture.action_space import ActionSpace
 from ptr_hf.data.mixture.config import MixtureConfig
@@ -23,7 +24,6 @@ from ptr_hf.data.mixture.dataset import Mixture
 from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.data.mixture.processor import embodiment_steps
 from ptr_hf.data.mixture.statistics import mixture_statistics
-from ptr_hf.policies.protocol import ACTION_DIM_PAD
 from ptr_hf.policies.tiny import tiny_act, tiny_smolvla
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors, preprocess
 from ptr_hf.publishing.card_facts import BasePolicy, CardFacts

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.configuration_ptr import PTRConfig
+from ptr_hf.constants import ACTION_DIM_PAD
 from ptr_hf.data.bookkeeping import mend_metadata
 from ptr_hf.data.datasets import check_one_instruction
 from ptr_hf.data.masked_segments import many_masked
@@ -50,9 +51,9 @@ from ptr_hf.method import (
 from ptr_hf.pathway.build import BeliefModule, build_objective
 from ptr_hf.pathway.summaries import motion_of, summaries
 from ptr_hf.pathway.targets import consequence_targets, samples_of
-from ptr_hf.policies import PolicyAdapter, Views, make_adapter, refusal, supported_policies
-from ptr_hf.policies.hooks import unwrap
-from ptr_hf.policies.protocol import ACTION_DIM_PAD, without_unused
+from ptr_hf.policies import AdapterBase, Views, make_adapter, refusal, supported_policies
+from ptr_hf.policies.base import unwrap
+from ptr_hf.policies.batches import without_unused
 from ptr_hf.scores import EpisodeTable, FrameWeights, ScoreWeigher, weighed_chunks, weighed_loss, weight_metrics
 
 BASE_PREFIX = "base."
@@ -100,7 +101,7 @@ class PTRPolicy(PreTrainedPolicy):
         if base_policy is None:
             base_policy = build_base(config, **kwargs)
         self.base: PreTrainedPolicy = base_policy
-        self._adapter: PolicyAdapter | None = None
+        self._adapter: AdapterBase | None = None
         chunk = self.adapter.chunk_size
         if config.chunk_size not in (None, chunk):
             raise ValueError(
@@ -137,7 +138,7 @@ class PTRPolicy(PreTrainedPolicy):
     # ---- construction ----------------------------------------------------------------------------------------------
 
     @property
-    def adapter(self) -> PolicyAdapter:
+    def adapter(self) -> AdapterBase:
         """What PTR reads from the base policy."""
         if self._adapter is None or self._adapter.policy is not self.base:
             self._adapter = make_adapter(self.base)

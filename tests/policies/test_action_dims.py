@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ptr_hf.configuration_ptr import PTRConfig
+from ptr_hf.constants import ACTION_DIM_PAD
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.pathway.summaries import motion_of
 from ptr_hf.policies import make_adapter, policies_with_action_masks
+from ptr_hf.policies.batches import per_sample_mean, without_unused
 from ptr_hf.policies.hooks import captured_input
-from ptr_hf.policies.protocol import ACTION_DIM_PAD, per_sample_mean, without_unused
 
 Batch = dict[str, Any]
 ROWS, USED = 4, 9
@@ -225,8 +226,8 @@ def test_families_that_cannot_refuse(
     batch = with_mask(batch, unused())
     adapter = make_adapter(policy)
     sentence = (
-        rf"has 'action_dim_is_pad', but the {family.name} policy cannot .* use one of act, diffusion, evo1, multi_task_dit, pi0, "
-        "pi05, smolvla, smolvla_state, or"
+        rf"has 'action_dim_is_pad', but the {family.name} policy cannot .* use one that can "
+        r"\(ptr_hf.policies.policies_with_action_masks\(\) names them\), or"
     )
     for call in (adapter.trace, adapter.rollout):
         with pytest.raises(ValueError, match=sentence):

@@ -13,7 +13,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from ptr_hf.policies import PolicyAdapter, PolicyTrace, make_adapter
+from ptr_hf.policies import AdapterBase, PolicyTrace, make_adapter
 
 Batch = dict[str, Any]
 Recorder = Callable[[str, object], None]
@@ -25,7 +25,7 @@ def seeded(call: Callable[[], Any], seed: int = 7) -> Any:
     return call()
 
 
-def belief_for(adapter: PolicyAdapter, rows: int, scale: float = 1.0) -> Tensor:
+def belief_for(adapter: AdapterBase, rows: int, scale: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     return scale * torch.randn(rows, BELIEF_TOKENS, adapter.context_dim, generator=generator)
 

@@ -21,7 +21,7 @@ from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.scoring import DatasetScores, image_features
 from ptr_hf.scoring.completeness import Completeness
 from ptr_hf.scoring.crossfit import CrossFit, FitSettings
-from ptr_hf.scoring.image_encoders import THUMBNAILS, VisionTower, image_encoder
+from ptr_hf.scoring.image_encoders import THUMBNAILS, TowerEncoder, image_encoder
 from ptr_hf.scoring.image_features import looked_at
 from ptr_hf.scoring.image_motion import ImageMotion
 from ptr_hf.scoring.inspection import IMAGE_QUESTIONS, QUESTIONS, _chosen, inspect_dataset, trust_within
@@ -306,7 +306,7 @@ class TestTowers:
 
     def test_wide_tokens_are_projected(self, films: Path) -> None:
         encoder = image_encoder(base_policy("act", films), "cpu")
-        assert isinstance(encoder, VisionTower)
+        assert isinstance(encoder, TowerEncoder)
         assert encoder.width == 768
 
 

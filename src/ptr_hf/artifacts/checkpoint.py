@@ -43,7 +43,7 @@ from ptr_hf.artifacts.peft import (
 )
 from ptr_hf.artifacts.regular_files import regular_file
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
-from ptr_hf.policies.hooks import unwrap
+from ptr_hf.policies.base import unwrap
 from ptr_hf.publishing.card_facts import BasePolicy, CardFacts
 from ptr_hf.publishing.card_text import named_source
 from ptr_hf.publishing.model_card import library_versions, write_model_card

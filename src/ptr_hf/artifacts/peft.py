@@ -18,7 +18,7 @@ from torch import nn
 from ptr_hf.artifacts.base_source import check_base
 from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.configuration_ptr import PTRConfig
-from ptr_hf.policies.hooks import unwrap
+from ptr_hf.policies.base import unwrap
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"

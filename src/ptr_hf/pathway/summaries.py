@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ptr_hf.constants import ACTION_DIM_PAD
 from ptr_hf.data.segments import ACTION, PAD_SUFFIX
 from ptr_hf.method import masked_mean
 from ptr_hf.pathway.build import ACTION_STRETCHES
 from ptr_hf.policies import PolicyTrace
-from ptr_hf.policies.protocol import ACTION_DIM_PAD, without_unused
+from ptr_hf.policies.batches import without_unused
 
 
 def summaries(trace: PolicyTrace) -> tuple[Tensor, Tensor, Tensor, Tensor]:

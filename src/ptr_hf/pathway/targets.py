@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ptr_hf.data.segments import CAMERA_MASK_SUFFIX, Segment, SegmentLayout
 from ptr_hf.method import ConsequenceEncoder, Samples
-from ptr_hf.policies import PolicyAdapter, Views
+from ptr_hf.policies import AdapterBase, Views
 
 
 @torch.no_grad()
@@ -15,7 +15,7 @@ def consequence_targets(
     segment: Segment,
     views: Views,
     layout: SegmentLayout,
-    adapter: PolicyAdapter,
+    adapter: AdapterBase,
     encoder: ConsequenceEncoder | None,
     shared_tower: nn.Module | None,
     with_current: bool,
@@ -71,7 +71,7 @@ def consequence_targets(
 
 
 def samples_of(
-    segment: Segment, targets: Float[Tensor, "rows target_dim"], adapter: PolicyAdapter, reads_state: bool
+    segment: Segment, targets: Float[Tensor, "rows target_dim"], adapter: AdapterBase, reads_state: bool
 ) -> Samples:
     """A segment's consequences as candidates of its own and of other chunks.
 
@@ -101,7 +101,7 @@ def samples_of(
     )
 
 
-def recorded_cameras(segment: Segment, adapter: PolicyAdapter) -> list[str]:
+def recorded_cameras(segment: Segment, adapter: AdapterBase) -> list[str]:
     """The policy's cameras that the data has: one that the robot lacks is skipped, as the policy itself does."""
     return [key for key in adapter.target_keys() if key in segment.futures]
 

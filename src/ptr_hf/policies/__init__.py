@@ -1,13 +1,14 @@
-"""What PTR reads from LeRobot policies: one adapter per policy family behind one protocol."""
+"""What PTR reads from LeRobot policies: one adapter a policy family, all of one base class."""
 
-from ptr_hf.policies.protocol import Batch, BeliefMask, PolicyAdapter, PolicyTrace, RolloutTrace, Views
+from ptr_hf.policies.base import AdapterBase
 from ptr_hf.policies.registry import EXPERIMENTAL, make_adapter, policies_with_action_masks, refusal, supported_policies
+from ptr_hf.policies.trace import Batch, BeliefMask, PolicyTrace, RolloutTrace, Views
 
 __all__ = [
     "EXPERIMENTAL",
+    "AdapterBase",
     "Batch",
     "BeliefMask",
-    "PolicyAdapter",
     "PolicyTrace",
     "RolloutTrace",
     "Views",

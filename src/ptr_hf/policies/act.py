@@ -1,42 +1,36 @@
 """ACT: a transformer that regresses the action chunk from camera, state and latent tokens."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGES, OBS_STATE
 from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck
 
-from ptr_hf.policies.hooks import (
-    AdapterBase,
-    captured_input,
-    captured_output,
-    edited_call,
-    frozen_copy,
-    patched,
-    preserved_modes,
-)
-from ptr_hf.policies.protocol import (
-    ACTION_PAD,
-    Batch,
-    BeliefMask,
-    PolicyTrace,
-    RolloutTrace,
-    Views,
+from ptr_hf.constants import ACTION_PAD
+from ptr_hf.policies.base import AdapterBase
+from ptr_hf.policies.batches import (
     action_mask,
+    all_true,
     belief_token_mask,
-    check_layer,
     per_sample_mean,
-    refuse_stacked_frames,
-    require_keys,
     unused_dims,
     without_unused,
 )
-
-RESNET_STAGES = 4
+from ptr_hf.policies.hooks import (
+    Call,
+    Capture,
+    captured_input,
+    captured_output,
+    edited_call,
+    patched,
+    preserved_modes,
+    recorded_calls,
+)
+from ptr_hf.policies.tower import VisionTower, flatten_map, projector_tower, resnet_tower
+from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, Views
 
 
 class ACTAdapter(AdapterBase):
@@ -65,41 +59,46 @@ class ACTAdapter(AdapterBase):
         """Width of H_t: ACT has one width."""
         return int(self.base.config.dim_model)
 
-    @property
-    def action_dim(self) -> int:
-        """Width of A_t: ACT has one width."""
-        return self.context_dim
+    action_dim = context_dim
+    """Width of A_t: ACT has one width."""
 
     @property
-    def hidden_dim(self) -> int:
-        """Width of C_t: ACT has one width."""
-        return self.context_dim
+    def tower(self) -> VisionTower:
+        """The ResNet, or the state projector of a policy that sees no images."""
+        model = self.base.model
+        if self.base.config.image_features:
+            return resnet_tower(model.backbone)
+        return projector_tower(model.encoder_env_state_input_proj, self.context_dim)
 
     @property
-    def chunk_size(self) -> int:
-        """Steps in one action chunk."""
-        return int(self.base.config.chunk_size)
+    def observations(self) -> tuple[str, ...]:
+        """The states that the policy's config names."""
+        config = self.base.config
+        named = ((OBS_STATE, config.robot_state_feature), (OBS_ENV_STATE, config.env_state_feature))
+        return tuple(key for key, feature in named if feature)
 
     def trace(
         self,
         batch: Batch,
-        belief: Float[Tensor, "batch tokens context_dim"] | None = None,
+        belief: Belief | None = None,
         belief_mask: BeliefMask | None = None,
         views: Views | None = None,
     ) -> PolicyTrace:
         """One forward of the masked L1 loss plus, with VAE in training, each row's weighted KL divergence."""
         model, config = self.base.model, self.base.config
-        self._check(batch, training=True, with_images=views is None)
+        self.check(batch, training=True, with_images=views is None)
         unused = unused_dims(batch, batch[ACTION])
         action = without_unused(batch[ACTION], unused)
-        mask = action_mask(batch, action.shape[1], action.shape[0], action.device)
+        mask = action_mask(batch, action)
         inputs = {**batch, ACTION: action, ACTION_PAD: ~mask}
         with ExitStack() as scope:
             self._enter_images(scope, inputs, views)
-            calls = scope.enter_context(_captured_calls(model.encoder))
+            calls = scope.enter_context(
+                recorded_calls(model.encoder, lambda args, kwargs: (args[0], kwargs["pos_embed"]))
+            )
             scope.enter_context(self.belief_scope(belief, belief_mask))
             encoded = scope.enter_context(captured_output(model.encoder))
-            hidden = scope.enter_context(captured_input(model.action_head))
+            hidden = scope.enter_context(self._captured_hidden())
             predicted, (mean, log_variance) = model(inputs)
             tokens, position = calls[0]
             leaks = mean is not None and self._reads_context
@@ -114,8 +113,8 @@ class ACTAdapter(AdapterBase):
         return PolicyTrace(
             loss=loss,
             context=context,
-            context_mask=torch.ones(context.shape[:2], dtype=torch.bool, device=context.device),
-            action_tokens=self._action_tokens(action),
+            context_mask=all_true(context),
+            action_tokens=self._action_tokens(action, batch),
             action_hidden=hidden.value.float(),
             action_mask=mask,
         )
@@ -128,30 +127,8 @@ class ACTAdapter(AdapterBase):
         finally:
             self._reads_context = True
 
-    @torch.no_grad()
-    def rollout(
-        self, batch: Batch, belief: Float[Tensor, "batch tokens context_dim"] | None = None, **kwargs: Any
-    ) -> RolloutTrace:
-        """Predict a chunk under the belief."""
-        self._check(batch, training=False, with_images=True)
-        with (
-            preserved_modes(self.policy),
-            self.belief_scope(belief),
-            captured_input(self.base.model.action_head) as hidden,
-        ):
-            actions = self.base.predict_action_chunk(batch, **kwargs)
-        actions = without_unused(actions, unused_dims(batch, actions))
-        return RolloutTrace(
-            actions=actions,
-            action_tokens=self._action_tokens(actions),
-            action_hidden=hidden.value.float(),
-            action_mask=torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device),
-        )
-
     @contextmanager
-    def belief_scope(
-        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None = None
-    ) -> Iterator[None]:
+    def belief_scope(self, belief: Belief | None, mask: BeliefMask | None = None) -> Iterator[None]:
         """Append the belief tokens to what the encoder reads and the decoder attends to while the scope is open."""
         model = self.base.model
         with ExitStack() as scope:
@@ -167,96 +144,29 @@ class ACTAdapter(AdapterBase):
 
     def compilable(self) -> Iterable[nn.Module]:
         """The backbone's residual blocks and the encoder's layers; decoder layers take a belief's mask by a hook."""
-        model = self.base.model
-        yield from model.encoder.layers
+        yield from self.base.model.encoder.layers
         if self.base.config.image_features:
-            for stage in range(1, RESNET_STAGES + 1):
-                yield from model.backbone[f"layer{stage}"]
-
-    def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
-        """Feature maps of all rows, one backbone call per camera; see `PolicyAdapter.encode_views`."""
-        if layer is not None:
-            check_layer(layer, self.num_tower_layers())
-            if not self.tower_is_frozen():
-                raise ValueError("Layer states are shared only while the vision tower is frozen; pass layer=None.")
-        self._check_observation(batch, with_images=True)
-        if not self.base.config.image_features:
-            tower = {} if layer is None else {OBS_ENV_STATE: self._state_tokens(batch)}
-            return Views(features={}, masks={}, tower=tower)
-        features, masks, tower = {}, {}, {}
-        backbone = self.base.model.backbone
-        for key in self.base.config.image_features:
-            with ExitStack() as scope:
-                if layer is not None:
-                    stage = scope.enter_context(captured_output(backbone[f"layer{layer}"]))
-                features[key] = backbone(batch[key])["feature_map"]
-                if layer is not None:
-                    tower[key] = _flatten_map(stage.value.detach())
-            masks[key] = torch.ones(batch[key].shape[0], dtype=torch.bool, device=batch[key].device)
-        return Views(features=features, masks=masks, tower=tower)
+            for (stage,) in self.tower.layers:
+                yield from self.tower.root.get_submodule(stage).children()
 
     def target_keys(self) -> tuple[str, ...]:
         """The policy's cameras, or its environment state when it sees no images."""
-        return tuple(self.base.config.image_features) or (OBS_ENV_STATE,)
+        return super().target_keys() or (OBS_ENV_STATE,)
 
-    def tower_is_frozen(self) -> bool:
-        """Whether no parameter of the backbone (or state projector) trains."""
-        return not any(parameter.requires_grad for parameter in self._tower_source().parameters())
+    def _embed_image(self, key: str, image: Float[Tensor, "rows 3 _ _"]) -> Float[Tensor, "rows channels _ _"]:
+        return self.base.model.backbone(image)["feature_map"]
 
-    def num_tower_layers(self) -> int:
-        """ResNet stages, or 1 for the state projector."""
-        return RESNET_STAGES if self.base.config.image_features else 1
+    def _tokens(self, states: Float[Tensor, "rows channels _ _"], rows: int) -> Float[Tensor, "rows patches channels"]:
+        return flatten_map(states)
 
-    def target_dim(self, layer: int) -> int:
-        """Channels of the ResNet stage, or the width of the state projector."""
-        check_layer(layer, self.num_tower_layers())
-        if not self.base.config.image_features:
-            return self.context_dim
-        block = self.base.model.backbone[f"layer{layer}"][-1]
-        last = block.conv3 if isinstance(block, Bottleneck) else block.conv2
-        return int(last.out_channels)
-
-    def build_tower(self, layer: int, share: bool = False) -> nn.Module:
-        """The ResNet up to stage `layer`, or the state projector; see `PolicyAdapter.build_tower`."""
-        check_layer(layer, self.num_tower_layers())
-        tower = nn.Sequential()
-        for name, child in self._tower_children(layer):
-            tower.add_module(name, child)
-        return tower if share else frozen_copy(tower)
-
-    def tower_parameters(self, layer: int) -> Iterable[tuple[str, Tensor]]:
-        """The live tower's parameters and buffers under the names of `build_tower(layer).state_dict()`."""
-        check_layer(layer, self.num_tower_layers())
-        for name, child in self._tower_children(layer):
-            yield from child.state_dict(prefix=f"{name}.").items()
-
-    @torch.no_grad()
-    def encode_image(
+    def _tower_tokens(
         self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
     ) -> Float[Tensor, "batch patches target_dim"]:
-        """Flattened feature map of one camera's normalised images, or the one token of an environment state."""
-        if key not in self.target_keys():
-            raise ValueError(f"{key!r} is not among this policy's target features: {', '.join(self.target_keys())}.")
         encoded = tower(image.to(next(tower.parameters()).dtype))
-        return _flatten_map(encoded) if self.base.config.image_features else encoded.unsqueeze(1)
+        return flatten_map(encoded) if self.base.config.image_features else encoded.unsqueeze(1)
 
-    def _tower_source(self) -> Any:
-        model = self.base.model
-        return model.backbone if self.base.config.image_features else model.encoder_env_state_input_proj
-
-    def _tower_children(self, layer: int) -> Iterator[tuple[str, nn.Module]]:
-        source = self._tower_source()
-        if not self.base.config.image_features:
-            yield "projection", source
-            return
-        for name, child in source.named_children():
-            yield name, child
-            if name == f"layer{layer}":
-                return
-
-    @torch.no_grad()
-    def _state_tokens(self, batch: Batch) -> Float[Tensor, "batch 1 context_dim"]:
-        return self._tower_source()(batch[OBS_ENV_STATE]).unsqueeze(1)
+    def _captured_hidden(self, keep: str = "first") -> AbstractContextManager[Capture]:
+        return captured_input(self.base.model.action_head, keep)
 
     def _prior_context(
         self, tokens: Float[Tensor, "context batch dim"], position: Float[Tensor, "context 1 dim"]
@@ -276,26 +186,12 @@ class ACTAdapter(AdapterBase):
             inputs[OBS_IMAGES] = [inputs[key] for key in self.base.config.image_features]
             return
         inputs[OBS_IMAGES] = [views.features[key] for key in self.base.config.image_features]
-        if inputs[OBS_IMAGES][0].shape[0] != inputs[ACTION].shape[0]:
-            rows = inputs[OBS_IMAGES][0].shape[0]
-            raise ValueError(f"views has {rows} rows and the batch {inputs[ACTION].shape[0]}.")
+        views.check_rows(len(inputs[ACTION]))
         scope.enter_context(patched(self.base.model.backbone, "forward", _as_feature_map))
 
-    def _check(self, batch: Batch, training: bool, with_images: bool) -> None:
-        self._check_observation(batch, with_images)
-        if training:
-            require_keys(batch, [ACTION], self.family)
-
-    def _check_observation(self, batch: Batch, with_images: bool) -> None:
-        config = self.base.config
-        keys = [OBS_STATE] if config.robot_state_feature else []
-        keys += [OBS_ENV_STATE] if config.env_state_feature else []
-        cameras = list(config.image_features)
-        require_keys(batch, keys + cameras if with_images else keys, self.family)
-        refuse_stacked_frames(batch, keys, single_frame_ndim=2)
-        refuse_stacked_frames(batch, cameras, single_frame_ndim=4)
-
-    def _action_tokens(self, action: Float[Tensor, "batch steps dim"]) -> Float[Tensor, "batch steps action_dim"]:
+    def _action_tokens(
+        self, action: Float[Tensor, "batch steps dim"], batch: Batch
+    ) -> Float[Tensor, "batch steps action_dim"]:
         model = self.base.model
         if self.base.config.use_vae:
             return model.vae_encoder_action_input_proj(action).float()
@@ -308,12 +204,12 @@ class ACTAdapter(AdapterBase):
 class _BeliefInjection:
     """Belief tokens at the end of ACT's context sequence (sequence first)."""
 
-    def __init__(self, belief: Float[Tensor, "batch tokens dim"], mask: BeliefMask | None) -> None:
+    def __init__(self, belief: Belief, mask: BeliefMask | None) -> None:
         self._tokens = belief.transpose(0, 1)
         self._hidden = ~belief_token_mask(belief, mask)
         self._masked = mask is not None
 
-    def encoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def encoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Extend the encoder's tokens and positions, and hide masked tokens from its attention."""
         tokens = args[0]
         kwargs = {**kwargs, "pos_embed": self._extend_position(kwargs["pos_embed"])}
@@ -321,11 +217,11 @@ class _BeliefInjection:
             kwargs["key_padding_mask"] = self._key_padding(tokens.shape[0])
         return (torch.cat([tokens, self._tokens.to(tokens.dtype)]), *args[1:]), kwargs
 
-    def decoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def decoder(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Extend the positions of the encoder output that the decoder attends to."""
         return args, {**kwargs, "encoder_pos_embed": self._extend_position(kwargs["encoder_pos_embed"])}
 
-    def cross_attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def cross_attention(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Hide masked tokens from a decoder layer, which takes no mask of its own."""
         context = kwargs["key"].shape[0] - self._tokens.shape[0]
         return args, {**kwargs, "key_padding_mask": self._key_padding(context)}
@@ -335,23 +231,6 @@ class _BeliefInjection:
 
     def _key_padding(self, context: int) -> Tensor:
         return torch.cat([self._hidden.new_zeros(self._hidden.shape[0], context), self._hidden], dim=1)
-
-
-@contextmanager
-def _captured_calls(encoder: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Tokens and positions of each encoder call, before any belief is appended."""
-    calls: list[tuple[Tensor, Tensor]] = []
-
-    def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        calls.append((args[0], kwargs["pos_embed"]))
-        return args, kwargs
-
-    with edited_call(encoder, record):
-        yield calls
-
-
-def _flatten_map(feature_map: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch patches channels"]:
-    return feature_map.flatten(2).transpose(1, 2)
 
 
 def _as_feature_map(features: Tensor) -> dict[str, Tensor]:

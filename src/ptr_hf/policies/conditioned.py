@@ -1,47 +1,35 @@
 """What the diffusion policies share: a denoiser under one conditioning vector, made of an observation history."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float
 from lerobot.policies.utils import populate_queues
 from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGES
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ptr_hf.policies.hooks import (
-    AdapterBase,
-    Capture,
-    captured_input,
-    captured_output,
-    captured_result,
-    edited_call,
-    frozen_copy,
-    patched,
-    preserved_modes,
-)
-from ptr_hf.policies.protocol import (
-    ACTION_PAD,
-    Batch,
-    BeliefMask,
-    PolicyTrace,
-    RolloutTrace,
-    Views,
+from ptr_hf.constants import ACTION_PAD
+from ptr_hf.policies.base import AdapterBase
+from ptr_hf.policies.batches import (
     action_mask,
+    all_true,
     belief_token_mask,
-    check_layer,
     per_sample_mean,
     refuse_stacked_frames,
     require_keys,
     unused_dims,
     without_unused,
 )
+from ptr_hf.policies.hooks import Call, Capture, captured_input, captured_result, edited_call, patched, preserved_modes
+from ptr_hf.policies.tower import VisionTower
+from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, RolloutTrace, Views
 
 
-class ConditionedAdapter(AdapterBase, ABC):
+class ConditionedAdapter(AdapterBase):
     """Reads a policy whose denoiser sees the n observation steps as one vector (B, n · width).
 
     H_t is that vector, one token per step, as it is before any belief. There is no sequence to put belief tokens in: the
@@ -53,35 +41,11 @@ class ConditionedAdapter(AdapterBase, ABC):
     is never shared: its statistics move in training.
     """
 
-    family: str
     condition = "global_cond"
     """The denoiser's keyword for the conditioning vector."""
     state_target = OBS_ENV_STATE
     """The consequence target of a policy without cameras."""
     masks_action_dims = True
-
-    @property
-    @abstractmethod
-    def context_dim(self) -> int:
-        """Width of one observation step's conditioning."""
-
-    @property
-    @abstractmethod
-    def action_dim(self) -> int:
-        """Width of A_t."""
-
-    @property
-    def hidden_dim(self) -> int:
-        """Width of C_t, the same as of A_t."""
-        return self.action_dim
-
-    @abstractmethod
-    def num_tower_layers(self) -> int:
-        """How many layers `build_tower` can keep."""
-
-    @abstractmethod
-    def target_dim(self, layer: int) -> int:
-        """Width of the tower's hidden states after `layer` layers."""
 
     @property
     def chunk_size(self) -> int:
@@ -91,58 +55,56 @@ class ConditionedAdapter(AdapterBase, ABC):
     def trace(
         self,
         batch: Batch,
-        belief: Float[Tensor, "batch tokens context_dim"] | None = None,
+        belief: Belief | None = None,
         belief_mask: BeliefMask | None = None,
         views: Views | None = None,
     ) -> PolicyTrace:
-        """One forward of the squared error of noise, sample or velocity; see `PolicyAdapter.trace`."""
+        """One forward of the squared error of noise, sample or velocity; see `AdapterBase.trace`."""
         frames = self._frames(batch, self._steps, with_images=views is None)
-        require_keys(batch, [ACTION], self.family)
+        require_keys(batch, self.targets, self.family)
         unused = unused_dims(batch, batch[ACTION])
         action = without_unused(batch[ACTION], unused)
-        mask = action_mask(batch, action.shape[1], action.shape[0], action.device)
+        mask = action_mask(batch, action)
         inputs = {**batch, **frames, ACTION: action, ACTION_PAD: ~mask}
         with ExitStack() as scope:
             scope.enter_context(self.action_scope(batch))
             if views is not None:
-                self._check_rows(views, action.shape[0])
+                views.check_rows(len(action))
                 # the policy stacks its cameras' features as it stacks their images
                 inputs |= views.features
                 self._enter_views(scope)
-            conditioning = scope.enter_context(self._conditioning(belief, belief_mask))
-            hidden = scope.enter_context(captured_input(self._head))
+            conditioning = scope.enter_context(self.belief_scope(belief, belief_mask))
+            hidden = scope.enter_context(self._captured_hidden())
             errors = scope.enter_context(captured_result(functional.mse_loss))
             self.base.forward(inputs)
         context = conditioning.value.unflatten(1, (self._steps, -1)).float()
         return PolicyTrace(
             loss=per_sample_mean(errors.value, mask, unused),
             context=context,
-            context_mask=torch.ones(context.shape[:2], dtype=torch.bool, device=context.device),
-            action_tokens=self._action_tokens(action),
+            context_mask=all_true(context),
+            action_tokens=self._action_tokens(action, batch),
             action_hidden=self._steps_first(hidden.value).float(),
             action_mask=mask,
         )
 
     @torch.no_grad()
-    def rollout(
-        self, batch: Batch, belief: Float[Tensor, "batch tokens context_dim"] | None = None, **kwargs: Any
-    ) -> RolloutTrace:
+    def rollout(self, batch: Batch, belief: Belief | None = None, **kwargs: Any) -> RolloutTrace:
         """Sample a chunk from the observed history, or from the batch's own n steps where none was observed."""
         with (
             preserved_modes(self.policy, training=False),
             self._history(batch) as inputs,
             self.action_scope(batch),
             self.belief_scope(belief),
-            captured_input(self._head, keep="last") as hidden,
+            self._captured_hidden(keep="last") as hidden,
             self._sampled() as chunk,
         ):
             actions = self.base.predict_action_chunk(inputs, **kwargs)
         unused = unused_dims(batch, actions)
         return RolloutTrace(
             actions=without_unused(actions, unused),
-            action_tokens=self._action_tokens(without_unused(chunk.value, unused)),
+            action_tokens=self._action_tokens(without_unused(chunk.value, unused), batch),
             action_hidden=self._steps_first(hidden.value).float(),
-            action_mask=torch.ones(chunk.value.shape[:2], dtype=torch.bool, device=actions.device),
+            action_mask=all_true(chunk.value),
         )
 
     @torch.no_grad()
@@ -150,78 +112,82 @@ class ConditionedAdapter(AdapterBase, ABC):
         """Put one observation (B, ...) into the policy's own queues, as its `select_action` does."""
         populate_queues(self.base._queues, {key: value[:, 0] for key, value in self._stacked(batch, 1).items()})
 
-    @contextmanager
-    def belief_scope(
-        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None = None
-    ) -> Iterator[None]:
-        """Add the readable belief tokens' mean to the conditioning of every denoiser call while the scope is open."""
-        with self._conditioning(belief, mask):
-            yield
-
     def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
-        """Image features of all rows and observation steps, one encoder call per camera; see `PolicyAdapter`.
+        """Image features of all rows and observation steps, one encoder call per camera; see `AdapterBase`.
 
         Random crops are drawn here, one per camera. The layer states are those of the last step's centre crop, which
         costs another truncated pass where the policy's own crop is random.
         """
-        if layer is not None:
-            check_layer(layer, self.num_tower_layers())
-            if not self.tower_is_frozen():
-                raise ValueError("Layer states are shared only while the vision tower is frozen; pass layer=None.")
-        frames = self._frames(batch, self._steps)
-        views = Views(features={}, masks={})
-        for index, key in enumerate(self._cameras):
-            encoder, images = self._encoders[index % len(self._encoders)], frames[key]
-            with ExitStack() as scope:
-                if layer is not None:
-                    state = scope.enter_context(captured_output(self._layer(encoder, layer)))
-                views.features[key] = self._encode(encoder, images.flatten(0, 1)).unflatten(0, images.shape[:2])
-            views.masks[key] = torch.ones(images.shape[0], dtype=torch.bool, device=images.device)
-            if layer is not None and self._crops_at_random(encoder):
-                views.tower[key] = self.encode_image(self.build_tower(layer, share=True), key, images[:, -1])
-            elif layer is not None:
-                tokens = self._tokens(state.value.detach())
-                views.tower[key] = tokens.unflatten(0, images.shape[:2])[:, -1]
-        if layer is not None and not self._cameras:
-            views.tower[self.state_target] = frames[self.state_target][:, -1:]
+        views = super().encode_views(batch, layer)
+        if layer is not None and self._cameras and self._crops_at_random(self._encoders[0]):
+            tower, frames = self.build_tower(layer, share=True), self._frames(batch, self._steps)
+            views.tower = {key: self.encode_image(tower, key, self._latest(frames[key])) for key in self._cameras}
         return views
 
     def target_keys(self) -> tuple[str, ...]:
         """The policy's cameras, or the state of a policy that sees no images."""
         return self._cameras or (self.state_target,)
 
+    @property
+    def tower(self) -> VisionTower:
+        """That of the first camera's encoder; without cameras none, so that a state is what its tower makes of it."""
+        if self._cameras:
+            return self._tower_in(self._encoders[0])
+        return VisionTower(nn.Identity(), (), ((),), self.base.config.input_features[self.state_target].shape)
+
     def tower_is_frozen(self) -> bool:
         """Whether nothing in the vision tower changes in training, the running statistics of a batch norm included."""
-        modules = [module for encoder in self._encoders for module in self._tower_root(encoder).modules()]
-        if any(isinstance(module, nn.BatchNorm2d) for module in modules):
-            return False
-        return not any(parameter.requires_grad for module in modules for parameter in module.parameters())
+        towers = [self._tower_in(encoder) for encoder in self._encoders]
+        moves = any(isinstance(module, nn.BatchNorm2d) for tower in towers for module in tower.root.modules())
+        return not moves and all(tower.frozen for tower in towers)
 
     def build_tower(self, layer: int, share: bool = False) -> nn.Module:
-        """One truncated tower per encoder, or the identity for a state; see `PolicyAdapter.build_tower`."""
-        check_layer(layer, self.num_tower_layers())
-        tower: nn.Module = nn.Identity()
-        if self._cameras:
-            tower = nn.ModuleList(self._truncated(encoder, layer) for encoder in self._encoders)
-        return tower if share else frozen_copy(tower)
+        """One truncated tower per encoder, or the identity for a state; see `AdapterBase.build_tower`."""
+        if not self._cameras:
+            return super().build_tower(layer, share)
+        towers = nn.ModuleList(self._tower_in(encoder).cut(layer, share) for encoder in self._encoders)
+        return towers if share else towers.eval()
 
     def tower_parameters(self, layer: int) -> Iterable[tuple[str, Tensor]]:
-        """The live tower's parameters and buffers under the names of `build_tower(layer).state_dict()`."""
-        return self.build_tower(layer, share=True).state_dict().items()
+        """The live towers' parameters and buffers under the names of `build_tower(layer).state_dict()`."""
+        for index, encoder in enumerate(self._encoders):
+            for name, value in self._tower_in(encoder).parameters(layer):
+                yield f"{index}.{name}", value
 
-    @torch.no_grad()
-    def encode_image(
+    def _tower_tokens(
         self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
     ) -> Float[Tensor, "batch patches target_dim"]:
-        """Tower tokens of one camera's normalised images, resized and centre-cropped as the policy does in eval mode."""
-        if key not in self.target_keys():
-            raise ValueError(f"{key!r} is not among this policy's target features: {', '.join(self.target_keys())}.")
+        """Tower tokens of images that are resized and centre-cropped as the policy does in eval mode."""
         if not self._cameras:
             return image.unsqueeze(1)
-        index = self._cameras.index(key) % len(self._encoders)
-        truncated = tower.get_submodule(str(index))
-        pixels = self._prepared(self._encoders[index], image)
-        return self._tokens(self._run_tower(truncated, pixels.to(next(truncated.parameters()).dtype)))
+        truncated = tower.get_submodule(str(self._encoders.index(self._encoder(key))))
+        pixels = self._prepared(self._encoder(key), image)
+        return self._cells(self._run_tower(truncated, pixels.to(next(truncated.parameters()).dtype)))
+
+    def _check_images(self, batch: Batch) -> None:
+        self._frames(batch, self._steps)
+
+    def _images_of(self, batch: Batch) -> Iterable[tuple[str, Tensor, Bool[Tensor, " rows"]]]:
+        return super()._images_of(self._frames(batch, self._steps))
+
+    def _embed_image(self, key: str, image: Float[Tensor, "rows steps *shape"]) -> Float[Tensor, "rows steps dim 1 1"]:
+        return self._encode(self._encoder(key), image.flatten(0, 1)).unflatten(0, image.shape[:2])
+
+    def _tower_of(self, key: str) -> VisionTower:
+        return self._tower_in(self._encoder(key))
+
+    def _tokens(self, states: Float[Tensor, "images *state"], rows: int) -> Float[Tensor, "rows patches dim"]:
+        return self._latest(self._cells(states).unflatten(0, (rows, -1)))
+
+    def _latest(self, value: Float[Tensor, "batch *steps_shape"]) -> Float[Tensor, "batch *shape"]:
+        return value[:, -1]
+
+    def _captured_hidden(self, keep: str = "first") -> AbstractContextManager[Capture]:
+        return captured_input(self._head, keep)
+
+    def _encoder(self, key: str) -> Any:
+        """A camera's."""
+        return self._encoders[self._cameras.index(key) % len(self._encoders)]
 
     @property
     def _steps(self) -> int:
@@ -235,7 +201,7 @@ class ConditionedAdapter(AdapterBase, ABC):
         self, batch: Batch, steps: int, with_images: bool = True
     ) -> dict[str, Float[Tensor, "batch steps ..."]]:
         """The observations (B, steps, ...) the policy reads; a single step may lack the axis, as in LeRobot's datasets."""
-        dims = dict.fromkeys(self._state_keys, 2) | (dict.fromkeys(self._cameras, 4) if with_images else {})
+        dims = dict.fromkeys(self.observations, 2) | (dict.fromkeys(self._cameras, 4) if with_images else {})
         require_keys(batch, dims, self.family)
         frames = {}
         for key, ndim in dims.items():
@@ -252,7 +218,7 @@ class ConditionedAdapter(AdapterBase, ABC):
     def _stacked(self, batch: Batch, steps: int) -> dict[str, Float[Tensor, "batch steps ..."]]:
         """The observations under the keys of the policy's queues, its cameras on one axis."""
         frames = self._frames(batch, steps)
-        stacked = {key: frames[key] for key in self._state_keys}
+        stacked = {key: frames[key] for key in self.observations}
         if self._cameras:
             stacked[OBS_IMAGES] = torch.stack([frames[key] for key in self._cameras], dim=2)
         return stacked
@@ -274,14 +240,15 @@ class ConditionedAdapter(AdapterBase, ABC):
                     queue.clear()
 
     @contextmanager
-    def _conditioning(
-        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None
-    ) -> Iterator[Capture]:
-        """The conditioning as the policy makes it, from the first denoiser call; the denoiser sees the belief too."""
+    def belief_scope(self, belief: Belief | None, mask: BeliefMask | None = None) -> Iterator[Capture]:
+        """Add the readable belief tokens' mean to the conditioning of every denoiser call while the scope is open.
+
+        Yields the conditioning as the policy makes it, from the first denoiser call.
+        """
         own, steps = Capture(), self._steps
         shift = None if belief is None else _readable_mean(belief, mask).repeat(1, steps)
 
-        def edit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def edit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
             conditioning = kwargs[self.condition]
             own.offer(conditioning)
             if shift is None:
@@ -300,7 +267,7 @@ class ConditionedAdapter(AdapterBase, ABC):
     def _masked_chunks(self, unused: Bool[Tensor, "batch dims"]) -> Iterator[None]:
         """Clear the noised chunk that the denoiser is given."""
 
-        def edit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def edit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
             return (without_unused(args[0], unused), *args[1:]), kwargs
 
         with edited_call(self._denoiser, edit):
@@ -323,11 +290,6 @@ class ConditionedAdapter(AdapterBase, ABC):
         for encoder in self._encoders:
             scope.enter_context(patched(encoder, "forward", self._from_features))
 
-    def _check_rows(self, views: Views, rows: int) -> None:
-        for key in self._cameras:
-            if views.features[key].shape[0] != rows:
-                raise ValueError(f"views has {views.features[key].shape[0]} rows and the batch {rows}.")
-
     @property
     @abstractmethod
     def _denoiser(self) -> Any:
@@ -348,37 +310,20 @@ class ConditionedAdapter(AdapterBase, ABC):
     def _encoders(self) -> list[Any]:
         """The image encoders: one for all cameras, or one each."""
 
-    @property
-    @abstractmethod
-    def _state_keys(self) -> list[str]:
-        """The states that the policy reads."""
-
     @abstractmethod
     def _steps_first(self, hidden: Float[Tensor, "batch _ _"]) -> Float[Tensor, "batch steps dim"]:
         """C_t with the steps before the width."""
 
     @abstractmethod
-    def _action_tokens(self, action: Float[Tensor, "batch steps dim"]) -> Float32[Tensor, "batch steps action_dim"]:
-        """A_t of a chunk."""
-
-    @abstractmethod
-    def _tower_root(self, encoder: Any) -> Any:
+    def _tower_in(self, encoder: Any) -> VisionTower:
         """An encoder's vision tower."""
-
-    @abstractmethod
-    def _layer(self, encoder: Any, layer: int) -> Any:
-        """The module after which `layer` layers of an encoder's tower have run."""
-
-    @abstractmethod
-    def _truncated(self, encoder: Any, layer: int) -> nn.Module:
-        """An encoder's tower cut after `layer` layers, of the policy's own modules."""
 
     @abstractmethod
     def _run_tower(self, tower: nn.Module, pixels: Float[Tensor, "batch _ _ _"]) -> Float[Tensor, "batch *state"]:
         """States of a truncated tower."""
 
     @abstractmethod
-    def _tokens(self, state: Float[Tensor, "batch *state"]) -> Float[Tensor, "batch patches dim"]:
+    def _cells(self, state: Float[Tensor, "batch *state"]) -> Float[Tensor, "batch patches dim"]:
         """A tower's states as tokens."""
 
     @abstractmethod

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from ptr_hf.policies.conditioned import ConditionedAdapter
-from ptr_hf.policies.protocol import check_layer
-
-RESNET_STEM, RESNET_STAGES = 4, 4
+from ptr_hf.policies.tower import VisionTower, flatten_map, resnet_tower
+from ptr_hf.policies.trace import Batch
 
 
 class DiffusionAdapter(ConditionedAdapter):
@@ -40,7 +39,7 @@ class DiffusionAdapter(ConditionedAdapter):
     def context_dim(self) -> int:
         """Width of one observation step's conditioning: states and every camera's keypoints."""
         config = self.base.config
-        states = sum(config.input_features[key].shape[0] for key in self._state_keys)
+        states = sum(config.input_features[key].shape[0] for key in self.observations)
         return int(states + 2 * config.spatial_softmax_num_keypoints * len(self._cameras))
 
     @property
@@ -56,18 +55,6 @@ class DiffusionAdapter(ConditionedAdapter):
         """The residual blocks of the U-Net and of the ResNets: the U-Net itself, compiled, may skip PTR's hooks."""
         kinds = (DiffusionConditionalResidualBlock1d, BasicBlock, Bottleneck)
         return (module for module in self.base.diffusion.modules() if isinstance(module, kinds))
-
-    def num_tower_layers(self) -> int:
-        """ResNet stages, or 1 for the state itself."""
-        return RESNET_STAGES if self._cameras else 1
-
-    def target_dim(self, layer: int) -> int:
-        """Channels of the ResNet stage, or the width of the state."""
-        check_layer(layer, self.num_tower_layers())
-        if not self._cameras:
-            return int(self.base.config.env_state_feature.shape[0])
-        block = self._layer(self._encoders[0], layer)[-1]
-        return int((block.conv3 if isinstance(block, Bottleneck) else block.conv2).weight.shape[0])
 
     @property
     def _denoiser(self) -> Any:
@@ -89,31 +76,28 @@ class DiffusionAdapter(ConditionedAdapter):
         return list(encoder) if self.base.config.use_separate_rgb_encoder_per_camera else [encoder]
 
     @property
-    def _state_keys(self) -> list[str]:
-        return [OBS_STATE, OBS_ENV_STATE] if self.base.config.env_state_feature else [OBS_STATE]
+    def observations(self) -> tuple[str, ...]:
+        """The states that the policy's config names."""
+        return (OBS_STATE, OBS_ENV_STATE) if self.base.config.env_state_feature else (OBS_STATE,)
 
     def _steps_first(self, hidden: Float[Tensor, "batch dim steps"]) -> Float[Tensor, "batch steps dim"]:
         return hidden.transpose(1, 2)
 
-    def _action_tokens(self, action: Float[Tensor, "batch steps dim"]) -> Float32[Tensor, "batch steps action_dim"]:
+    def _action_tokens(
+        self, action: Float[Tensor, "batch steps dim"], batch: Batch
+    ) -> Float32[Tensor, "batch steps action_dim"]:
         return self._denoiser.down_modules[0][0].residual_conv(action.transpose(1, 2)).transpose(1, 2).float()
 
-    def _tower_root(self, encoder: Any) -> Any:
-        return encoder.backbone
-
-    def _layer(self, encoder: Any, layer: int) -> Any:
-        return encoder.backbone[RESNET_STEM + layer - 1]
-
-    def _truncated(self, encoder: Any, layer: int) -> nn.Module:
-        return nn.Sequential(*encoder.backbone[: RESNET_STEM + layer])
+    def _tower_in(self, encoder: Any) -> VisionTower:
+        return resnet_tower(encoder.backbone)
 
     def _run_tower(
         self, tower: nn.Module, pixels: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch dim rows columns"]:
         return tower(pixels)
 
-    def _tokens(self, state: Float[Tensor, "batch dim rows columns"]) -> Float[Tensor, "batch patches dim"]:
-        return state.flatten(2).transpose(1, 2)
+    def _cells(self, state: Float[Tensor, "batch dim rows columns"]) -> Float[Tensor, "batch patches dim"]:
+        return flatten_map(state)
 
     def _encode(
         self, encoder: Any, images: Float[Tensor, "rows channels height width"]

@@ -1,8 +1,7 @@
 """EVO1: an InternVL3 backbone whose hidden states condition a flow-matching action head."""
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -12,26 +11,21 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ptr_hf.policies.hooks import AdapterBase, captured_output, edited_call, frozen_copy, patched, preserved_modes
-from ptr_hf.policies.protocol import (
-    ACTION_DIM_PAD,
-    Batch,
-    BeliefMask,
-    PolicyTrace,
-    RolloutTrace,
-    Views,
+from ptr_hf.constants import ACTION_DIM_PAD
+from ptr_hf.policies.base import EMPTY_CAMERA, AdapterBase
+from ptr_hf.policies.batches import (
     action_mask,
+    all_true,
     belief_token_mask,
-    check_layer,
     refuse_stacked_frames,
     require_keys,
     without_unused,
 )
+from ptr_hf.policies.hooks import Call, Capture, captured_output, edited_call, patched
+from ptr_hf.policies.tower import VisionTower, transformer_tower
+from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, Views
 
-EMPTY_CAMERA = "observation.images.empty_camera_"
 ACTION_DIMS = "action_mask"
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Evo1Adapter(AdapterBase):
@@ -65,24 +59,29 @@ class Evo1Adapter(AdapterBase):
         """Width of H_t: the language model's, which is the action head's."""
         return int(self.base.config.embed_dim)
 
-    action_dim = hidden_dim = context_dim
-    """Widths of A_t and C_t: the action head has one width."""
+    action_dim = context_dim
+    """Width of A_t and C_t: the action head has one width."""
 
     @property
-    def chunk_size(self) -> int:
-        """Steps in one action chunk."""
-        return int(self.base.config.chunk_size)
+    def tower(self) -> VisionTower:
+        """The InternViT without its final norm."""
+        return transformer_tower(self._vlm.vision_tower, ("embeddings",), "encoder.layer", ("layernorm",))
+
+    @property
+    def observations(self) -> tuple[str, ...]:
+        """The state."""
+        return (OBS_STATE,)
 
     def trace(
         self,
         batch: Batch,
-        belief: Float[Tensor, "batch tokens context_dim"] | None = None,
+        belief: Belief | None = None,
         belief_mask: BeliefMask | None = None,
         views: Views | None = None,
     ) -> PolicyTrace:
         """One forward of `Evo1Policy.model`, without the waits of the policy's own logging."""
         policy = self.base
-        self._check(batch, training=True, with_images=views is None)
+        self.check(batch, training=True, with_images=views is None)
         batch = _with_used_dims(batch)
         action = batch[ACTION]
         with ExitStack() as scope:
@@ -94,7 +93,7 @@ class Evo1Adapter(AdapterBase):
             target, entries = policy._prepare_actions(batch)
             scope.enter_context(self.belief_scope(belief, belief_mask))
             seen = scope.enter_context(_captured_context(policy.model.action_head))
-            hidden = scope.enter_context(captured_output(policy.model.action_head.norm_out))
+            hidden = scope.enter_context(self._captured_hidden())
             scope.enter_context(policy._maybe_autocast())
             fused, fused_mask = policy._compute_fused_tokens(policy._normalize_task_batch(batch), images, image_masks)
             velocity, noise = policy.model(
@@ -112,31 +111,9 @@ class Evo1Adapter(AdapterBase):
             loss=policy._compute_masked_loss(velocity.float(), flow, entries, "none"),
             context=context[:, first:].float(),
             context_mask=real[:, first:],
-            action_tokens=self._action_tokens(
-                batch, {key: batch[key] for key in (ACTION, ACTION_DIMS) if key in batch}
-            ),
+            action_tokens=self._projected({key: batch[key] for key in (ACTION, ACTION_DIMS) if key in batch}, batch),
             action_hidden=hidden.value.float(),
-            action_mask=action_mask(batch, action.shape[1], action.shape[0], action.device),
-        )
-
-    @torch.no_grad()
-    def rollout(
-        self, batch: Batch, belief: Float[Tensor, "batch tokens context_dim"] | None = None, **kwargs: Any
-    ) -> RolloutTrace:
-        """Sample a chunk under the belief; `kwargs` (real-time chunking) go to `predict_action_chunk`."""
-        self._check(batch, training=False, with_images=True)
-        with (
-            preserved_modes(self.policy),
-            self.action_scope(batch),
-            self.belief_scope(belief),
-            captured_output(self.base.model.action_head.norm_out, keep="last") as hidden,
-        ):
-            actions = self.base.predict_action_chunk(batch, **kwargs)
-        return RolloutTrace(
-            actions=actions,
-            action_tokens=self._action_tokens(batch, {ACTION: actions}),
-            action_hidden=hidden.value.float(),
-            action_mask=torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device),
+            action_mask=action_mask(batch, action),
         )
 
     def gradient_checkpointing_enable(self) -> None:
@@ -172,9 +149,7 @@ class Evo1Adapter(AdapterBase):
             yield
 
     @contextmanager
-    def belief_scope(
-        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None = None
-    ) -> Iterator[None]:
+    def belief_scope(self, belief: Belief | None, mask: BeliefMask | None = None) -> Iterator[None]:
         """Prepend the belief tokens to what the language model reads while the scope is open.
 
         Raises:
@@ -191,74 +166,23 @@ class Evo1Adapter(AdapterBase):
                 self._inject(scope, belief, mask)
             yield
 
-    def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
-        """Projected image tokens of all rows, one tower call per camera; see `PolicyAdapter.encode_views`."""
-        if layer is not None:
-            check_layer(layer, self.num_tower_layers())
-            if not self.tower_is_frozen():
-                raise ValueError("Layer states are shared only while the vision tower is frozen; pass layer=None.")
-        self._check_images(batch)
+    def _images_of(self, batch: Batch) -> Iterable[tuple[str, Tensor, Bool[Tensor, " rows"]]]:
         images, masks = self.base._collect_image_batches(batch)
         keys = [key for key in self.base.config.image_features if key in batch]
-        features, shown, tower = {}, {}, {}
-        for index, (key, image) in enumerate(zip(keys, images, strict=True)):
-            with ExitStack() as scope:
-                if layer is not None:
-                    state = scope.enter_context(captured_output(self._vlm.vision_tower.encoder.layer[layer - 1]))
-                scope.enter_context(self.base._maybe_autocast())
-                features[key] = self._vlm.get_image_features(pixel_values=self._pixels(image)).pooler_output
-                shown[key] = masks[:, index]
-                if layer is not None and key in self.target_keys():
-                    tower[key] = state.value.detach()
-        return Views(features=features, masks=shown, tower=tower)
+        return zip(keys, images, masks[:, : len(keys)].unbind(1), strict=True)
 
-    def target_keys(self) -> tuple[str, ...]:
-        """The policy's cameras without the empty ones it fills itself."""
-        return tuple(key for key in self.base.config.image_features if not key.startswith(EMPTY_CAMERA))
+    def _embed_image(self, key: str, image: Float[Tensor, "rows 3 _ _"]) -> Float[Tensor, "rows patches dim"]:
+        with self.base._maybe_autocast():
+            return self._vlm.get_image_features(pixel_values=self._pixels(image)).pooler_output
 
-    def tower_is_frozen(self) -> bool:
-        """Whether no parameter of the InternViT trains."""
-        return not any(parameter.requires_grad for parameter in self._vlm.vision_tower.parameters())
-
-    def num_tower_layers(self) -> int:
-        """Encoder layers of the InternViT."""
-        return len(self._vlm.vision_tower.encoder.layer)
-
-    def target_dim(self, layer: int) -> int:
-        """Width of the InternViT, the same after every layer."""
-        check_layer(layer, self.num_tower_layers())
-        return int(self._vlm.vision_tower.config.hidden_size)
-
-    def build_tower(self, layer: int, share: bool = False) -> nn.Module:
-        """The InternViT's first `layer` layers without the final norm; see `PolicyAdapter.build_tower`."""
-        check_layer(layer, self.num_tower_layers())
-        source = self._vlm.vision_tower
-        config = copy.deepcopy(source.config)
-        config.num_hidden_layers = layer
-        # The shell's own weights are never read: on the meta device they cost nothing.
-        with torch.device("meta"):
-            tower = type(source)(config)
-        tower.embeddings = source.embeddings
-        tower.encoder.layer = source.encoder.layer[:layer]
-        tower.layernorm = nn.Identity()
-        return tower.train(source.training) if share else frozen_copy(tower)
-
-    def tower_parameters(self, layer: int) -> Iterable[tuple[str, Tensor]]:
-        """The live tower's parameters under the names of `build_tower(layer).state_dict()`."""
-        check_layer(layer, self.num_tower_layers())
-        kept = ("embeddings.", *(f"encoder.layer.{index}." for index in range(layer)))
-        for name, value in self._vlm.vision_tower.state_dict().items():
-            if name.startswith(kept):
-                yield name, value
-
-    @torch.no_grad()
-    def encode_image(
+    def _tower_tokens(
         self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
     ) -> Float[Tensor, "batch patches target_dim"]:
-        """Tower tokens of one camera's images in [0, 1], resized and normalised by the policy's own function."""
-        if key not in self.target_keys():
-            raise ValueError(f"{key!r} is not a camera of this policy, which has {', '.join(self.target_keys())}.")
+        """Of images in [0, 1], resized and normalised by the policy's own function."""
         return tower(pixel_values=self._pixels(image).to(next(tower.parameters()).dtype)).last_hidden_state
+
+    def _captured_hidden(self, keep: str = "first") -> AbstractContextManager[Capture]:
+        return captured_output(self.base.model.action_head.norm_out, keep)
 
     @property
     def _embedder(self) -> Any:
@@ -273,7 +197,7 @@ class Evo1Adapter(AdapterBase):
         mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=embedder.device)
         return _batched_pixel_values([image], 1, embedder.image_size, mean, std, embedder.model_dtype, embedder.device)
 
-    def _inject(self, scope: ExitStack, belief: Float[Tensor, "batch tokens dim"], mask: BeliefMask | None) -> None:
+    def _inject(self, scope: ExitStack, belief: Belief, mask: BeliefMask | None) -> None:
         """Prepend the belief to the language model's sequence, and say in the head's mask which of it is readable."""
         policy = self.base
         original = policy._compute_fused_tokens
@@ -300,9 +224,8 @@ class Evo1Adapter(AdapterBase):
     ) -> tuple[list[Float[Tensor, "batch patches dim"]], Bool[Tensor, "batch views"]]:
         """Let the embedder take features for images, and the vision tower return them as they are."""
         embedder, count = self._embedder, self.base.config.max_views
+        views.check_rows(rows)
         masks = torch.stack(list(views.masks.values()), dim=1)
-        if masks.shape[0] != rows:
-            raise ValueError(f"views has {masks.shape[0]} rows and the batch {rows}.")
         masks = torch.cat([masks, masks.new_zeros(rows, count - masks.shape[1])], dim=1)
 
         def fused_embedding(
@@ -317,17 +240,22 @@ class Evo1Adapter(AdapterBase):
         scope.enter_context(patched(embedder.model, "get_image_features", _as_image_features))
         return list(views.features.values()), masks
 
-    def _action_tokens(self, batch: Batch, chunk: Batch) -> Float[Tensor, "batch steps action_dim"]:
+    def _action_tokens(
+        self, action: Float[Tensor, "batch steps dim"], batch: Batch
+    ) -> Float[Tensor, "batch steps action_dim"]:
+        return self._projected({ACTION: action}, batch)
+
+    def _projected(self, chunk: Batch, batch: Batch) -> Float[Tensor, "batch steps action_dim"]:
         action, entries = self.base._prepare_actions(chunk)
         embodiment = self.base._get_embodiment_ids(batch, action.shape[0])
         return self.base.model.action_head._project_actions(action * entries, embodiment).float()
 
-    def _check(self, batch: Batch, training: bool, with_images: bool) -> None:
-        task = self.base.config.task_field if self.base.config.task_field in batch else "task"
-        require_keys(batch, [OBS_STATE, task, *([ACTION] if training else [])], self.family)
-        refuse_stacked_frames(batch, [OBS_STATE], single_frame_ndim=2)
-        if with_images:
-            self._check_images(batch)
+    def check(self, batch: Batch, *, training: bool, with_images: bool = True) -> None:
+        """Refuse a batch that the policy cannot read."""
+        require_keys(
+            batch, [self.base.config.task_field if self.base.config.task_field in batch else "task"], self.family
+        )
+        super().check(batch, training=training, with_images=with_images)
 
     def _check_images(self, batch: Batch) -> None:
         # EVO1 takes as many absent cameras as its config announces, but needs one.
@@ -366,7 +294,7 @@ def _captured_context(head: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
     def prepare_context(*args: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         context, padded, embodiment = original(*args)
-        calls.append((context, context.new_ones(context.shape[:2]).bool() if padded is None else ~padded))
+        calls.append((context, all_true(context) if padded is None else ~padded))
         return context, padded, embodiment
 
     with patched(head, "_prepare_context", prepare_context):

@@ -1,7 +1,6 @@
 """What the openpi-like policies share: a VLM prefix that conditions a flow-matching action expert."""
 
-import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -11,38 +10,17 @@ from jaxtyping import Bool, Float
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
-from ptr_hf.policies.hooks import (
-    AdapterBase,
-    Capture,
-    captured_input,
-    captured_output,
-    frozen_copy,
-    patched,
-    preserved_modes,
-)
-from ptr_hf.policies.protocol import (
-    Batch,
-    BeliefMask,
-    PolicyTrace,
-    RolloutTrace,
-    Views,
-    action_mask,
-    belief_token_mask,
-    check_layer,
-    per_sample_mean,
-    refuse_stacked_frames,
-    require_keys,
-    unused_dims,
-    without_unused,
-)
-
-EMPTY_CAMERA = "observation.images.empty_camera_"
+from ptr_hf.policies.base import EMPTY_CAMERA, AdapterBase
+from ptr_hf.policies.batches import action_mask, belief_token_mask, per_sample_mean, unused_dims, without_unused
+from ptr_hf.policies.hooks import Capture, captured_input, patched
+from ptr_hf.policies.tower import VisionTower, transformer_tower
+from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, Views
 
 Images = tuple[list[Tensor], list[Tensor]]
 """Images or their embeddings, one per camera, and which rows of each are real."""
 
 
-class FlowVLAAdapter(AdapterBase, ABC):
+class FlowVLAAdapter(AdapterBase):
     """Reads a policy whose `model` embeds a prefix, denoises the chunk in an expert and projects it out.
 
     H_t is the language model's final norm over the prefix; A_t the clean chunk through `action_in_proj`; C_t the input
@@ -57,10 +35,8 @@ class FlowVLAAdapter(AdapterBase, ABC):
         ValueError: the policy compiles its forward, which hides the modules that PTR reads.
     """
 
-    family: str
-    observations: tuple[str, ...] = (OBS_STATE, OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
-    """What the policy reads besides images."""
     masks_action_dims = True
+    needs_every_camera = False
 
     def __init__(self, policy: nn.Module) -> None:
         super().__init__(policy)
@@ -70,24 +46,14 @@ class FlowVLAAdapter(AdapterBase, ABC):
             )
 
     @property
-    @abstractmethod
-    def context_dim(self) -> int:
-        """Width of H_t: the language model's hidden size."""
+    def observations(self) -> tuple[str, ...]:
+        """State and instruction."""
+        return (OBS_STATE, OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
 
     @property
-    @abstractmethod
-    def action_dim(self) -> int:
-        """Width of A_t: the action expert's hidden size."""
-
-    @property
-    def hidden_dim(self) -> int:
-        """Width of C_t: the action expert's hidden size."""
-        return self.action_dim
-
-    @property
-    def chunk_size(self) -> int:
-        """Steps in one action chunk."""
-        return int(self.base.config.chunk_size)
+    def tower(self) -> VisionTower:
+        """The SigLIP tower without its final norm."""
+        return transformer_tower(self._vision, ("embeddings",), "encoder.layers", ("post_layernorm",))
 
     @property
     @abstractmethod
@@ -116,52 +82,29 @@ class FlowVLAAdapter(AdapterBase, ABC):
     def trace(
         self,
         batch: Batch,
-        belief: Float[Tensor, "batch tokens context_dim"] | None = None,
+        belief: Belief | None = None,
         belief_mask: BeliefMask | None = None,
         views: Views | None = None,
     ) -> PolicyTrace:
-        """One forward of the flow-matching loss; see `PolicyAdapter.trace`."""
-        self._check(batch, training=True, with_images=views is None)
+        """One forward of the flow-matching loss; see `AdapterBase.trace`."""
+        self.check(batch, training=True, with_images=views is None)
         unused = unused_dims(batch, batch[ACTION])
         action = without_unused(self._action(batch[ACTION]), unused)
         with ExitStack() as scope:
             scope.enter_context(self.action_scope(batch))
             images = self._enter_images(scope, batch, views, rows=action.shape[0])
-            prefix_pad = scope.enter_context(self._prefix(belief, belief_mask))
+            prefix_pad = scope.enter_context(self.belief_scope(belief, belief_mask))
             context = scope.enter_context(self._captured_context())
-            hidden = scope.enter_context(captured_input(self.base.model.action_out_proj))
+            hidden = scope.enter_context(self._captured_hidden())
             losses = self._losses(images, batch, action)
-        mask = action_mask(batch, action.shape[1], action.shape[0], action.device)
+        mask = action_mask(batch, action)
         return PolicyTrace(
             loss=per_sample_mean(losses[:, :, : action.shape[-1]], mask, unused),
             context=context.value[:, -prefix_pad[0].shape[1] :].float(),
             context_mask=prefix_pad[0],
-            action_tokens=self._action_tokens(action),
+            action_tokens=self._projected(action),
             action_hidden=hidden.value.float(),
             action_mask=mask,
-        )
-
-    @torch.no_grad()
-    def rollout(
-        self, batch: Batch, belief: Float[Tensor, "batch tokens context_dim"] | None = None, **kwargs: Any
-    ) -> RolloutTrace:
-        """Sample a chunk under the belief; `kwargs` (noise, real-time chunking) go to `predict_action_chunk`."""
-        self._check(batch, training=False, with_images=True)
-        # SmolVLA's Aloha conversion writes into the state, so the policy gets a copy.
-        batch = {key: value.clone() if key == OBS_STATE else value for key, value in batch.items()}
-        with (
-            preserved_modes(self.policy),
-            self.action_scope(batch),
-            self.belief_scope(belief),
-            captured_input(self.base.model.action_out_proj, keep="last") as hidden,
-        ):
-            actions = self.base.predict_action_chunk(batch, **kwargs)
-        unused = unused_dims(batch, actions)
-        return RolloutTrace(
-            actions=without_unused(actions, unused),
-            action_tokens=self._action_tokens(without_unused(self._action(actions), unused)),
-            action_hidden=hidden.value.float(),
-            action_mask=torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device),
         )
 
     def compilable(self) -> Iterable[nn.Module]:
@@ -175,89 +118,24 @@ class FlowVLAAdapter(AdapterBase, ABC):
     def _language_layers(self) -> Iterable[Any]:
         """Layers of the backbone's language model and of the action expert."""
 
-    @contextmanager
-    def belief_scope(
-        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None = None
-    ) -> Iterator[None]:
-        """Prepend the belief tokens to every prefix that the policy embeds while the scope is open."""
-        with self._prefix(belief, mask):
-            yield
-
-    def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
-        """Image embeddings (in the language model's width) of all rows; see `PolicyAdapter.encode_views`."""
-        if layer is not None:
-            check_layer(layer, self.num_tower_layers())
-            if not self.tower_is_frozen():
-                raise ValueError("Layer states are shared only while the vision tower is frozen; pass layer=None.")
-        self._check_images(batch)
+    def _images_of(self, batch: Batch) -> Iterable[tuple[str, Tensor, Bool[Tensor, " rows"]]]:
         images, masks = self._images(batch)
         cameras = [key for key in self.base.config.image_features if key in batch]
         names = cameras + [f"{EMPTY_CAMERA}{index}" for index in range(len(images) - len(cameras))]
-        features, tower = {}, {}
-        for name, image in zip(names, images, strict=True):
-            with ExitStack() as scope:
-                if layer is not None and name in self.target_keys():
-                    state = scope.enter_context(captured_output(self._vision.encoder.layers[layer - 1]))
-                features[name] = self._embed_image(image)
-                if layer is not None and name in self.target_keys():
-                    tower[name] = state.value.detach()
-        return Views(features=features, masks=dict(zip(names, masks, strict=True)), tower=tower)
+        return zip(names, images, masks, strict=True)
 
-    def target_keys(self) -> tuple[str, ...]:
-        """The policy's cameras without the empty ones it fills itself."""
-        return tuple(key for key in self.base.config.image_features if not key.startswith(EMPTY_CAMERA))
-
-    def tower_is_frozen(self) -> bool:
-        """Whether no parameter of the SigLIP tower trains."""
-        return not any(parameter.requires_grad for parameter in self._vision.parameters())
-
-    def num_tower_layers(self) -> int:
-        """Encoder layers of the SigLIP tower."""
-        return len(self._vision.encoder.layers)
-
-    def target_dim(self, layer: int) -> int:
-        """Width of the SigLIP tower, the same after every layer."""
-        check_layer(layer, self.num_tower_layers())
-        return int(self._vision.config.hidden_size)
-
-    def build_tower(self, layer: int, share: bool = False) -> nn.Module:
-        """The SigLIP tower's first `layer` encoder layers without the final norm; see `PolicyAdapter.build_tower`."""
-        check_layer(layer, self.num_tower_layers())
-        source = self._vision
-        config = copy.deepcopy(source.config)
-        config.num_hidden_layers = layer
-        # The shell's own weights are never read: on the meta device they cost nothing.
-        with torch.device("meta"):
-            tower = type(source)(config)
-        tower.embeddings = source.embeddings
-        tower.encoder.layers = nn.ModuleList(source.encoder.layers[:layer])
-        tower.post_layernorm = nn.Identity()
-        if share:
-            return tower.train(source.training)
-        return frozen_copy(tower)
-
-    def tower_parameters(self, layer: int) -> Iterable[tuple[str, Tensor]]:
-        """The live tower's parameters under the names of `build_tower(layer).state_dict()`."""
-        check_layer(layer, self.num_tower_layers())
-        kept = ("embeddings.", *(f"encoder.layers.{index}." for index in range(layer)))
-        for name, value in self._vision.state_dict().items():
-            if name.startswith(kept):
-                yield name, value
-
-    @torch.no_grad()
-    def encode_image(
+    def _tower_tokens(
         self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
     ) -> Float[Tensor, "batch patches target_dim"]:
-        """Tower tokens of one camera's images, prepared (resized, padded, scaled to [-1, 1]) by the policy itself."""
-        if key not in self.target_keys():
-            raise ValueError(f"{key!r} is not a camera of this policy, which has {', '.join(self.target_keys())}.")
         pixels = self._images({key: image})[0][0]
-        dtype = next(tower.parameters()).dtype
-        return tower(pixel_values=pixels.to(dtype)).last_hidden_state
+        return tower(pixel_values=pixels.to(next(tower.parameters()).dtype)).last_hidden_state
+
+    def _captured_hidden(self, keep: str = "first") -> AbstractContextManager[Capture]:
+        return captured_input(self.base.model.action_out_proj, keep)
 
     @contextmanager
-    def _prefix(
-        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None
+    def belief_scope(
+        self, belief: Belief | None, mask: BeliefMask | None = None
     ) -> Iterator[list[Bool[Tensor, "batch prefix"]]]:
         """Prepend the belief in `embed_prefix`, which training and sampling share; yields the belief-free pad masks."""
         model = self.base.model
@@ -297,8 +175,7 @@ class FlowVLAAdapter(AdapterBase, ABC):
         if views is None:
             return self._images(batch)
         features, masks = list(views.features.values()), list(views.masks.values())
-        if features and features[0].shape[0] != rows:
-            raise ValueError(f"views has {features[0].shape[0]} rows and the batch {rows}.")
+        views.check_rows(rows)
         scope.enter_context(self._embedded(features))
         return features, masks
 
@@ -306,27 +183,19 @@ class FlowVLAAdapter(AdapterBase, ABC):
         """While open, images that the model is given are embedded already."""
         return patched(self._experts, "embed_image", _identity)
 
-    def _embed_image(self, image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches context_dim"]:
+    def _embed_image(self, key: str, image: Float[Tensor, "batch 3 _ _"]) -> Float[Tensor, "batch patches context_dim"]:
         return self._experts.embed_image(image)
-
-    def _check(self, batch: Batch, training: bool, with_images: bool) -> None:
-        require_keys(batch, [*self.observations, ACTION] if training else self.observations, self.family)
-        refuse_stacked_frames(batch, [OBS_STATE], single_frame_ndim=2)
-        if with_images:
-            self._check_images(batch)
-
-    def _check_images(self, batch: Batch) -> None:
-        # A checkpoint may list cameras that this robot lacks: the policies do without them, but need one.
-        cameras = self.target_keys()
-        if not any(key in batch for key in cameras):
-            require_keys(batch, cameras, self.family)
-        refuse_stacked_frames(batch, cameras, single_frame_ndim=4)
 
     def _action(self, action: Float[Tensor, "batch steps dim"]) -> Float[Tensor, "batch steps dim"]:
         """The chunk in the model's own action space."""
         return action
 
-    def _action_tokens(self, action: Float[Tensor, "batch steps dim"]) -> Float[Tensor, "batch steps action_dim"]:
+    def _action_tokens(
+        self, action: Float[Tensor, "batch steps dim"], batch: Batch
+    ) -> Float[Tensor, "batch steps action_dim"]:
+        return self._projected(without_unused(self._action(action), unused_dims(batch, action)))
+
+    def _projected(self, action: Float[Tensor, "batch steps dim"]) -> Float[Tensor, "batch steps action_dim"]:
         return self.base.model.action_in_proj(self.base.prepare_action({ACTION: action})).float()
 
 

@@ -10,19 +10,10 @@ from lerobot.utils.constants import ACTION
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from ptr_hf.policies.hooks import captured_input, captured_output, patched, preserved_modes
-from ptr_hf.policies.protocol import (
-    Batch,
-    BeliefMask,
-    PolicyTrace,
-    RolloutTrace,
-    Views,
-    action_mask,
-    per_sample_mean,
-    refuse_stacked_frames,
-    require_keys,
-)
+from ptr_hf.policies.batches import action_mask, all_true, per_sample_mean, refuse_stacked_frames, require_keys
+from ptr_hf.policies.hooks import Capture, captured_input, captured_output, patched, preserved_modes
 from ptr_hf.policies.qwen3vl import Qwen3VLAdapter
+from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, RolloutTrace, Views
 
 PIXELS = "observation.pixel_values"
 """Where the patches of a row's images lie, (rows, images, height, width, pixels of a patch), all cameras together."""
@@ -45,6 +36,12 @@ class GrootAdapter(Qwen3VLAdapter):
 
     family = "groot"
     preprocesses_rows = True
+    image_ndim = 5
+
+    @property
+    def observations(self) -> tuple[str, ...]:
+        """State, prompt, and which robot it is."""
+        return (STATE, PROMPT, PROMPT_MASK, "embodiment_id")
 
     def arrange(self, batch: Batch) -> Batch:
         """What the preprocessor returned, with the packed patches by row under `observation.pixel_values`.
@@ -81,18 +78,18 @@ class GrootAdapter(Qwen3VLAdapter):
     def trace(
         self,
         batch: Batch,
-        belief: Float[Tensor, "batch tokens context_dim"] | None = None,
+        belief: Belief | None = None,
         belief_mask: BeliefMask | None = None,
         views: Views | None = None,
     ) -> PolicyTrace:
-        """One forward of the flow-matching loss; see `PolicyAdapter.trace`.
+        """One forward of the flow-matching loss; see `AdapterBase.trace`.
 
         `GrootPolicy.forward` waits for the device to log; its model is called as it does, under the same autocast.
         """
-        self._check(batch, training=True, with_images=views is None)
+        self.check(batch, training=True, with_images=views is None)
         rows = len(batch[PROMPT])
         action = batch[ACTION][:, : self.chunk_size, : self._robot_dim]
-        mask = action_mask(batch, action.shape[1], rows, action.device)
+        mask = action_mask(batch, action)
         padded = self._padded(action * mask.unsqueeze(-1))
         counted = self._padded(mask.unsqueeze(-1).expand_as(action).to(action.dtype))
         with ExitStack() as scope:
@@ -100,7 +97,7 @@ class GrootAdapter(Qwen3VLAdapter):
             inputs |= self._packed(batch[PIXELS]) if views is None else self._enter_views(scope, views, rows)
             scope.enter_context(self.belief_scope(belief, belief_mask))
             context = scope.enter_context(captured_output(self._head.vl_self_attention))
-            hidden = scope.enter_context(captured_input(self._head.action_decoder))
+            hidden = scope.enter_context(self._captured_hidden())
             scope.enter_context(self._autocast())
             inputs = self.base._filter_groot_inputs(inputs, include_action=True)
             losses = self.base._groot_model.forward(inputs)["action_loss"]
@@ -108,34 +105,32 @@ class GrootAdapter(Qwen3VLAdapter):
             loss=per_sample_mean(losses[:, : action.shape[1], : action.shape[2]], mask),
             context=context.value.float(),
             context_mask=batch[PROMPT_MASK].bool(),
-            action_tokens=self._action_tokens(action, batch["embodiment_id"]),
+            action_tokens=self._action_tokens(action, batch),
             action_hidden=self._action_hidden(hidden.value),
             action_mask=mask,
         )
 
     @torch.no_grad()
-    def rollout(
-        self, batch: Batch, belief: Float[Tensor, "batch tokens context_dim"] | None = None, **kwargs: Any
-    ) -> RolloutTrace:
+    def rollout(self, batch: Batch, belief: Belief | None = None, **kwargs: Any) -> RolloutTrace:
         """Sample a chunk under the belief; `kwargs` (real-time chunking) go to `predict_action_chunk`."""
-        self._check(batch, training=False, with_images=True)
+        self.check(batch, training=False)
         with (
             preserved_modes(self.policy),
             self.belief_scope(belief),
-            captured_input(self._head.action_decoder, keep="last") as hidden,
+            self._captured_hidden(keep="last") as hidden,
             self._predicted() as predicted,
         ):
             actions = self.base.predict_action_chunk({**batch, **self._packed(batch[PIXELS])}, **kwargs)
         chunk = predicted[0][:, : self.chunk_size, : self._robot_dim]
         return RolloutTrace(
             actions=actions,
-            action_tokens=self._action_tokens(chunk, batch["embodiment_id"]),
+            action_tokens=self._action_tokens(chunk, batch),
             action_hidden=self._action_hidden(hidden.value),
-            action_mask=torch.ones(chunk.shape[:2], dtype=torch.bool, device=chunk.device),
+            action_mask=all_true(chunk),
         )
 
     def gradient_checkpointing_enable(self) -> None:
-        """Recompute those of vision tower and language model that train; see `PolicyAdapter`.
+        """Recompute those of vision tower and language model that train; see `AdapterBase`.
 
         Raises:
             ValueError: neither trains: LeRobot keeps what is frozen in eval mode, which recomputes nothing.
@@ -148,9 +143,7 @@ class GrootAdapter(Qwen3VLAdapter):
         super().gradient_checkpointing_enable()
 
     @contextmanager
-    def belief_scope(
-        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None = None
-    ) -> Iterator[None]:
+    def belief_scope(self, belief: Belief | None, mask: BeliefMask | None = None) -> Iterator[None]:
         """Prepend the belief tokens to every prompt that the backbone reads while the scope is open."""
         backbone = self.base._groot_model.backbone
         original = backbone._last_decoder_layer_output
@@ -162,33 +155,27 @@ class GrootAdapter(Qwen3VLAdapter):
         with self.exclusive(), self._prepended(belief, mask), patched(backbone, "_last_decoder_layer_output", states):
             yield
 
-    def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
-        """Merged and deepstack features of all rows and cameras in one tower call; see `PolicyAdapter.encode_views`."""
-        self._check_shared(layer)
-        self._check_images(batch)
-        pixels = batch[PIXELS]
-        packed = self._packed(pixels)
-        with self._autocast():
-            features, states = self._encode(packed[PACKED], packed[GRID], len(pixels), layer)
-        mask = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
-        return Views({PIXELS: features}, {PIXELS: mask}, {} if states is None else {PIXELS: states})
-
     def target_keys(self) -> tuple[str, ...]:
         """All cameras together."""
         return (PIXELS,)
 
-    @torch.no_grad()
-    def encode_image(
+    def _embed_image(self, key: str, image: Float[Tensor, "rows images _ _ pixels"]) -> Float[Tensor, "rows *features"]:
+        packed = self._packed(image)
+        with self._autocast():
+            return self._encode(packed[PACKED], packed[GRID], len(image))
+
+    def _tower_tokens(
         self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
     ) -> Float[Tensor, "batch patches target_dim"]:
-        """Tower tokens of a row's images (batch, images, height, width, pixels), one image after the other."""
-        if key != PIXELS:
-            raise ValueError(f"{key!r} is not the images of this policy, which lie under {PIXELS}.")
+        """Of a row's images (batch, images, height, width, pixels), one image after the other."""
         packed = self._packed(image)
         with self._autocast():
             pixels = packed[PACKED].to(next(tower.parameters()).dtype)
             states = tower(pixels, grid_thw=packed[GRID]).last_hidden_state
-        return states.unflatten(0, (len(image), -1))
+        return self._tokens(states, len(image))
+
+    def _captured_hidden(self, keep: str = "first") -> AbstractContextManager[Capture]:
+        return captured_input(self._head.action_decoder, keep)
 
     @property
     def _qwen(self) -> Any:
@@ -216,9 +203,8 @@ class GrootAdapter(Qwen3VLAdapter):
 
     def _enter_views(self, scope: ExitStack, views: Views, rows: int) -> dict[str, Tensor]:
         """Give the features in the tower's place; returns the grids alone, which place the images' tokens."""
+        views.check_rows(rows)
         features = views.features[PIXELS]
-        if features.shape[0] != rows:
-            raise ValueError(f"views has {features.shape[0]} rows and the batch {rows}.")
         scope.enter_context(self._given([features]))
         side = self._qwen.visual.spatial_merge_size
         images, height, width = features.shape[2:5]
@@ -240,17 +226,10 @@ class GrootAdapter(Qwen3VLAdapter):
         with patched(head, "get_action_with_features", predict):
             yield chunks
 
-    def _check(self, batch: Batch, training: bool, with_images: bool) -> None:
-        self.check_action_dims(batch)
-        keys = [STATE, PROMPT, PROMPT_MASK, "embodiment_id"]
-        require_keys(batch, [*keys, ACTION] if training else keys, self.family)
+    def check(self, batch: Batch, *, training: bool, with_images: bool = True) -> None:
+        """Refuse a batch that the policy cannot read."""
+        super().check(batch, training=training, with_images=with_images)
         refuse_stacked_frames(batch, [STATE], single_frame_ndim=3)
-        if with_images:
-            self._check_images(batch)
-
-    def _check_images(self, batch: Batch) -> None:
-        require_keys(batch, [PIXELS], self.family)
-        refuse_stacked_frames(batch, [PIXELS], single_frame_ndim=5)
 
     def _padded(self, action: Float[Tensor, "batch steps dims"]) -> Float[Tensor, "batch horizon model_dims"]:
         head = self._head
@@ -260,9 +239,9 @@ class GrootAdapter(Qwen3VLAdapter):
         return states[:, -self._head.action_horizon :][:, : self.chunk_size].float()
 
     def _action_tokens(
-        self, action: Float[Tensor, "batch steps dims"], embodiment: Int[Tensor, " batch"]
+        self, action: Float[Tensor, "batch steps dims"], batch: Batch
     ) -> Float[Tensor, "batch steps action_dim"]:
-        head = self._head
+        head, embodiment = self._head, batch["embodiment_id"]
         clean = torch.full(embodiment.shape, int(head.config.noise_s * head.num_timestep_buckets), device=action.device)
         tokens = head.action_encoder(self._padded(action).to(head.dtype), clean, embodiment)
         return tokens[:, : action.shape[1]].float()

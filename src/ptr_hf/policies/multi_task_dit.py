@@ -1,18 +1,19 @@
 """Multi-Task DiT: a diffusion transformer under CLIP image, CLIP text and state conditioning."""
 
-import copy
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from jaxtyping import Float, Float32
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
+from ptr_hf.policies.base import AdapterBase
+from ptr_hf.policies.batches import require_keys
 from ptr_hf.policies.conditioned import ConditionedAdapter
-from ptr_hf.policies.hooks import AdapterBase, patched
-from ptr_hf.policies.protocol import Batch, check_layer, require_keys
+from ptr_hf.policies.hooks import patched
+from ptr_hf.policies.tower import VisionTower, transformer_tower
+from ptr_hf.policies.trace import Batch
 
 
 class MultiTaskDiTAdapter(ConditionedAdapter):
@@ -55,19 +56,8 @@ class MultiTaskDiTAdapter(ConditionedAdapter):
         yield from self._denoiser.transformer_blocks
         yield self.base.observation_encoder.text_encoder.text_encoder
         for encoder in self._encoders:
-            for layer in self._tower_root(encoder).encoder.layers:
+            for layer in encoder.model.vision_model.encoder.layers:
                 yield from (layer.self_attn, layer.mlp)
-
-    def num_tower_layers(self) -> int:
-        """Encoder layers of the CLIP vision tower, or 1 for the state itself."""
-        return len(self._tower_root(self._encoders[0]).encoder.layers) if self._cameras else 1
-
-    def target_dim(self, layer: int) -> int:
-        """Width of the CLIP vision tower, or of the state."""
-        check_layer(layer, self.num_tower_layers())
-        if not self._cameras:
-            return int(self.base.config.robot_state_feature.shape[0])
-        return int(self._encoders[0].embed_dim)
 
     @property
     def _denoiser(self) -> Any:
@@ -90,8 +80,9 @@ class MultiTaskDiTAdapter(ConditionedAdapter):
         return list(observation.vision_encoders) if separate else [observation.vision_encoder]
 
     @property
-    def _state_keys(self) -> list[str]:
-        return [OBS_STATE]
+    def observations(self) -> tuple[str, ...]:
+        """The state."""
+        return (OBS_STATE,)
 
     def _frames(
         self, batch: Batch, steps: int, with_images: bool = True
@@ -108,33 +99,21 @@ class MultiTaskDiTAdapter(ConditionedAdapter):
     def _steps_first(self, hidden: Float[Tensor, "batch steps dim"]) -> Float[Tensor, "batch steps dim"]:
         return hidden
 
-    def _action_tokens(self, action: Float[Tensor, "batch steps dim"]) -> Float32[Tensor, "batch steps action_dim"]:
+    def _action_tokens(
+        self, action: Float[Tensor, "batch steps dim"], batch: Batch
+    ) -> Float32[Tensor, "batch steps action_dim"]:
         return self._denoiser.input_proj(action).float()
 
-    def _tower_root(self, encoder: Any) -> Any:
-        return encoder.model.vision_model
-
-    def _layer(self, encoder: Any, layer: int) -> Any:
-        return self._tower_root(encoder).encoder.layers[layer - 1]
-
-    def _truncated(self, encoder: Any, layer: int) -> nn.Module:
-        source = self._tower_root(encoder)
-        config = copy.deepcopy(source.config)
-        config.num_hidden_layers = layer
-        # The shell's own weights are never read: on the meta device they cost nothing.
-        with torch.device("meta"):
-            tower = type(source)(config)
-        tower.embeddings, tower.pre_layrnorm = source.embeddings, source.pre_layrnorm
-        tower.encoder.layers = nn.ModuleList(source.encoder.layers[:layer])
-        tower.post_layernorm = nn.Identity()
-        return tower.train(source.training)
+    def _tower_in(self, encoder: Any) -> VisionTower:
+        stem = ("embeddings", "pre_layrnorm")
+        return transformer_tower(encoder.model.vision_model, stem, "encoder.layers", ("post_layernorm",))
 
     def _run_tower(
         self, tower: nn.Module, pixels: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch patches dim"]:
         return tower(pixel_values=pixels).last_hidden_state
 
-    def _tokens(self, state: Float[Tensor, "batch patches dim"]) -> Float[Tensor, "batch patches dim"]:
+    def _cells(self, state: Float[Tensor, "batch patches dim"]) -> Float[Tensor, "batch patches dim"]:
         return state
 
     def _encode(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ptr_hf.policies.flow_vla import FlowVLAAdapter, Images
 from ptr_hf.policies.hooks import Capture, patched
-from ptr_hf.policies.protocol import Batch, RolloutTrace
+from ptr_hf.policies.trace import Batch, Belief, RolloutTrace
 
 
 class OpenPIAdapter(FlowVLAAdapter):
@@ -35,9 +35,7 @@ class OpenPIAdapter(FlowVLAAdapter):
         """Width of A_t: the action expert's hidden size."""
         return int(self._experts.gemma_expert.config.hidden_size)
 
-    def rollout(
-        self, batch: Batch, belief: Float[Tensor, "batch tokens context_dim"] | None = None, **kwargs: Any
-    ) -> RolloutTrace:
+    def rollout(self, batch: Batch, belief: Belief | None = None, **kwargs: Any) -> RolloutTrace:
         """Sample a chunk under the belief; `kwargs` (noise, num_steps, real-time chunking) go to the policy."""
         with self._masked_cameras():
             return super().rollout(batch, belief, **kwargs)
@@ -96,7 +94,7 @@ class OpenPIAdapter(FlowVLAAdapter):
         """What the expert reads besides the noised chunk."""
         return ()
 
-    def _embed_image(self, image: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch patches context_dim"]:
+    def _embed_image(self, key: str, image: Float[Tensor, "batch 3 _ _"]) -> Float[Tensor, "batch patches context_dim"]:
         return self.base.model._apply_checkpoint(self._experts.embed_image, image)
 
     @contextmanager
@@ -127,7 +125,11 @@ class PI05Adapter(OpenPIAdapter):
 
     family = "pi05"
     preprocesses_rows = True
-    observations = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
+
+    @property
+    def observations(self) -> tuple[str, ...]:
+        """The instruction."""
+        return (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
 
 
 @contextmanager

@@ -11,25 +11,15 @@ from lerobot.utils.constants import (
     ACTION_TOKENS,
     OBS_LANGUAGE_ATTENTION_MASK,
     OBS_LANGUAGE_TOKENS,
-    OBS_STATE,
 )
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ptr_hf.constants import ACTION_PAD
+from ptr_hf.policies.batches import belief_token_mask, per_sample_mean
 from ptr_hf.policies.hooks import captured_result, patched, preserved_modes
 from ptr_hf.policies.openpi import OpenPIAdapter
-from ptr_hf.policies.protocol import (
-    ACTION_PAD,
-    Batch,
-    BeliefMask,
-    PolicyTrace,
-    RolloutTrace,
-    Views,
-    belief_token_mask,
-    per_sample_mean,
-    refuse_stacked_frames,
-    require_keys,
-)
+from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, RolloutTrace, Views
 
 END_OF_ACTION = "|"
 
@@ -55,7 +45,12 @@ class PI0FastAdapter(OpenPIAdapter):
     family = "pi0_fast"
     preprocesses_rows = True
     masks_action_dims = False
-    observations = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
+    targets = (ACTION_TOKENS, ACTION_TOKEN_MASK)
+
+    @property
+    def observations(self) -> tuple[str, ...]:
+        """The instruction."""
+        return (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
 
     @property
     def action_dim(self) -> int:
@@ -68,16 +63,16 @@ class PI0FastAdapter(OpenPIAdapter):
     def trace(
         self,
         batch: Batch,
-        belief: Float[Tensor, "batch tokens context_dim"] | None = None,
+        belief: Belief | None = None,
         belief_mask: BeliefMask | None = None,
         views: Views | None = None,
     ) -> PolicyTrace:
-        """One forward of the next-token loss; see `PolicyAdapter.trace`."""
-        self._check(batch, training=True, with_images=views is None)
+        """One forward of the next-token loss; see `AdapterBase.trace`."""
+        self.check(batch, training=True, with_images=views is None)
         tokens = batch[ACTION_TOKENS]
         with ExitStack() as scope:
             images = self._enter_images(scope, batch, views, rows=tokens.shape[0])
-            prefix_pad = scope.enter_context(self._prefix(belief, belief_mask))
+            prefix_pad = scope.enter_context(self.belief_scope(belief, belief_mask))
             hidden = scope.enter_context(self._captured_context())
             losses = scope.enter_context(captured_result(functional.cross_entropy))
             self.base.model.forward(
@@ -101,11 +96,9 @@ class PI0FastAdapter(OpenPIAdapter):
         )
 
     @torch.no_grad()
-    def rollout(
-        self, batch: Batch, belief: Float[Tensor, "batch tokens context_dim"] | None = None, **kwargs: Any
-    ) -> RolloutTrace:
+    def rollout(self, batch: Batch, belief: Belief | None = None, **kwargs: Any) -> RolloutTrace:
         """Write a chunk under the belief; `action_mask` ends with each row's end-of-action token."""
-        self._check(batch, training=False, with_images=True)
+        self.check(batch, training=False)
         policy = self.base
         written: list[Tensor] = []
         detokenize = policy.detokenize_actions
@@ -143,8 +136,8 @@ class PI0FastAdapter(OpenPIAdapter):
         return tokens, ended.cumsum(dim=1) - ended.long() == 0
 
     @contextmanager
-    def _prefix(
-        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None
+    def belief_scope(
+        self, belief: Belief | None, mask: BeliefMask | None = None
     ) -> Iterator[list[Bool[Tensor, "batch sequence"]]]:
         """Prepend the belief in `embed_prefix_fast`, whose attention mask is spelled out pair by pair."""
         model = self.base.model
@@ -172,14 +165,6 @@ class PI0FastAdapter(OpenPIAdapter):
 
         with self.exclusive(), patched(model, "embed_prefix_fast", embed_prefix):
             yield pads
-
-    def _check(self, batch: Batch, training: bool, with_images: bool) -> None:
-        self.check_action_dims(batch)
-        targets = (ACTION_TOKENS, ACTION_TOKEN_MASK) if training else ()
-        require_keys(batch, [*self.observations, *targets], self.family)
-        refuse_stacked_frames(batch, [OBS_STATE], single_frame_ndim=2)
-        if with_images:
-            self._check_images(batch)
 
 
 def _token_mask(batch: Batch) -> Bool[Tensor, "batch steps"]:

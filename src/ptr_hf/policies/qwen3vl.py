@@ -1,7 +1,6 @@
 """What policies on a Qwen3-VL backbone share: the vision tower, its features, and belief tokens before the prompt."""
 
-import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from ptr_hf.policies.hooks import AdapterBase, captured_output, edited_call, frozen_copy, patched
-from ptr_hf.policies.protocol import BeliefMask, belief_token_mask, check_layer
+from ptr_hf.policies.base import AdapterBase
+from ptr_hf.policies.batches import belief_token_mask
+from ptr_hf.policies.hooks import Call, edited_call, patched
+from ptr_hf.policies.tower import VisionTower, transformer_tower
+from ptr_hf.policies.trace import Belief, BeliefMask
 
 
-class Qwen3VLAdapter(AdapterBase, ABC):
+class Qwen3VLAdapter(AdapterBase):
     """The Qwen3-VL half of an adapter (transformers 5.5).
 
     Belief tokens are prepended to what the language model reads, image and text embeddings alike, at the positions
@@ -48,63 +50,25 @@ class Qwen3VLAdapter(AdapterBase, ABC):
             yield block.mlp
         yield from self._head_blocks
 
-    def tower_is_frozen(self) -> bool:
-        """Whether no parameter of the vision tower trains."""
-        return not any(parameter.requires_grad for parameter in self._qwen.visual.parameters())
+    @property
+    def tower(self) -> VisionTower:
+        """The vision tower without its mergers."""
+        stem = ("patch_embed", "pos_embed", "rotary_pos_emb")
+        return transformer_tower(self._qwen.visual, stem, "blocks", ("merger",), deepstack_visual_indexes=[])
 
-    def num_tower_layers(self) -> int:
-        """Blocks of the vision tower."""
-        return len(self._qwen.visual.blocks)
-
-    def target_dim(self, layer: int) -> int:
-        """Width of the vision tower, the same after every block."""
-        check_layer(layer, self.num_tower_layers())
-        return int(self._qwen.visual.config.hidden_size)
-
-    def build_tower(self, layer: int, share: bool = False) -> nn.Module:
-        """The vision tower's first `layer` blocks without its mergers; see `PolicyAdapter.build_tower`."""
-        check_layer(layer, self.num_tower_layers())
-        source = self._qwen.visual
-        config = copy.deepcopy(source.config)
-        config.depth, config.deepstack_visual_indexes = layer, []
-        # The shell's own weights are never read: on the meta device they cost nothing.
-        with torch.device("meta"):
-            tower = type(source)(config)
-        for name in ("patch_embed", "pos_embed", "rotary_pos_emb"):
-            setattr(tower, name, source.get_submodule(name))
-        tower.blocks = nn.ModuleList(source.blocks[:layer])
-        tower.merger = nn.Identity()
-        if share:
-            return tower.train(source.training)
-        return frozen_copy(tower)
-
-    def tower_parameters(self, layer: int) -> Iterable[tuple[str, Tensor]]:
-        """The live tower's parameters under the names of `build_tower(layer).state_dict()`."""
-        check_layer(layer, self.num_tower_layers())
-        kept = ("patch_embed.", "pos_embed.", *(f"blocks.{index}." for index in range(layer)))
-        for name, value in self._qwen.visual.state_dict().items():
-            if name.startswith(kept):
-                yield name, value
-
-    def _check_shared(self, layer: int | None) -> None:
-        if layer is None:
-            return
-        check_layer(layer, self.num_tower_layers())
-        if not self.tower_is_frozen():
-            raise ValueError("Layer states are shared only while the vision tower is frozen; pass layer=None.")
+    def _tokens(self, states: Float[Tensor, "all_patches dim"], rows: int) -> Float[Tensor, "rows patches dim"]:
+        return states.unflatten(0, (rows, -1))
 
     def _encode(
-        self, pixels: Float[Tensor, "patches pixels"], grid: Int[Tensor, "images 3"], rows: int, layer: int | None
-    ) -> tuple[Float[Tensor, "rows levels views height width dim"], Float[Tensor, "rows states tower_dim"] | None]:
-        """Merged features of images of one size, those for each deepstack level after them; states after `layer`."""
+        self, pixels: Float[Tensor, "patches pixels"], grid: Int[Tensor, "images 3"], rows: int
+    ) -> Float[Tensor, "rows levels views height width dim"]:
+        """Merged features of images of one size, those for each deepstack level after them."""
         visual = self._qwen.visual
-        with captured_output(visual.blocks[(layer or 1) - 1]) as state:
-            output = visual(pixels.to(visual.dtype), grid_thw=grid)
+        output = visual(pixels.to(visual.dtype), grid_thw=grid)
         levels = torch.stack([output.pooler_output, *output.deepstack_features])
         side = visual.spatial_merge_size
         _, height, width = grid[0].tolist()
-        features = levels.unflatten(1, (rows, -1, height // side, width // side)).transpose(0, 1)
-        return features, None if layer is None else state.value.detach().unflatten(0, (rows, -1))
+        return levels.unflatten(1, (rows, -1, height // side, width // side)).transpose(0, 1)
 
     @contextmanager
     def _given(self, features: Sequence[Float[Tensor, "rows levels _ _ _ dim"]]) -> Iterator[None]:
@@ -118,9 +82,7 @@ class Qwen3VLAdapter(AdapterBase, ABC):
             yield
 
     @contextmanager
-    def _prepended(
-        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None
-    ) -> Iterator[None]:
+    def _prepended(self, belief: Belief | None, mask: BeliefMask | None) -> Iterator[None]:
         """Prepend the belief to everything the language model reads."""
         if belief is None:
             yield
@@ -128,7 +90,7 @@ class Qwen3VLAdapter(AdapterBase, ABC):
         tokens = belief.shape[1]
         readable = belief_token_mask(belief, mask)
 
-        def edit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def edit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
             embeddings, attention = kwargs["inputs_embeds"], kwargs["attention_mask"]
             visual, position = kwargs["visual_pos_masks"], kwargs["position_ids"]
             before = torch.arange(-tokens, 0, device=position.device).expand(*position.shape[:2], tokens)

@@ -1,24 +1,21 @@
 """Which LeRobot policies PTR takes, and why it does not take the others."""
 
-from typing import Any
-
 from lerobot.policies.pretrained import PreTrainedPolicy
 from torch import nn
 
 from ptr_hf.policies.act import ACTAdapter
+from ptr_hf.policies.base import AdapterBase, unwrap
 from ptr_hf.policies.diffusion import DiffusionAdapter
 from ptr_hf.policies.evo1 import Evo1Adapter
 from ptr_hf.policies.groot import GrootAdapter
-from ptr_hf.policies.hooks import AdapterBase, unwrap
 from ptr_hf.policies.multi_task_dit import MultiTaskDiTAdapter
 from ptr_hf.policies.openpi import PI0Adapter, PI05Adapter
 from ptr_hf.policies.pi0_fast import PI0FastAdapter
-from ptr_hf.policies.protocol import PolicyAdapter
 from ptr_hf.policies.smolvla import SmolVLAAdapter, SmolVLAStateAdapter
 from ptr_hf.policies.vla_jepa import VLAJEPAAdapter
 from ptr_hf.policies.xvla import XVLAAdapter
 
-ADAPTERS: dict[str, type[Any]] = {
+ADAPTERS: dict[str, type[AdapterBase]] = {
     adapter.family: adapter
     for adapter in (
         ACTAdapter,
@@ -78,7 +75,7 @@ def refusal(policy_type: str) -> str:
     )
 
 
-def make_adapter(policy: nn.Module) -> PolicyAdapter:
+def make_adapter(policy: nn.Module) -> AdapterBase:
     """The adapter of a LeRobot policy, or of the `PeftModel` around one.
 
     Raises:
@@ -93,5 +90,5 @@ def make_adapter(policy: nn.Module) -> PolicyAdapter:
     if base.name not in ADAPTERS:
         raise ValueError(refusal(base.name))
     adapter: AdapterBase = ADAPTERS[base.name](policy)
-    assert isinstance(adapter, PolicyAdapter)
+    assert isinstance(adapter, AdapterBase)
     return adapter

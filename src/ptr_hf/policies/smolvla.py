@@ -1,18 +1,18 @@
 """SmolVLA, with cameras or without: a SmolVLM backbone whose hidden states condition a flow-matching action expert."""
 
-from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
+from ptr_hf.policies.base import AdapterBase
 from ptr_hf.policies.flow_vla import FlowVLAAdapter, Images
-from ptr_hf.policies.hooks import AdapterBase, Capture, captured_output, frozen_copy
-from ptr_hf.policies.protocol import Batch, Views, check_layer, require_keys
+from ptr_hf.policies.hooks import Capture, captured_output
+from ptr_hf.policies.tower import VisionTower, projector_tower
+from ptr_hf.policies.trace import Batch
 
 
 class SmolVLAAdapter(FlowVLAAdapter):
@@ -92,54 +92,14 @@ class SmolVLAStateAdapter(SmolVLAAdapter):
 
     family = "smolvla_state"
 
-    def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
-        """Views without images, with the state's token when a layer is asked for; see `PolicyAdapter.encode_views`."""
-        require_keys(batch, [OBS_STATE], self.family)
-        if layer is None:
-            return Views(features={}, masks={})
-        check_layer(layer, self.num_tower_layers())
-        if not self.tower_is_frozen():
-            raise ValueError("Layer states are shared only while the state projector is frozen; pass layer=None.")
-        return Views(
-            features={}, masks={}, tower={OBS_STATE: self.encode_image(self._tower(), OBS_STATE, batch[OBS_STATE])}
-        )
+    @property
+    def tower(self) -> VisionTower:
+        """The state projector, as wide as the text model."""
+        return projector_tower(self.base.model.state_proj, self.context_dim)
 
     def target_keys(self) -> tuple[str, ...]:
         """The state."""
         return (OBS_STATE,)
-
-    def tower_is_frozen(self) -> bool:
-        """Whether no parameter of the state projector trains."""
-        return not any(parameter.requires_grad for parameter in self.base.model.state_proj.parameters())
-
-    def num_tower_layers(self) -> int:
-        """The state projector."""
-        return 1
-
-    def target_dim(self, layer: int) -> int:
-        """Width of the state projector, which is that of the text model."""
-        check_layer(layer, self.num_tower_layers())
-        return self.context_dim
-
-    def build_tower(self, layer: int, share: bool = False) -> nn.Module:
-        """The state projector; see `PolicyAdapter.build_tower`."""
-        check_layer(layer, self.num_tower_layers())
-        return self._tower() if share else frozen_copy(self._tower())
-
-    def tower_parameters(self, layer: int) -> Iterable[tuple[str, Tensor]]:
-        """The live state projector's parameters under the names of `build_tower(layer).state_dict()`."""
-        check_layer(layer, self.num_tower_layers())
-        return self._tower().state_dict().items()
-
-    @torch.no_grad()
-    def encode_image(
-        self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
-    ) -> Float[Tensor, "batch patches target_dim"]:
-        """The one token of a normalised state (batch, state_dim), padded by the policy itself."""
-        if key != OBS_STATE:
-            raise ValueError(f"{key!r} is not a target feature of this policy, which has {OBS_STATE}.")
-        state = self._state({OBS_STATE: image})
-        return tower(state.to(next(tower.parameters()).dtype)).unsqueeze(1)
 
     def gradient_checkpointing_enable(self) -> None:
         """There is no vision tower, the only part of SmolVLA that has it."""
@@ -150,8 +110,8 @@ class SmolVLAStateAdapter(SmolVLAAdapter):
         for layer in self._language_layers():
             yield layer.mlp
 
-    def _tower(self) -> nn.Module:
-        return nn.Sequential(OrderedDict(projection=self.base.model.state_proj))
-
-    def _check_images(self, batch: Batch) -> None:
-        """There are none to check."""
+    def _tower_tokens(
+        self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
+    ) -> Float[Tensor, "batch patches target_dim"]:
+        """The one token of a normalised state (batch, state_dim), padded by the policy itself."""
+        return tower(self._state({OBS_STATE: image}).to(next(tower.parameters()).dtype)).unsqueeze(1)

@@ -10,20 +10,11 @@ from jaxtyping import Bool, Float
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
 
-from ptr_hf.policies.hooks import captured_input, captured_output, captured_result, patched, preserved_modes
-from ptr_hf.policies.protocol import (
-    ACTION_PAD,
-    Batch,
-    BeliefMask,
-    PolicyTrace,
-    RolloutTrace,
-    Views,
-    action_mask,
-    per_sample_mean,
-    refuse_stacked_frames,
-    require_keys,
-)
+from ptr_hf.constants import ACTION_PAD
+from ptr_hf.policies.batches import action_mask, per_sample_mean
+from ptr_hf.policies.hooks import Capture, captured_input, captured_output, captured_result, patched
 from ptr_hf.policies.qwen3vl import Qwen3VLAdapter
+from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, Views
 
 
 class VLAJEPAAdapter(Qwen3VLAdapter):
@@ -57,30 +48,30 @@ class VLAJEPAAdapter(Qwen3VLAdapter):
         return int(self.base.config.action_hidden_size)
 
     @property
-    def chunk_size(self) -> int:
-        """Steps in one action chunk."""
-        return int(self.base.config.chunk_size)
+    def observations(self) -> tuple[str, ...]:
+        """The state, where the policy's config names one."""
+        return (OBS_STATE,) if self.base.config.robot_state_feature else ()
 
     def trace(
         self,
         batch: Batch,
-        belief: Float[Tensor, "batch tokens context_dim"] | None = None,
+        belief: Belief | None = None,
         belief_mask: BeliefMask | None = None,
         views: Views | None = None,
     ) -> PolicyTrace:
-        """One forward of the flow-matching loss; see `PolicyAdapter.trace`."""
-        self._check(batch, training=True, with_images=views is None)
+        """One forward of the flow-matching loss; see `AdapterBase.trace`."""
+        self.check(batch, training=True, with_images=views is None)
         action = batch[ACTION]
         rows = action.shape[0]
-        mask = action_mask(batch, action.shape[1], rows, action.device)
+        mask = action_mask(batch, action)
         with ExitStack() as scope:
             batch = {**batch, ACTION_PAD: ~mask}
             if views is not None:
                 batch |= self._enter_views(scope, views, rows)
             inputs = self.base._prepare_model_inputs(batch, training=False)
-            prompt_mask = scope.enter_context(self._prompt(belief, belief_mask))
+            prompt_mask = scope.enter_context(self.belief_scope(belief, belief_mask))
             context = scope.enter_context(captured_output(self._qwen.language_model.norm))
-            hidden = scope.enter_context(captured_input(self._head.action_decoder))
+            hidden = scope.enter_context(self._captured_hidden())
             losses = scope.enter_context(captured_result(F.mse_loss))
             self.base.model.forward(**inputs)
         draws = self.base.config.repeated_diffusion_steps
@@ -88,67 +79,26 @@ class VLAJEPAAdapter(Qwen3VLAdapter):
             loss=per_sample_mean(losses.value, mask.repeat(draws, 1)).unflatten(0, (draws, rows)).mean(dim=0),
             context=context.value[:, -prompt_mask[0].shape[1] :].float(),
             context_mask=prompt_mask[0],
-            action_tokens=self._action_tokens(action),
+            action_tokens=self._action_tokens(action, batch),
             action_hidden=hidden.value[:rows].float(),
             action_mask=mask,
         )
 
-    @torch.no_grad()
-    def rollout(
-        self, batch: Batch, belief: Float[Tensor, "batch tokens context_dim"] | None = None, **kwargs: Any
-    ) -> RolloutTrace:
-        """Sample a chunk under the belief."""
-        self._check(batch, training=False, with_images=True)
-        with (
-            preserved_modes(self.policy),
-            self.belief_scope(belief),
-            captured_input(self._head.action_decoder, keep="last") as hidden,
-        ):
-            actions = self.base.predict_action_chunk(batch, **kwargs)
-        return RolloutTrace(
-            actions=actions,
-            action_tokens=self._action_tokens(actions),
-            action_hidden=hidden.value.float(),
-            action_mask=torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device),
-        )
+    def _embed_image(self, key: str, image: Float[Tensor, "rows channels _ _"]) -> Float[Tensor, "rows *features"]:
+        with self._autocast():
+            return self._encode(*self._pixels(image), len(image))
 
-    @contextmanager
-    def belief_scope(
-        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None = None
-    ) -> Iterator[None]:
-        """Prepend the belief tokens to every prompt that the policy encodes while the scope is open."""
-        with self._prompt(belief, mask):
-            yield
-
-    def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
-        """Merged and deepstack features of all rows, one tower call per camera; see `PolicyAdapter.encode_views`."""
-        self._check_shared(layer)
-        self._check_images(batch)
-        features, masks, tower = {}, {}, {}
-        for key in self.target_keys():
-            frames = batch[key]
-            with self._autocast():
-                features[key], states = self._encode(*self._pixels(frames), len(frames), layer)
-            masks[key] = torch.ones(len(frames), dtype=torch.bool, device=frames.device)
-            if states is not None:
-                tower[key] = states
-        return Views(features=features, masks=masks, tower=tower)
-
-    def target_keys(self) -> tuple[str, ...]:
-        """The policy's cameras."""
-        return tuple(self.base.config.image_features)
-
-    @torch.no_grad()
-    def encode_image(
+    def _tower_tokens(
         self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
     ) -> Float[Tensor, "batch patches target_dim"]:
-        """Tower tokens of one camera's images, resized, normalised and cut into patches by the policy's own processor."""
-        if key not in self.target_keys():
-            raise ValueError(f"{key!r} is not a camera of this policy, which has {', '.join(self.target_keys())}.")
+        """Of images that are resized, normalised and cut into patches by the policy's own processor."""
         pixels, grid = self._pixels(image)
         with self._autocast():
             states = tower(pixels.to(next(tower.parameters()).dtype), grid_thw=grid).last_hidden_state
-        return states.unflatten(0, (len(image), -1))
+        return self._tokens(states, len(image))
+
+    def _captured_hidden(self, keep: str = "first") -> AbstractContextManager[Capture]:
+        return captured_input(self._head.action_decoder, keep)
 
     @property
     def _qwen(self) -> Any:
@@ -178,9 +128,7 @@ class VLAJEPAAdapter(Qwen3VLAdapter):
 
     def _enter_views(self, scope: ExitStack, views: Views, rows: int) -> Batch:
         """Give the features in the tower's place; returns black images, which cost the processor alone."""
-        held = next(iter(views.features.values()))
-        if held.shape[0] != rows:
-            raise ValueError(f"views has {held.shape[0]} rows and the batch {rows}.")
+        views.check_rows(rows)
         scope.enter_context(self._given([views.features[key] for key in self.target_keys()]))
         visual = self._qwen.visual.config
         side = visual.patch_size * visual.spatial_merge_size
@@ -191,8 +139,8 @@ class VLAJEPAAdapter(Qwen3VLAdapter):
         return images
 
     @contextmanager
-    def _prompt(
-        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None
+    def belief_scope(
+        self, belief: Belief | None, mask: BeliefMask | None = None
     ) -> Iterator[list[Bool[Tensor, "batch prompt"]]]:
         """Prepend the belief and keep it out of what the action head picks from; yields the prompt's masks."""
         model = self.base.model
@@ -207,19 +155,9 @@ class VLAJEPAAdapter(Qwen3VLAdapter):
         with self.exclusive(), self._prepended(belief, mask), patched(model, "_qwen_last_decoder_hidden", states):
             yield masks
 
-    def _check(self, batch: Batch, training: bool, with_images: bool) -> None:
-        self.check_action_dims(batch)
-        keys = [OBS_STATE] if self.base.config.robot_state_feature else []
-        require_keys(batch, [*keys, ACTION] if training else keys, self.family)
-        refuse_stacked_frames(batch, keys, single_frame_ndim=2)
-        if with_images:
-            self._check_images(batch)
-
-    def _check_images(self, batch: Batch) -> None:
-        require_keys(batch, self.target_keys(), self.family)
-        refuse_stacked_frames(batch, self.target_keys(), single_frame_ndim=4)
-
-    def _action_tokens(self, action: Float[Tensor, "batch steps dim"]) -> Float[Tensor, "batch steps action_dim"]:
+    def _action_tokens(
+        self, action: Float[Tensor, "batch steps dim"], batch: Batch
+    ) -> Float[Tensor, "batch steps action_dim"]:
         clean = torch.full(
             action.shape[:1], self.base.config.action_num_timestep_buckets, dtype=torch.long, device=action.device
         )

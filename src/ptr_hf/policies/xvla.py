@@ -1,8 +1,7 @@
 """X-VLA: a Florence-2 encoder whose states condition a soft-prompted flow-matching transformer."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,35 +10,15 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LAN
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ptr_hf.policies.hooks import (
-    AdapterBase,
-    captured_input,
-    captured_output,
-    edited_call,
-    frozen_copy,
-    patched,
-    preserved_modes,
-)
-from ptr_hf.policies.protocol import (
-    Batch,
-    BeliefMask,
-    PolicyTrace,
-    RolloutTrace,
-    Views,
-    action_mask,
-    belief_token_mask,
-    check_layer,
-    per_sample_mean,
-    refuse_stacked_frames,
-    require_keys,
-)
-
-EMPTY_CAMERA = "observation.images.empty_camera_"
+from ptr_hf.policies.base import AdapterBase
+from ptr_hf.policies.batches import action_mask, belief_token_mask, per_sample_mean
+from ptr_hf.policies.hooks import Call, Capture, captured_input, edited_call, patched, preserved_modes, recorded_calls
+from ptr_hf.policies.tower import VisionTower, flatten_map
+from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, Views
 
 SEPARABLE_ACTION_SPACES = ("ee6d", "joint", "agibot_ee6d", "franka_joint7", "auto", "so101_bimanual")
 """Action spaces whose every loss component is a mean over rows and steps: all that lerobot 0.6.1 registers."""
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 ActionLoss = Callable[[Tensor, Tensor], dict[str, Tensor]]
 
 
@@ -67,6 +46,7 @@ class XVLAAdapter(AdapterBase):
 
     family = "xvla"
     preprocesses_rows = True
+    needs_every_camera = False
 
     def __init__(self, policy: nn.Module) -> None:
         super().__init__(policy)
@@ -87,62 +67,54 @@ class XVLAAdapter(AdapterBase):
         """Width of A_t: the transformer's."""
         return int(self.base.config.hidden_size)
 
-    hidden_dim = action_dim
-    """Width of C_t: the transformer's."""
+    @property
+    def tower(self) -> VisionTower:
+        """The DaViT, whose layers are its stages."""
+        root = self._vlm.vision_tower
+        layers = tuple(
+            (f"convs.{stage}", *(f"blocks.{stage}.{index}" for index in range(len(blocks))))
+            for stage, blocks in enumerate(root.blocks)
+        )
+        return VisionTower(root, (), layers, tuple(root.config.embed_dim), head=())
 
     @property
-    def chunk_size(self) -> int:
-        """Steps in one action chunk."""
-        return int(self.base.config.chunk_size)
+    def observations(self) -> tuple[str, ...]:
+        """The instruction, and the state where the policy takes proprioception."""
+        return (OBS_STATE, OBS_LANGUAGE_TOKENS) if self.base.config.use_proprio else (OBS_LANGUAGE_TOKENS,)
 
     def trace(
         self,
         batch: Batch,
-        belief: Float[Tensor, "batch tokens context_dim"] | None = None,
+        belief: Belief | None = None,
         belief_mask: BeliefMask | None = None,
         views: Views | None = None,
     ) -> PolicyTrace:
         """One forward of `XVLAPolicy.model`, without the waits of the policy's own logging."""
         policy, model = self.base, self.base.model
-        self._check(batch, training=True, with_images=views is None)
+        self.check(batch, training=True, with_images=views is None)
         action = batch[ACTION]
         with ExitStack() as scope:
             if views is not None:
                 self._enter_views(scope, views, action.shape[0])
             scope.enter_context(self.belief_scope(belief, belief_mask))
-            seen = scope.enter_context(_captured_context(model.transformer))
-            hidden = scope.enter_context(captured_input(model.transformer.action_decoder))
+            seen = scope.enter_context(
+                recorded_calls(
+                    model.transformer, lambda _args, kwargs: (kwargs["vlm_features"], kwargs["aux_visual_inputs"])
+                )
+            )
+            hidden = scope.enter_context(self._captured_hidden())
             scope.enter_context(patched(model.action_space, "compute_loss", _per_step(model.action_space.compute_loss)))
             inputs = policy._build_model_inputs(batch)
             losses = model(action=policy._prepare_action_targets(batch), **inputs)["loss"]
         encoded, others = seen[0]
-        mask = action_mask(batch, action.shape[1], action.shape[0], action.device)
+        mask = action_mask(batch, action)
         return PolicyTrace(
             loss=per_sample_mean(losses.unsqueeze(-1), mask),
             context=torch.cat([encoded, others], dim=1).float(),
             context_mask=self._context_mask(batch, inputs["image_mask"], encoded.shape[1], others.shape[1]),
-            action_tokens=self._action_tokens(batch, action),
+            action_tokens=self._action_tokens(action, batch),
             action_hidden=hidden.value.float(),
             action_mask=mask,
-        )
-
-    @torch.no_grad()
-    def rollout(
-        self, batch: Batch, belief: Float[Tensor, "batch tokens context_dim"] | None = None, **kwargs: Any
-    ) -> RolloutTrace:
-        """Sample a chunk under the belief."""
-        self._check(batch, training=False, with_images=True)
-        with (
-            preserved_modes(self.policy),
-            self.belief_scope(belief),
-            captured_input(self.base.model.transformer.action_decoder, keep="last") as hidden,
-        ):
-            actions = self.base.predict_action_chunk(batch, **kwargs)
-        return RolloutTrace(
-            actions=actions,
-            action_tokens=self._action_tokens(batch, actions),
-            action_hidden=hidden.value.float(),
-            action_mask=torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device),
         )
 
     def gradient_checkpointing_enable(self) -> None:
@@ -158,9 +130,7 @@ class XVLAAdapter(AdapterBase):
             yield from stage[:-1]
 
     @contextmanager
-    def belief_scope(
-        self, belief: Float[Tensor, "batch tokens context_dim"] | None, mask: BeliefMask | None = None
-    ) -> Iterator[None]:
+    def belief_scope(self, belief: Belief | None, mask: BeliefMask | None = None) -> Iterator[None]:
         """Append the belief tokens to what the Florence-2 encoder reads while the scope is open."""
         with ExitStack() as scope:
             scope.enter_context(self.exclusive())
@@ -169,80 +139,41 @@ class XVLAAdapter(AdapterBase):
             yield
 
     def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
-        """Projected image tokens of all rows, one tower call per camera; see `PolicyAdapter.encode_views`.
+        """Projected image tokens of all rows, one tower call per camera; see `AdapterBase.encode_views`.
 
         With `layer` the frozen tower runs in eval mode, without the stochastic depth that LeRobot leaves on.
         """
-        if layer is not None:
-            check_layer(layer, self.num_tower_layers())
-            if not self.tower_is_frozen():
-                raise ValueError("Layer states are shared only while the vision tower is frozen; pass layer=None.")
-        self._check_images(batch)
+        tower = self._vlm.vision_tower
+        with nullcontext() if layer is None else preserved_modes(tower, training=False):
+            return super().encode_views(batch, layer)
+
+    def _images_of(self, batch: Batch) -> Iterable[tuple[str, Tensor, Bool[Tensor, " rows"]]]:
         images, masks = self.base._prepare_images(batch)
+        keys = [key for key in self.base.config.image_features if key in batch]
         images = images.to(self.base.model._get_target_dtype())
-        features, shown, tower = {}, {}, {}
-        for index, key in enumerate(key for key in self.base.config.image_features if key in batch):
-            with ExitStack() as scope:
-                if layer is not None:
-                    scope.enter_context(preserved_modes(self._vlm.vision_tower, training=False))
-                    stage = scope.enter_context(captured_output(self._vlm.vision_tower.blocks[layer - 1][-1]))
-                features[key] = self._vlm.get_image_features(images[:, index]).pooler_output
-                shown[key] = masks[:, index]
-                if layer is not None and key in self.target_keys():
-                    tower[key] = _flatten_map(stage.value.detach())
-        return Views(features=features, masks=shown, tower=tower)
+        return ((key, images[:, index], masks[:, index]) for index, key in enumerate(keys))
 
-    def target_keys(self) -> tuple[str, ...]:
-        """The policy's cameras without the empty ones it fills itself."""
-        return tuple(key for key in self.base.config.image_features if not key.startswith(EMPTY_CAMERA))
+    def _embed_image(self, key: str, image: Float[Tensor, "rows 3 _ _"]) -> Float[Tensor, "rows patches dim"]:
+        return self._vlm.get_image_features(image).pooler_output
 
-    def tower_is_frozen(self) -> bool:
-        """Whether no parameter of the DaViT trains."""
-        return not any(parameter.requires_grad for parameter in self._vlm.vision_tower.parameters())
+    def _tokens(self, states: Float[Tensor, "rows channels _ _"], rows: int) -> Float[Tensor, "rows patches channels"]:
+        return flatten_map(states)
 
-    def num_tower_layers(self) -> int:
-        """Stages of the DaViT."""
-        return len(self._vlm.vision_tower.convs)
-
-    def target_dim(self, layer: int) -> int:
-        """Channels of the DaViT's stage."""
-        check_layer(layer, self.num_tower_layers())
-        return int(self._vlm.vision_tower.config.embed_dim[layer - 1])
-
-    def build_tower(self, layer: int, share: bool = False) -> nn.Module:
-        """The DaViT's first `layer` stages; see `PolicyAdapter.build_tower`."""
-        check_layer(layer, self.num_tower_layers())
-        source = self._vlm.vision_tower
-        # The shell's own weights are never read: on the meta device they cost nothing.
-        with torch.device("meta"):
-            tower = type(source)(copy.deepcopy(source.config))
-        tower.convs = source.convs[:layer]
-        tower.blocks = source.blocks[:layer]
-        return tower.train(source.training) if share else frozen_copy(tower)
-
-    def tower_parameters(self, layer: int) -> Iterable[tuple[str, Tensor]]:
-        """The live tower's parameters under the names of `build_tower(layer).state_dict()`."""
-        check_layer(layer, self.num_tower_layers())
-        kept = tuple(f"{part}.{index}." for index in range(layer) for part in ("convs", "blocks"))
-        for name, value in self._vlm.vision_tower.state_dict().items():
-            if name.startswith(kept):
-                yield name, value
-
-    @torch.no_grad()
-    def encode_image(
+    def _tower_tokens(
         self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
     ) -> Float[Tensor, "batch patches target_dim"]:
-        """Flattened feature map of one camera's normalised images, resized and padded by the policy itself."""
-        if key not in self.target_keys():
-            raise ValueError(f"{key!r} is not a camera of this policy, which has {', '.join(self.target_keys())}.")
+        """Of images that are resized and padded by the policy itself."""
         with preserved_modes(tower, training=False):
-            return _flatten_map(tower(self.base._prepare_images({key: image})[0][:, 0]).last_hidden_state)
+            return flatten_map(tower(self.base._prepare_images({key: image})[0][:, 0]).last_hidden_state)
+
+    def _captured_hidden(self, keep: str = "first") -> AbstractContextManager[Capture]:
+        return captured_input(self.base.model.transformer.action_decoder, keep)
 
     @property
     def _vlm(self) -> Any:
         return self.base.model.vlm
 
-    def _inject(self, scope: ExitStack, belief: Float[Tensor, "batch tokens dim"], mask: BeliefMask | None) -> None:
+    def _inject(self, scope: ExitStack, belief: Belief, mask: BeliefMask | None) -> None:
         """Append the belief to the encoder's sequence, and leave it out of what `forward_vlm` returns."""
         model, encoder, tokens = self.base.model, self._vlm.language_model.encoder, belief.shape[1]
         original = model.forward_vlm
@@ -271,9 +202,8 @@ class XVLAAdapter(AdapterBase):
 
     def _enter_views(self, scope: ExitStack, views: Views, rows: int) -> None:
         """Let the policy take the features for images, and the vision tower return them as they are."""
+        views.check_rows(rows)
         features, masks = (torch.stack(list(part.values()), dim=1) for part in (views.features, views.masks))
-        if features.shape[0] != rows:
-            raise ValueError(f"views has {features.shape[0]} rows and the batch {rows}.")
         missing = max(0, (self.base.config.num_image_views or 0) - features.shape[1])
         blank = features.new_zeros(rows, missing, *features.shape[2:])
         prepared = torch.cat([features, blank], dim=1), torch.cat([masks, masks.new_zeros(rows, missing)], dim=1)
@@ -291,7 +221,7 @@ class XVLAAdapter(AdapterBase):
         return torch.cat([shown[:, :patches], real, shown[:, patches : patches + others]], dim=1)
 
     def _action_tokens(
-        self, batch: Batch, action: Float[Tensor, "batch steps dim"]
+        self, action: Float[Tensor, "batch steps dim"], batch: Batch
     ) -> Float[Tensor, "batch steps action_dim"]:
         policy, model = self.base, self.base.model
         rows, device = action.shape[0], action.device
@@ -300,21 +230,6 @@ class XVLAAdapter(AdapterBase):
         padding = clean.new_zeros(*clean.shape[:2], model.dim_proprio + model.transformer.dim_time)
         inputs = torch.cat([clean, padding], dim=-1).to(model._get_target_dtype())
         return model.transformer.action_encoder(inputs, policy._get_domain_id(batch, rows, device)).float()
-
-    def _check(self, batch: Batch, training: bool, with_images: bool) -> None:
-        self.check_action_dims(batch)
-        state = [OBS_STATE] if self.base.config.use_proprio else []
-        require_keys(batch, [*state, OBS_LANGUAGE_TOKENS, *([ACTION] if training else [])], self.family)
-        refuse_stacked_frames(batch, state, single_frame_ndim=2)
-        if with_images:
-            self._check_images(batch)
-
-    def _check_images(self, batch: Batch) -> None:
-        # A checkpoint may list cameras that this robot lacks: X-VLA skips those, but needs one.
-        cameras = self.target_keys()
-        if not any(key in batch for key in cameras):
-            require_keys(batch, cameras, self.family)
-        refuse_stacked_frames(batch, cameras, single_frame_ndim=4)
 
 
 def _per_step(compute_loss: ActionLoss) -> ActionLoss:
@@ -328,23 +243,6 @@ def _per_step(compute_loss: ActionLoss) -> ActionLoss:
         return {"loss": torch.func.vmap(torch.func.vmap(of_one_step))(predicted.float(), target.float())}
 
     return of_all
-
-
-@contextmanager
-def _captured_context(transformer: nn.Module) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Encoder states and the other cameras' tokens of each call of the transformer."""
-    calls: list[tuple[Tensor, Tensor]] = []
-
-    def record(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        calls.append((kwargs["vlm_features"], kwargs["aux_visual_inputs"]))
-        return args, kwargs
-
-    with edited_call(transformer, record):
-        yield calls
-
-
-def _flatten_map(feature_map: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch patches channels"]:
-    return feature_map.flatten(2).transpose(1, 2)
 
 
 def _as_image_features(features: Tensor) -> BaseModelOutputWithPooling:

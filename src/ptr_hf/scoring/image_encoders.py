@@ -23,8 +23,8 @@ from ptr_hf.artifacts.checkpoint import PROCESSOR_FILES, is_ptr_source, resolve_
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.policies import make_adapter
-from ptr_hf.policies.hooks import preserved_modes, unwrap
-from ptr_hf.policies.protocol import PolicyAdapter
+from ptr_hf.policies.base import AdapterBase, unwrap
+from ptr_hf.policies.hooks import preserved_modes
 from ptr_hf.processor_ptr import saved_processors, saved_renames
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Thumbnails:
         return small.flatten(1).numpy()
 
 
-class VisionTower:
+class TowerEncoder:
     """The lower half of a policy's vision tower, its tokens averaged in 4 x 4 cells of the picture.
 
     That is the layer at which PTR compares consequences. More numbers than `WIDEST` are projected onto so many random
@@ -97,7 +97,7 @@ class VisionTower:
     def __init__(
         self, policy: nn.Module, preprocessor: PolicyProcessorPipeline, renames: Mapping[str, str], name: str
     ) -> None:
-        self._adapter: PolicyAdapter = make_adapter(policy)
+        self._adapter: AdapterBase = make_adapter(policy)
         config = unwrap(policy).config
         if not config.image_features:
             raise ValueError(
@@ -192,7 +192,7 @@ def image_encoder(policy: Any, device: str) -> ImageEncoder:
     if isinstance(policy, nn.Module):
         base = policy.base if isinstance(policy, PTRPolicy) else policy
         make_adapter(base)
-        return VisionTower(base, _usual_preprocessor(unwrap(base).config), {}, type(unwrap(base)).__name__)
+        return TowerEncoder(base, _usual_preprocessor(unwrap(base).config), {}, type(unwrap(base)).__name__)
     if not isinstance(policy, str | Path):
         raise ValueError(
             f"policy is a folder, a Hub id, a loaded policy or {THUMBNAILS!r}, not a {type(policy).__name__}."
@@ -207,8 +207,8 @@ def image_encoder(policy: Any, device: str) -> ImageEncoder:
     config.device = device
     if (resolve_processors(policy) / PROCESSOR_FILES[0]).is_file():
         preprocessor, _ = saved_processors(loaded.config, policy)
-        return VisionTower(loaded.base, preprocessor, saved_renames(policy), str(policy))
-    return VisionTower(loaded.base, _usual_preprocessor(config), {}, str(policy))
+        return TowerEncoder(loaded.base, preprocessor, saved_renames(policy), str(policy))
+    return TowerEncoder(loaded.base, _usual_preprocessor(config), {}, str(policy))
 
 
 def _usual_preprocessor(config: Any) -> PolicyProcessorPipeline:

@@ -17,7 +17,7 @@ from ptr_hf.artifacts.peft import wrap_with_peft
 from ptr_hf.configuration_ptr import PTRConfig, chunk_settings
 from ptr_hf.data.fit import check_vectors, renamed_features
 from ptr_hf.modeling_ptr import PTRPolicy, build_base
-from ptr_hf.policies.hooks import unwrap
+from ptr_hf.policies.base import unwrap
 from ptr_hf.training.arguments import PTRTrainingArguments
 
 type ModelSource = str | Path | PreTrainedConfig | nn.Module

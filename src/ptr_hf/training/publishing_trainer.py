@@ -17,7 +17,7 @@ from transformers.trainer_utils import HubStrategy, SchedulerType
 
 from ptr_hf.artifacts.peft import source_of
 from ptr_hf.modeling_ptr import PTRPolicy
-from ptr_hf.policies.hooks import unwrap
+from ptr_hf.policies.base import unwrap
 from ptr_hf.publishing.card_facts import BasePolicy, CardFacts, Evaluation, TrainingData, TrainingRun
 from ptr_hf.publishing.model_card import library_versions, write_model_card
 from ptr_hf.publishing.push import Destination, PushError, local_needs, published_files, stage
