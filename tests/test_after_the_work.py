@@ -1,17 +1,13 @@
 """What is written or read beside a run may fail; the run, which has done its work, may not."""
 
-import importlib.util
 import json
 import logging
 import os
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
-from demonstrations import write_dataset
 from lerobot.policies.factory import make_pre_post_processors
 from small_policies import base_policy, stats_of
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -36,15 +32,6 @@ def folder_policy(points: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     for processor in make_pre_post_processors(policy.config, dataset_stats=stats_of(points)):
         processor.save_pretrained(folder)
     return folder
-
-
-def recipe(name: str) -> ModuleType:
-    """A recipe as a module, to call its `main` without another start of Python."""
-    specification = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module
-    specification.loader.exec_module(module)
-    return module
 
 
 def new_trainer(policy: Path, points: Path, folder: Path, *callbacks: TrainerCallback, **settings: Any) -> PTRTrainer:
@@ -253,32 +240,3 @@ class TestSimulators:
             monkeypatch.setenv(name, value)
         draw_without_display()
         assert os.environ.get("MUJOCO_GL") == expected
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("lengths", [(20,), pytest.param((20, 24), marks=pytest.mark.full)])
-def test_a_diagnosis_of_one_instruction(
-    lengths: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("demonstrations.TASKS", ("do it [/b]",) * 2)
-    root = write_dataset(tmp_path / "one", lengths, cameras=())
-    output = tmp_path / "out[/b]"
-    recipe("diagnose").main(
-        [
-            "--dataset",
-            str(root),
-            "--output_dir",
-            str(output),
-            "--use_cpu",
-            "true",
-            "--steps",
-            "3",
-            "--segment_length",
-            "2",
-        ]
-    )
-    told = capsys.readouterr().out
-    assert "Too few episodes to tell" in told
-    assert "do it [/b]" in told
-    assert str(output) in told
-    assert json.loads((output / "diagnosis.json").read_text())["identifiability"].keys() == {"action_identification"}

@@ -1,11 +1,8 @@
-"""Which statistics a run, a score and a diagnosis normalise by, from every kind of data and policy."""
+"""Which statistics a run and a score normalise by, from every kind of data and policy."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -251,18 +248,6 @@ class TestOtherPaths:
                 policy, renamed, preprocessor=preprocessor, rename_map={"observation.jonts": "observation.state"}
             )
 
-    def test_the_diagnosis_computes_and_renames_them(self, points: Path, tmp_path: Path) -> None:
-        back = {name: key for key, name in RENAMES.items()}
-        root = rewritten(points, tmp_path / "renamed", 1000.0, back, statistics=False)
-        recipe = diagnose_recipe()
-        given = recipe.DiagnosisArguments(dataset=str(root), chunk_size=4, segment_length=2, use_cpu=True)
-        meta = LeRobotDatasetMetadata("tests/points", root=root)
-        policy, preprocessor = recipe.prepared(given, meta, RENAMES, str(tmp_path / "vlm"))
-        assert set(policy.config.input_features) == {"observation.state", "observation.image"}
-        state = torch.tensor([[5500.0, 5500.0, 5100.0, 6000.0]])
-        batch = {"observation.joints": state, "observation.images.top": torch.rand(1, 3, 32, 32), "task": ["reach"]}
-        assert preprocessor(batch)["observation.state"].abs().max() < 5
-
     @pytest.mark.full
     def test_a_mixtures_sources_each_have_their_own(
         self, sources: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -309,12 +294,3 @@ class TestOtherPaths:
 def sources(points: Path, bare: Path) -> list[dict[str, Any]]:
     """One with statistics, one without."""
     return [{"dataset": str(root), "name": name, "embodiment": POINT} for root, name in ((points, "a"), (bare, "b"))]
-
-
-def diagnose_recipe() -> ModuleType:
-    path = Path(__file__).parents[1] / "recipes" / "diagnose.py"
-    specification = importlib.util.spec_from_file_location("diagnose", path)
-    module = importlib.util.module_from_spec(specification)
-    sys.modules["diagnose"] = module
-    specification.loader.exec_module(module)
-    return module
