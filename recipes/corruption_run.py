@@ -38,7 +38,7 @@ from ptr_hf.hyperparameters import AUTO, PTRHyperparameters
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.report import ChunkScores, detection, effective_sample_share, episode_weights
 from ptr_hf.scoring.dataset_scores import DatasetScores
-from ptr_hf.training.given_weights import INSPECTION_FOLDER
+from ptr_hf.scoring.given_weights import INSPECTION_FOLDER
 from ptr_hf.training.rollouts import evaluate_success
 
 TASKS: dict[str, tuple[str, ...]] = {"state": STATE_TASKS, "pixels": PIXEL_TASKS}

@@ -93,7 +93,7 @@ def little_memory(room: int = 96 * 2**20) -> Iterator[None]:
 def check(folder: Path) -> None:
     """What loading does before it builds anything."""
     artifact = check_artifact(folder)
-    assert check_tensors(artifact.config, artifact)
+    assert check_tensors(artifact.config, artifact, PTRPolicy)
 
 
 class TestSoundFolders:
@@ -102,7 +102,7 @@ class TestSoundFolders:
         folder = folders[case]
         before = torch.get_rng_state()
         artifact = check_artifact(folder)
-        assert check_tensors(artifact.config, artifact)
+        assert check_tensors(artifact.config, artifact, PTRPolicy)
         assert torch.equal(torch.get_rng_state(), before)
         assert artifact.config.device == "cpu"
         assert artifact.adapter_alone == (case == "adapter")
@@ -114,7 +114,7 @@ class TestSoundFolders:
             }
 
     def test_nothing_is_allocated(self, folders: dict[str, Path]) -> None:
-        expected = expected_tensors(*(lambda it: (it.config, it))(check_artifact(folders["smolvla-belief"])))
+        expected = expected_tensors(*(lambda it: (it.config, it, PTRPolicy))(check_artifact(folders["smolvla-belief"])))
         assert expected is not None
         assert all(tensor.is_meta for tensors in expected.files.values() for tensor in tensors.values())
 
@@ -324,7 +324,7 @@ class TestDamagedFolders:
         artifact = check_artifact(folder)
         config = PTRConfig(device="cpu", base={**artifact.config.base, "chunk_size": 10**12})
         with little_memory(), pytest.raises(ValueError, match=r"base.chunk_size='1000000000000' is out of range"):
-            check_tensors(config, artifact)
+            check_tensors(config, artifact, PTRPolicy)
 
     def test_a_file_that_is_no_folder(self, folder: Path) -> None:
         with pytest.raises(FileNotFoundError, match="is no folder"):

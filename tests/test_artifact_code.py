@@ -184,7 +184,7 @@ class TestBaseConfigurations:
         shutil.rmtree(folder)
         policy.save_pretrained(folder)
         artifact = check_artifact(folder)
-        assert not check_tensors(artifact.config, artifact)
+        assert not check_tensors(artifact.config, artifact, PTRPolicy)
 
 
 class TestScorerAlone:
@@ -225,7 +225,7 @@ class TestScorerAlone:
             folder = Path(api.snapshot_download("lab/policy", cache_dir=tmp_path / "cache"))
             artifact = check_artifact(folder)
             assert (folder / SCORER).is_symlink()
-            assert check_tensors(artifact.config, artifact)
+            assert check_tensors(artifact.config, artifact, PTRPolicy)
 
     @pytest.mark.parametrize("name", ["ptr_config.json", SCORER])
     def test_a_missing_file(self, folder: Path, name: str) -> None:

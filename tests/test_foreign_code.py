@@ -20,6 +20,7 @@ from transformers.models.auto import processing_auto
 
 from ptr_hf import PTRConfig, PTRPolicy
 from ptr_hf.artifacts.base_source import check_base
+from ptr_hf.artifacts.checkpoint import widest_vector
 from ptr_hf.artifacts.checks import check_artifact
 from ptr_hf.artifacts.foreign_code import (
     POLICY_CODE,
@@ -33,7 +34,6 @@ from ptr_hf.artifacts.foreign_code import (
 from ptr_hf.artifacts.processor_checks import check_processors
 from ptr_hf.policies import supported_policies
 from ptr_hf.processor_ptr import saved_processors
-from ptr_hf.training.policy_sources import widest_vector
 
 DESCRIPTIONS = {
     "config.json": {"model_type": "strange", "auto_map": {"AutoConfig": "evil.Own", "AutoModel": "evil.Own"}},

@@ -219,7 +219,7 @@ class PTRPolicy(PreTrainedPolicy):
         """Under LeRobot's own loop: the weights that the configuration names, for the data that it is given."""
         if self.config.weights is None:
             return
-        from ptr_hf.training.given_weights import training_weights
+        from ptr_hf.scoring.given_weights import training_weights
 
         # each process for itself: an inspection is the same on all of them
         self.set_weights(training_weights(self.config, meta.root, meta))
@@ -572,8 +572,8 @@ class PTRPolicy(PreTrainedPolicy):
         Raises:
             PushError: it did not get through; the message says where the files are and how to push them again.
         """
-        from ptr_hf.artifacts.checkpoint import push_policy
         from ptr_hf.publishing.push import Destination
+        from ptr_hf.publishing.push_policy import push_policy
 
         processors = [pipeline for pipeline in (preprocessor, postprocessor) if pipeline is not None]
         if len(processors) == 1:

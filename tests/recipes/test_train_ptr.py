@@ -22,8 +22,8 @@ from ptr_hf.cli import train_run
 from ptr_hf.cli.export import export
 from ptr_hf.policies.bundled import BUNDLED_POLICY
 from ptr_hf.report import read_dynamics, read_scores
-from ptr_hf.report.inspected import SUCCESS, SUCCESS_OF_TASK
 from ptr_hf.scoring.dataset_scores import DatasetScores
+from ptr_hf.scoring.inspected import SUCCESS, SUCCESS_OF_TASK
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "train_ptr.py"
 LAUNCH = [str(Path(sys.executable).with_name("accelerate")), "launch", str(RECIPE)]

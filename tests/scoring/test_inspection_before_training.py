@@ -20,7 +20,7 @@ from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.mixture.config import MixtureConfig
 from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.scoring.dataset_scores import CHUNKS_FILE, DatasetScores
-from ptr_hf.training.given_weights import INSPECTION_FOLDER, KEY_FILE, fingerprint, training_weights
+from ptr_hf.scoring.given_weights import INSPECTION_FOLDER, KEY_FILE, fingerprint, training_weights
 
 POINT = {
     "action": ["right_ee_delta_x", "right_ee_delta_y"],

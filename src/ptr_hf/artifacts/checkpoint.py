@@ -11,10 +11,7 @@ Nothing that is read can execute: JSON and safetensors only, every key and every
 
 import copy
 import json
-import logging
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +21,14 @@ from huggingface_hub import file_exists, snapshot_download, try_to_load_from_cac
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from huggingface_hub.errors import OfflineModeIsEnabled
 from lerobot.configs import PreTrainedConfig
-from lerobot.processor import PolicyProcessorPipeline
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import Tensor
+from torch import Tensor, nn
 
+from ptr_hf.artifacts.base_source import check_base
 from ptr_hf.artifacts.checks import PTR_SCORER_NAME, check_artifact, check_processors, check_tensors
 from ptr_hf.artifacts.foreign_code import no_foreign_code
-from ptr_hf.artifacts.hub_access import asking_the_hub
 from ptr_hf.artifacts.peft import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
@@ -42,15 +38,10 @@ from ptr_hf.artifacts.peft import (
     source_of,
 )
 from ptr_hf.artifacts.regular_files import regular_file
+from ptr_hf.artifacts.sources import named_source
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
+from ptr_hf.data.hub_access import asking_the_hub
 from ptr_hf.policies.base import unwrap
-from ptr_hf.publishing.card_facts import BasePolicy, CardFacts
-from ptr_hf.publishing.card_text import named_source
-from ptr_hf.publishing.model_card import library_versions, write_model_card
-from ptr_hf.publishing.push import Destination, local_needs
-from ptr_hf.report.files import beside_the_run
-
-logger = logging.getLogger(__name__)
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 PROCESSOR_FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
@@ -96,6 +87,22 @@ def is_ptr_source(source: str | Path, revision: str | None = None) -> bool:
             return cached[PTR_CONFIG_NAME]
 
 
+def widest_vector(model: str | Path | PreTrainedConfig | nn.Module, revision: str | None = None) -> int | None:
+    """The longest action and state that a policy takes, where it pads every robot's to one width; None where it does not."""
+    if isinstance(model, str | Path):
+        check_base(model, revision)
+        config: Any = PreTrainedConfig.from_pretrained(model, revision=revision)
+    elif isinstance(model, PreTrainedConfig):
+        config = model
+    else:
+        config = getattr(unwrap(model), "config", None)
+    if isinstance(config, PTRConfig):
+        config = config.base_config
+    known = vars(config) if isinstance(config, PreTrainedConfig) else {}
+    widths = [known[name] for name in ("max_action_dim", "max_state_dim") if name in known]
+    return min(widths, default=None)
+
+
 def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None = None) -> None:
     """Write a `PTRPolicy`'s files (not its processors) into an existing folder.
 
@@ -136,56 +143,6 @@ def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None 
     save_file(_contiguous(side), folder / PTR_SCORER_NAME, metadata={"shared_tower": str(shared)})
 
 
-def push_policy(
-    policy: Any,
-    destination: Destination,
-    *,
-    processors: Sequence[PolicyProcessorPipeline] = (),
-    license: str | None = None,
-    message: str = "Upload policy",
-    tags: Sequence[str] = (),
-) -> str:
-    """Save a `PTRPolicy` with a card and push it in one commit.
-
-    Args:
-        policy: a `PTRPolicy`.
-        destination: repo, branch and token.
-        processors: its pre- and postprocessor, without which a robot cannot run it.
-        license: for the card.
-        message: of the commit.
-        tags: git tags to set on it.
-
-    Returns:
-        the address of the commit.
-
-    Raises:
-        PushError: it did not get through; the folder that the message names stays.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="ptr_push_"))
-    policy.save_pretrained(folder)
-    for name, processor in zip(PROCESSOR_FILES, processors, strict=False):
-        processor.save_pretrained(folder, config_filename=name)
-    base, config = unwrap(policy.base).config, policy.config
-    destination = destination.create(folder)
-    source = config.base_path or (str(base.pretrained_path) if base.pretrained_path else None)
-    facts = CardFacts(
-        config=config,
-        base=BasePolicy(policy_type=base.type, source=source, revision=config.base_revision),
-        chunk_size=config.resolved_chunk_size,
-        peft=isinstance(policy.base, PeftModel) and source_of(policy.base) is not None,
-        versions=library_versions(),
-        license=license,
-        repo_id=destination.repo_id,
-    )
-    with beside_the_run("The card could not be written"):
-        write_model_card(facts, folder)
-    for sentence in local_needs(folder):
-        logger.warning("%s", sentence)
-    address = str(destination.push(folder, message, tags=tags).commit_url)
-    shutil.rmtree(folder, ignore_errors=True)
-    return address
-
-
 @no_foreign_code()
 def load_policy(
     policy_class: type,
@@ -220,7 +177,7 @@ def load_policy(
     else:
         saved.device = config.device if config is not None else saved.device
     saved.base_path, provenance = None, saved.base_path
-    check_tensors(saved, artifact)
+    check_tensors(saved, artifact, policy_class)
     policy = policy_class(saved, base_policy=load_adapted_base(saved, folder) if artifact.adapter_alone else None)
     saved.base_path = provenance
     load_weights(policy, folder, trusted_sources)

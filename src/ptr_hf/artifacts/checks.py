@@ -1,7 +1,7 @@
 """What a PTR checkpoint must be before anything of it is built: complete, undamaged, of one piece, and unable to run code.
 
     check_artifact(folder)              files, names, JSON, headers, processors
-    check_tensors(config, artifact)     every tensor's name and shape against the policy, which is built without memory for it
+    check_tensors(config, artifact, build)  every tensor's name and shape against the policy, which is built without memory for it
     check_processors(folder)            the processors alone, before LeRobot imports what their files name
     load_scorer(source)                 the side pathway alone
 
@@ -10,7 +10,7 @@ docs/artifacts.md lists the files of a checkpoint, who writes and reads each, an
 
 import copy
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,6 @@ from ptr_hf.artifacts.peft import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from ptr_hf.artifacts.processor_checks import check_processors
 from ptr_hf.artifacts.regular_files import inside, quoted, regular_file
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
-from ptr_hf.modeling_ptr import PTRPolicy
 
 __all__ = [
     "ArtifactInfo",
@@ -149,12 +148,13 @@ class ExpectedTensors:
 
 
 @no_foreign_code()
-def expected_tensors(config: PTRConfig, artifact: ArtifactInfo) -> ExpectedTensors | None:
+def expected_tensors(config: PTRConfig, artifact: ArtifactInfo, build: Callable[..., Any]) -> ExpectedTensors | None:
     """Every tensor of the policy that a configuration describes, from the policy built on the meta device (no memory).
 
     Args:
         config: of the policy; the artifact's own, or with the user's changes.
         artifact: the checkpoint; bounds how large the policy can be, and holds the adapter's configuration.
+        build: makes the policy from `config` and `base_policy`: the class `PTRPolicy`.
 
     Returns:
         None where LeRobot cannot build the base policy without memory (multi_task_dit, evo1, groot and vla_jepa load a
@@ -178,7 +178,7 @@ def expected_tensors(config: PTRConfig, artifact: ArtifactInfo) -> ExpectedTenso
             if artifact.adapter_alone:
                 peft_config = PeftConfig.from_pretrained(str(artifact.folder))
                 base = get_peft_model(base, peft_config)
-            policy = PTRPolicy(config, base_policy=base)
+            policy = build(config, base_policy=base)
     except OSError:
         # a backbone's configuration could not be fetched: no fault of the checkpoint
         raise
@@ -231,12 +231,13 @@ def _bounded(artifact: ArtifactInfo) -> Iterator[None]:
             handle.remove()
 
 
-def check_tensors(config: PTRConfig, artifact: ArtifactInfo) -> bool:
+def check_tensors(config: PTRConfig, artifact: ArtifactInfo, build: Callable[..., Any]) -> bool:
     """Compare every stored tensor with the policy that a configuration describes, before any is allocated.
 
     Args:
         config: of the policy to be built; its `device` plays no part.
         artifact: of the checkpoint to be loaded into it.
+        build: as of `expected_tensors`.
 
     Returns:
         False where LeRobot cannot build this base policy without memory, so that nothing was compared.
@@ -246,7 +247,7 @@ def check_tensors(config: PTRConfig, artifact: ArtifactInfo) -> bool:
             configuration itself is refused, as by `check_artifact`.
     """
     check_values(config, artifact.folder, artifact.trusted)
-    expected = expected_tensors(config, artifact)
+    expected = expected_tensors(config, artifact, build)
     if expected is None:
         return False
     for name, own in expected.files.items():

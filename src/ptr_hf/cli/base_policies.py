@@ -15,7 +15,7 @@ from torch import nn
 
 from ptr_hf import PTRTrainingArguments
 from ptr_hf.artifacts.base_source import check_base
-from ptr_hf.artifacts.checkpoint import is_ptr_source
+from ptr_hf.artifacts.checkpoint import is_ptr_source, widest_vector
 from ptr_hf.configuration_ptr import chunk_settings
 from ptr_hf.data.fit import renamed_features
 from ptr_hf.data.mixture.dataset import Mixture
@@ -24,7 +24,6 @@ from ptr_hf.data.segments import CAMERA_MASK_SUFFIX, SegmentLayout
 from ptr_hf.policies import supported_policies
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.training.data_sources import DataSource, read_metadata
-from ptr_hf.training.policy_sources import widest_vector
 
 PLAIN = SegmentLayout(None, (0,), 1, 1, None)
 

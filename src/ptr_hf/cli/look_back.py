@@ -30,18 +30,18 @@ from ptr_hf.report import (
 )
 from ptr_hf.report.evaluation import corruption_kinds
 from ptr_hf.report.files import beside_the_run
-from ptr_hf.report.inspected import (
+from ptr_hf.report.page import has_curves
+from ptr_hf.scoring import action_loss
+from ptr_hf.scoring.dataset_scores import DatasetScores
+from ptr_hf.scoring.given_weights import INSPECTION_FOLDER
+from ptr_hf.scoring.inspected import (
     INSPECTION_CAPTION,
     SUCCESS,
     SUCCESS_OF_TASK,
     inspection_by_truth,
     inspection_figure,
 )
-from ptr_hf.report.page import has_curves
-from ptr_hf.scoring import action_loss
-from ptr_hf.scoring.dataset_scores import DatasetScores
 from ptr_hf.training.evaluation import TaskResult, evaluation_row, write_evaluations
-from ptr_hf.training.given_weights import INSPECTION_FOLDER
 
 RESULTS_FILE = "results.json"
 

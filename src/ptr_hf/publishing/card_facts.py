@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ptr_hf.artifacts.sources import is_repo_id, named_source
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.hyperparameters import PTRHyperparameters
-from ptr_hf.publishing.card_text import is_repo_id, named_source
 from ptr_hf.report import Dynamics, WeightShare
 
 OWN_POLICY_TYPES = ("smolvla_state",)

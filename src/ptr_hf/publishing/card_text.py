@@ -6,29 +6,21 @@ import re
 import shlex
 from functools import cache
 from importlib import resources
-from pathlib import Path, PureWindowsPath
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import constants
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from ptr_hf.artifacts.sources import Source, named_source
 from ptr_hf.report.evaluation import number
 from ptr_hf.report.text import visible
 
 LONGEST_TEXT = 1000
 """Characters; no sentence of ours is longer, and a name that is would fill the card."""
 TABLE_ROWS = 20
-
-
-class Source(NamedTuple):
-    """A Hub id, or the name of a local folder."""
-
-    name: str
-    on_hub: bool
 
 
 def fill_card(header: str, template: str, **context: Any) -> str:
@@ -107,23 +99,3 @@ def _link(source: Source, revision: str | None = None, kind: str = "") -> Markup
     at = f"/tree/{quote(plain(revision), safe='')}" if revision else ""
     link = Markup(f"[`{source.name}`]({constants.ENDPOINT}/{kind}{source.name}{at})")
     return link + (Markup(" at revision ") + _code(plain(revision)) if revision else Markup(", revision not recorded"))
-
-
-def is_repo_id(text: str) -> bool:
-    """Whether the text could name a repo as `user/name`."""
-    try:
-        validate_repo_id(text)
-    except HFValidationError:
-        return False
-    return "/" in text and not re.search(r"\s", text)
-
-
-def named_source(source: str | Path | None) -> Source:
-    """A Hub id (`user/name`), unless a folder of that name is there; of any other path the last part alone.
-
-    So a relative folder `a/b` that is gone looks like a Hub id: give the absolute path of what is local.
-    """
-    text = "" if source is None else str(source)
-    if is_repo_id(text) and not Path(text).is_dir():
-        return Source(text, True)
-    return Source(PureWindowsPath(text).name or "unnamed", False)

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData, constants
 from matplotlib.figure import Figure
 
+from ptr_hf.artifacts.sources import named_source
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.method import share_bound, weight_bounds
 from ptr_hf.publishing.card_facts import (
@@ -28,7 +29,7 @@ from ptr_hf.publishing.card_facts import (
     TrainingData,
     TrainingRun,
 )
-from ptr_hf.publishing.card_text import fill_card, named_source, percent, plain
+from ptr_hf.publishing.card_text import fill_card, percent, plain
 from ptr_hf.report import (
     Dynamics,
     GroupShare,

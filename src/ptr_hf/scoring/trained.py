@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
+from ptr_hf.artifacts.checkpoint import widest_vector
 from ptr_hf.data.covering import Covering, covering, segments_at_once
 from ptr_hf.data.datasets import check_dataset, open_dataset
 from ptr_hf.data.fit import check_fit, check_vectors, renamed_features
@@ -33,7 +34,6 @@ from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.processor_ptr import preprocess, saved_processors
 from ptr_hf.report import ChunkScores
 from ptr_hf.scores import EpisodeTable, ScoreWeigher, SlotMemory
-from ptr_hf.training.policy_sources import widest_vector
 
 logger = logging.getLogger(__name__)
 

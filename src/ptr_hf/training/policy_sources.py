@@ -10,7 +10,6 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from peft import PeftConfig
 from torch import nn
 
-from ptr_hf.artifacts.base_source import check_base
 from ptr_hf.artifacts.checkpoint import is_ptr_source
 from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.artifacts.peft import wrap_with_peft
@@ -77,22 +76,6 @@ def resolve_policy(
     trained = build_base(config)
     trained.config.pretrained_path = Path(model)
     return PTRPolicy(config, base_policy=wrap_with_peft(trained, peft_config, args.peft_overrides).to(args.device))
-
-
-def widest_vector(model: ModelSource, revision: str | None = None) -> int | None:
-    """The longest action and state that a policy takes, where it pads every robot's to one width; None where it does not."""
-    if isinstance(model, str | Path):
-        check_base(model, revision)
-        config: Any = PreTrainedConfig.from_pretrained(model, revision=revision)
-    elif isinstance(model, PreTrainedConfig):
-        config = model
-    else:
-        config = getattr(unwrap(model), "config", None)
-    if isinstance(config, PTRConfig):
-        config = config.base_config
-    known = vars(config) if isinstance(config, PreTrainedConfig) else {}
-    widths = [known[name] for name in ("max_action_dim", "max_state_dim") if name in known]
-    return min(widths, default=None)
 
 
 def _fit_to_robot(config: PTRConfig, features: dict[str, Any], where: str) -> None:

@@ -24,7 +24,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from ptr_hf.artifacts.checkpoint import PROCESSOR_FILES
+from ptr_hf.artifacts.checkpoint import PROCESSOR_FILES, widest_vector
 from ptr_hf.artifacts.checks import read_config
 from ptr_hf.data.in_memory import collate_segments
 from ptr_hf.data.mixture.config import MixtureConfig
@@ -39,6 +39,7 @@ from ptr_hf.processor_ptr import keep_statistics, preprocess
 from ptr_hf.report import DYNAMICS_COLUMNS
 from ptr_hf.report.console import PlainConsole
 from ptr_hf.scores import weighed_loss, weight_metrics
+from ptr_hf.scoring.given_weights import INSPECTION_FOLDER, other_weights, training_weights
 from ptr_hf.training.arguments import PTRTrainingArguments
 from ptr_hf.training.data_sources import (
     DataSource,
@@ -50,14 +51,13 @@ from ptr_hf.training.data_sources import (
     read_metadata,
 )
 from ptr_hf.training.evaluation import EnvironmentSource, EvaluationCallback
-from ptr_hf.training.given_weights import INSPECTION_FOLDER, other_weights, training_weights
 from ptr_hf.training.global_batches import has_batch_statistics, instructions_of, repeated_rows
 from ptr_hf.training.guarded_trainer import GuardedTrainer
 from ptr_hf.training.launch import check_launch, check_same_everywhere, run_facts
 from ptr_hf.training.metrics import MetricsWindow
 from ptr_hf.training.nonfinite import BadFrame
 from ptr_hf.training.plan import RunPlan
-from ptr_hf.training.policy_sources import ModelSource, resolve_policy, widest_vector
+from ptr_hf.training.policy_sources import ModelSource, resolve_policy
 from ptr_hf.training.processors import checked_preprocessor, observation_renames, policy_processors
 from ptr_hf.training.reporting import check_reporting
 from ptr_hf.training.seeding import seeded

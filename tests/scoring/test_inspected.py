@@ -8,8 +8,8 @@ import pytest
 from synthetic_runs import ptr_rows, sft_rows
 
 from ptr_hf.report import DynamicsLog, read_dynamics, save_figure
-from ptr_hf.report.inspected import AUC, SUCCESS, SUCCESS_OF_TASK, inspection_by_truth, inspection_figure
 from ptr_hf.scoring.dataset_scores import DatasetScores
+from ptr_hf.scoring.inspected import AUC, SUCCESS, SUCCESS_OF_TASK, inspection_by_truth, inspection_figure
 
 
 def inspection(z: list[float], weight: list[float]) -> DatasetScores:
