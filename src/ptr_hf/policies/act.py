@@ -77,16 +77,9 @@ class ACTAdapter(AdapterBase):
         named = ((OBS_STATE, config.robot_state_feature), (OBS_ENV_STATE, config.env_state_feature))
         return tuple(key for key, feature in named if feature)
 
-    def trace(
-        self,
-        batch: Batch,
-        belief: Belief | None = None,
-        belief_mask: BeliefMask | None = None,
-        views: Views | None = None,
-    ) -> PolicyTrace:
+    def _trace(self, batch: Batch, belief: AbstractContextManager[Any], views: Views | None) -> PolicyTrace:
         """One forward of the masked L1 loss plus, with VAE in training, each row's weighted KL divergence."""
         model, config = self.base.model, self.base.config
-        self.check(batch, training=True, with_images=views is None)
         unused = unused_dims(batch, batch[ACTION])
         action = without_unused(batch[ACTION], unused)
         mask = action_mask(batch, action)
@@ -96,7 +89,7 @@ class ACTAdapter(AdapterBase):
             calls = scope.enter_context(
                 recorded_calls(model.encoder, lambda args, kwargs: (args[0], kwargs["pos_embed"]))
             )
-            scope.enter_context(self.belief_scope(belief, belief_mask))
+            scope.enter_context(belief)
             encoded = scope.enter_context(captured_output(model.encoder))
             hidden = scope.enter_context(self._captured_hidden())
             predicted, (mean, log_variance) = model(inputs)

@@ -84,7 +84,6 @@ class AdapterBase(ABC):
     def observations(self) -> tuple[str, ...]:
         """What the policy reads besides images."""
 
-    @abstractmethod
     def trace(
         self,
         batch: Batch,
@@ -98,6 +97,12 @@ class AdapterBase(ABC):
             ValueError: the batch lacks a key the policy reads, stacks frames, has other rows than `views`, or marks unused action
                 dimensions where the family cannot leave them out.
         """
+        self.check(batch, training=True, with_images=views is None)
+        return self._trace(batch, self.belief_scope(belief, belief_mask), views)
+
+    @abstractmethod
+    def _trace(self, batch: Batch, belief: AbstractContextManager[Any], views: Views | None) -> PolicyTrace:
+        """See `trace`; `belief` is the scope in which the policy reads it, still closed."""
 
     def losses(self, batch: Batch) -> Float[Tensor, " batch"]:
         """The loss of `trace` at the cost of the policy's own, where nothing else of the trace is read."""

@@ -52,16 +52,9 @@ class ConditionedAdapter(AdapterBase):
         """Steps in one denoised chunk; the first n - 1 of them lie before now."""
         return int(self.base.config.horizon)
 
-    def trace(
-        self,
-        batch: Batch,
-        belief: Belief | None = None,
-        belief_mask: BeliefMask | None = None,
-        views: Views | None = None,
-    ) -> PolicyTrace:
-        """One forward of the squared error of noise, sample or velocity; see `AdapterBase.trace`."""
+    def _trace(self, batch: Batch, belief: AbstractContextManager[Any], views: Views | None) -> PolicyTrace:
+        """One forward of the squared error of noise, sample or velocity."""
         frames = self._frames(batch, self._steps, with_images=views is None)
-        require_keys(batch, self.targets, self.family)
         unused = unused_dims(batch, batch[ACTION])
         action = without_unused(batch[ACTION], unused)
         mask = action_mask(batch, action)
@@ -73,7 +66,7 @@ class ConditionedAdapter(AdapterBase):
                 # the policy stacks its cameras' features as it stacks their images
                 inputs |= views.features
                 self._enter_views(scope)
-            conditioning = scope.enter_context(self.belief_scope(belief, belief_mask))
+            conditioning = scope.enter_context(belief)
             hidden = scope.enter_context(self._captured_hidden())
             errors = scope.enter_context(captured_result(functional.mse_loss))
             self.base.forward(inputs)
@@ -163,6 +156,11 @@ class ConditionedAdapter(AdapterBase):
         truncated = tower.get_submodule(str(self._encoders.index(self._encoder(key))))
         pixels = self._prepared(self._encoder(key), image)
         return self._cells(self._run_tower(truncated, pixels.to(next(truncated.parameters()).dtype)))
+
+    def check(self, batch: Batch, *, training: bool, with_images: bool = True) -> None:
+        """Refuse a batch that the policy cannot read."""
+        self._frames(batch, self._steps, with_images)
+        require_keys(batch, self.targets if training else (), self.family)
 
     def _check_images(self, batch: Batch) -> None:
         self._frames(batch, self._steps)

@@ -72,16 +72,9 @@ class Evo1Adapter(AdapterBase):
         """The state."""
         return (OBS_STATE,)
 
-    def trace(
-        self,
-        batch: Batch,
-        belief: Belief | None = None,
-        belief_mask: BeliefMask | None = None,
-        views: Views | None = None,
-    ) -> PolicyTrace:
+    def _trace(self, batch: Batch, belief: AbstractContextManager[Any], views: Views | None) -> PolicyTrace:
         """One forward of `Evo1Policy.model`, without the waits of the policy's own logging."""
         policy = self.base
-        self.check(batch, training=True, with_images=views is None)
         batch = _with_used_dims(batch)
         action = batch[ACTION]
         with ExitStack() as scope:
@@ -91,7 +84,7 @@ class Evo1Adapter(AdapterBase):
                 images, image_masks = self._enter_views(scope, views, action.shape[0])
             state, _ = policy._prepare_state(batch)
             target, entries = policy._prepare_actions(batch)
-            scope.enter_context(self.belief_scope(belief, belief_mask))
+            first = scope.enter_context(belief)
             seen = scope.enter_context(_captured_context(policy.model.action_head))
             hidden = scope.enter_context(self._captured_hidden())
             scope.enter_context(policy._maybe_autocast())
@@ -105,7 +98,6 @@ class Evo1Adapter(AdapterBase):
                 context_mask=fused_mask,
             )
         context, real = seen[0]
-        first = 0 if belief is None else belief.shape[1]
         flow = ((target.float() - noise.float()) * entries).flatten(1)
         return PolicyTrace(
             loss=policy._compute_masked_loss(velocity.float(), flow, entries, "none"),
@@ -149,8 +141,8 @@ class Evo1Adapter(AdapterBase):
             yield
 
     @contextmanager
-    def belief_scope(self, belief: Belief | None, mask: BeliefMask | None = None) -> Iterator[None]:
-        """Prepend the belief tokens to what the language model reads while the scope is open.
+    def belief_scope(self, belief: Belief | None, mask: BeliefMask | None = None) -> Iterator[int]:
+        """Prepend the belief tokens to what the language model reads while the scope is open; yields how many there are.
 
         Raises:
             ValueError: the policy pools its context into one token.
@@ -164,7 +156,7 @@ class Evo1Adapter(AdapterBase):
                         "return_cls_only=False, or num_belief_tokens=0."
                     )
                 self._inject(scope, belief, mask)
-            yield
+            yield 0 if belief is None else belief.shape[1]
 
     def _images_of(self, batch: Batch) -> Iterable[tuple[str, Tensor, Bool[Tensor, " rows"]]]:
         images, masks = self.base._collect_image_batches(batch)

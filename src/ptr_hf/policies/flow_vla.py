@@ -79,21 +79,14 @@ class FlowVLAAdapter(AdapterBase):
     ) -> Float[Tensor, "batch steps padded_dim"]:
         """The elementwise loss of the policy's model on a chunk in the model's own action space."""
 
-    def trace(
-        self,
-        batch: Batch,
-        belief: Belief | None = None,
-        belief_mask: BeliefMask | None = None,
-        views: Views | None = None,
-    ) -> PolicyTrace:
-        """One forward of the flow-matching loss; see `AdapterBase.trace`."""
-        self.check(batch, training=True, with_images=views is None)
+    def _trace(self, batch: Batch, belief: AbstractContextManager[Any], views: Views | None) -> PolicyTrace:
+        """One forward of the flow-matching loss."""
         unused = unused_dims(batch, batch[ACTION])
         action = without_unused(self._action(batch[ACTION]), unused)
         with ExitStack() as scope:
             scope.enter_context(self.action_scope(batch))
             images = self._enter_images(scope, batch, views, rows=action.shape[0])
-            prefix_pad = scope.enter_context(self.belief_scope(belief, belief_mask))
+            prefix_pad = scope.enter_context(belief)
             context = scope.enter_context(self._captured_context())
             hidden = scope.enter_context(self._captured_hidden())
             losses = self._losses(images, batch, action)

@@ -75,18 +75,11 @@ class GrootAdapter(Qwen3VLAdapter):
         """Steps in one action chunk: the recorded ones, of the model's longer horizon."""
         return len(self.base.config.action_delta_indices)
 
-    def trace(
-        self,
-        batch: Batch,
-        belief: Belief | None = None,
-        belief_mask: BeliefMask | None = None,
-        views: Views | None = None,
-    ) -> PolicyTrace:
-        """One forward of the flow-matching loss; see `AdapterBase.trace`.
+    def _trace(self, batch: Batch, belief: AbstractContextManager[Any], views: Views | None) -> PolicyTrace:
+        """One forward of the flow-matching loss.
 
         `GrootPolicy.forward` waits for the device to log; its model is called as it does, under the same autocast.
         """
-        self.check(batch, training=True, with_images=views is None)
         rows = len(batch[PROMPT])
         action = batch[ACTION][:, : self.chunk_size, : self._robot_dim]
         mask = action_mask(batch, action)
@@ -95,7 +88,7 @@ class GrootAdapter(Qwen3VLAdapter):
         with ExitStack() as scope:
             inputs = {**batch, ACTION: padded, "action_mask": counted}
             inputs |= self._packed(batch[PIXELS]) if views is None else self._enter_views(scope, views, rows)
-            scope.enter_context(self.belief_scope(belief, belief_mask))
+            scope.enter_context(belief)
             context = scope.enter_context(captured_output(self._head.vl_self_attention))
             hidden = scope.enter_context(self._captured_hidden())
             scope.enter_context(self._autocast())

@@ -1,7 +1,7 @@
 """pi0-FAST: a PaliGemma that writes the action chunk as text, one FAST token after another."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -60,19 +60,12 @@ class PI0FastAdapter(OpenPIAdapter):
     def _language_layers(self) -> Iterable[Any]:
         yield from self._language_model.layers
 
-    def trace(
-        self,
-        batch: Batch,
-        belief: Belief | None = None,
-        belief_mask: BeliefMask | None = None,
-        views: Views | None = None,
-    ) -> PolicyTrace:
-        """One forward of the next-token loss; see `AdapterBase.trace`."""
-        self.check(batch, training=True, with_images=views is None)
+    def _trace(self, batch: Batch, belief: AbstractContextManager[Any], views: Views | None) -> PolicyTrace:
+        """One forward of the next-token loss."""
         tokens = batch[ACTION_TOKENS]
         with ExitStack() as scope:
             images = self._enter_images(scope, batch, views, rows=tokens.shape[0])
-            prefix_pad = scope.enter_context(self.belief_scope(belief, belief_mask))
+            prefix_pad = scope.enter_context(belief)
             hidden = scope.enter_context(self._captured_context())
             losses = scope.enter_context(captured_result(functional.cross_entropy))
             self.base.model.forward(

@@ -52,15 +52,8 @@ class VLAJEPAAdapter(Qwen3VLAdapter):
         """The state, where the policy's config names one."""
         return (OBS_STATE,) if self.base.config.robot_state_feature else ()
 
-    def trace(
-        self,
-        batch: Batch,
-        belief: Belief | None = None,
-        belief_mask: BeliefMask | None = None,
-        views: Views | None = None,
-    ) -> PolicyTrace:
-        """One forward of the flow-matching loss; see `AdapterBase.trace`."""
-        self.check(batch, training=True, with_images=views is None)
+    def _trace(self, batch: Batch, belief: AbstractContextManager[Any], views: Views | None) -> PolicyTrace:
+        """One forward of the flow-matching loss."""
         action = batch[ACTION]
         rows = action.shape[0]
         mask = action_mask(batch, action)
@@ -69,7 +62,7 @@ class VLAJEPAAdapter(Qwen3VLAdapter):
             if views is not None:
                 batch |= self._enter_views(scope, views, rows)
             inputs = self.base._prepare_model_inputs(batch, training=False)
-            prompt_mask = scope.enter_context(self.belief_scope(belief, belief_mask))
+            prompt_mask = scope.enter_context(belief)
             context = scope.enter_context(captured_output(self._qwen.language_model.norm))
             hidden = scope.enter_context(self._captured_hidden())
             losses = scope.enter_context(captured_result(F.mse_loss))

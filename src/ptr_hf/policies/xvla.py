@@ -82,21 +82,14 @@ class XVLAAdapter(AdapterBase):
         """The instruction, and the state where the policy takes proprioception."""
         return (OBS_STATE, OBS_LANGUAGE_TOKENS) if self.base.config.use_proprio else (OBS_LANGUAGE_TOKENS,)
 
-    def trace(
-        self,
-        batch: Batch,
-        belief: Belief | None = None,
-        belief_mask: BeliefMask | None = None,
-        views: Views | None = None,
-    ) -> PolicyTrace:
+    def _trace(self, batch: Batch, belief: AbstractContextManager[Any], views: Views | None) -> PolicyTrace:
         """One forward of `XVLAPolicy.model`, without the waits of the policy's own logging."""
         policy, model = self.base, self.base.model
-        self.check(batch, training=True, with_images=views is None)
         action = batch[ACTION]
         with ExitStack() as scope:
             if views is not None:
                 self._enter_views(scope, views, action.shape[0])
-            scope.enter_context(self.belief_scope(belief, belief_mask))
+            scope.enter_context(belief)
             seen = scope.enter_context(
                 recorded_calls(
                     model.transformer, lambda _args, kwargs: (kwargs["vlm_features"], kwargs["aux_visual_inputs"])
