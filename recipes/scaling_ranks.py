@@ -16,8 +16,8 @@ from ptr_hf.method import (
     AdaptiveScaleController,
     CandidateQueue,
     ChunkBatch,
-    ChunkDetails,
     GlobalRows,
+    ObjectiveConfig,
     PTRObjective,
     Samples,
     TransitionScorer,
@@ -204,9 +204,7 @@ def objective_of(setup: Setup) -> PTRObjective:
         scorer,
         queue,
         AdaptiveScaleController(),
-        queue_negatives=8,
-        cross_rank=setup.across,
-        detach_scorer_inputs=setup.detach,
+        ObjectiveConfig(queue_negatives=8, cross_rank_negatives=setup.across, detach_scorer_inputs=setup.detach),
         warmup_steps=0,
         weigher=weigher,
     )
@@ -222,7 +220,6 @@ def step(setup: Setup, objective: PTRObjective) -> dict[str, Tensor]:
         columns = torch.randn(total, CONTEXT + setup.action + 1, generator=source)[own]
         context, action, loss = columns.split([CONTEXT, setup.action, 1], dim=1)
         samples = part(samples_of(total, setup.target, setup.state, seed=micro_batch), own)
-        details = ChunkDetails(action[:, None], samples.targets.flip(1), loss[:, 0].abs(), FRAMES * samples.episode)
         chunks = ChunkBatch(
             loss=loss[:, 0].abs(),
             context=context,
@@ -233,7 +230,10 @@ def step(setup: Setup, objective: PTRObjective) -> dict[str, Tensor]:
             entropy=torch.zeros(len(own)),
             diversity=torch.zeros(len(own)),
             segment_length=setup.chunks,
-            weighed_by=None if setup.scorer else details,
+            stretches=action[:, None],
+            current=samples.targets.flip(1),
+            motion=loss[:, 0].abs(),
+            index=FRAMES * samples.episode,
         )
         objective.combine(objective(chunks))["loss"].backward()
     objective.after_step()

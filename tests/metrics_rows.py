@@ -26,6 +26,6 @@ def output_of(rows: Iterable[int], seed: int = 0) -> ObjectiveOutput:
     filler, always = torch.zeros(len(chosen)), torch.ones(len(chosen), dtype=torch.bool)
     return ObjectiveOutput(
         loss=loss, weight=weight, score=score, identification=filler, ranking=filler, target_valid=target_valid,
-        ranking_valid=always, chunk_valid=always, entropy=filler, diversity=filler, correct=always, margin=filler,
-        candidates=filler.long(), source=source, task=task,
+        ranking_valid=always, chunk_valid=always, entropy=filler, diversity=filler, contrast=filler, correct=always,
+        margin=filler, candidates=filler.long(), source=source, task=task,
     )  # fmt: skip

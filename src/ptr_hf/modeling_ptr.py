@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -43,7 +43,6 @@ from ptr_hf.data.segments import (
 from ptr_hf.hyperparameters import PAPER_WARMUP_STEPS
 from ptr_hf.method import (
     ChunkBatch,
-    ChunkDetails,
     ConsequenceEncoder,
     ObjectiveOutput,
     PTRObjective,
@@ -59,17 +58,6 @@ from ptr_hf.scores import EpisodeTable, FrameWeights, ScoreWeigher, weighed_chun
 BASE_PREFIX = "base."
 
 logger = logging.getLogger(__name__)
-
-
-class TracedChunks(NamedTuple):
-    """What the base policy's forwards over a segment give, N = T·B rows, time-major."""
-
-    loss: Float[Tensor, " rows"]
-    context: Float[Tensor, "rows context_dim"]
-    action: Float[Tensor, "rows action_dim"]
-    stretches: Float[Tensor, "rows stretches action_dim"]
-    entropy: Float[Tensor, " rows"]
-    diversity: Float[Tensor, " rows"]
 
 
 class PTRPolicy(PreTrainedPolicy):
@@ -356,20 +344,15 @@ class PTRPolicy(PreTrainedPolicy):
         views = self._encode_views(segment)
         traced = self._trace(segment, views)
         targets, current = self._targets(segment, views)
-        samples = samples_of(segment, targets, self.adapter, self.config.robot_state_feature is not None)
-        details = None
+        details = {}
         if self.objective is not None and self.objective.weigher is not None:
-            details = ChunkDetails(traced.stretches, current, motion_of(segment.chunks), segment.index)
+            details = {"current": current, "motion": motion_of(segment.chunks), "index": segment.index}
         return ChunkBatch(
-            loss=traced.loss,
-            context=traced.context,
-            action=traced.action,
-            samples=samples,
+            **traced,
+            **details,
+            samples=samples_of(segment, targets, self.adapter, self.config.robot_state_feature is not None),
             chunk_valid=segment.chunk_valid,
-            entropy=traced.entropy,
-            diversity=traced.diversity,
             segment_length=segment.length,
-            weighed_by=details,
         )
 
     def chunk_losses(self, segment: Segment) -> Float[Tensor, " rows"]:
@@ -379,33 +362,33 @@ class PTRPolicy(PreTrainedPolicy):
             segment: at any layout whose chunks are this policy's.
         """
         if self.belief is not None:
-            return self._trace(segment, self._encode_views(segment)).loss
+            return self._trace(segment, self._encode_views(segment))["loss"]
         return torch.cat([self.adapter.trace(segment.chunk(t)).loss for t in range(segment.length)])
 
     def _encode_views(self, segment: Segment) -> Views:
         """The policy's own vision tower on the current views of all chunks, in one batch."""
         return self.adapter.encode_views(segment.chunks, self.target_layer if self._shared_tower else None)
 
-    def _trace(self, segment: Segment, views: Views) -> TracedChunks:
-        """One base forward per chunk under the carried belief (4.1), or one for the whole segment without belief."""
+    def _trace(self, segment: Segment, views: Views) -> dict[str, Any]:
+        """What the base policy's forwards give a `ChunkBatch`, N = T·B rows, time-major.
+
+        One forward per chunk under the carried belief (4.1), or one for the whole segment without belief.
+        """
         if self.belief is None:
             trace = self.adapter.trace(segment.chunks, views=views)
             zero = torch.zeros_like(trace.loss.detach())
-            return TracedChunks(*summaries(trace), entropy=zero, diversity=zero)
+            return summaries(trace) | {"entropy": zero, "diversity": zero}
         memory, tokenizer = self.belief.memory, self.belief.tokenizer
         tokens = memory.start(segment.batch_size)
-        traced, entropies, diversities = [], [], []
+        traced: list[dict[str, Tensor]] = []
         for t in range(segment.length):
             trace = self.adapter.trace(
                 segment.chunk(t), belief=memory.to_backbone(tokens), views=views.rows(segment.rows(t))
             )
             update = tokenizer(trace.action_hidden, trace.action_tokens, trace.action_mask)
             tokens = memory.carry(update.tokens)
-            traced.append(summaries(trace))
-            entropies.append(update.row_entropy)
-            diversities.append(update.row_diversity)
-        loss, context, action, stretches = (torch.cat(parts) for parts in zip(*traced, strict=True))
-        return TracedChunks(loss, context, action, stretches, torch.cat(entropies), torch.cat(diversities))
+            traced.append(summaries(trace) | {"entropy": update.row_entropy, "diversity": update.row_diversity})
+        return {name: torch.cat([part[name] for part in traced]) for name in traced[0]}
 
     def _targets(
         self, segment: Segment, views: Views

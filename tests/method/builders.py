@@ -9,7 +9,15 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from ptr_hf.method import AdaptiveScaleController, CandidateQueue, ChunkBatch, PTRObjective, Samples, TransitionScorer
+from ptr_hf.method import (
+    AdaptiveScaleController,
+    CandidateQueue,
+    ChunkBatch,
+    ObjectiveConfig,
+    PTRObjective,
+    Samples,
+    TransitionScorer,
+)
 
 property_test = settings(deadline=None, max_examples=40)
 
@@ -53,9 +61,10 @@ def make_chunks(rows: int = 6, seed: int = 0, context_dim: int = 10, action_dim:
 
 def make_objective(seed: int = 0, capacity: int = 32, dim: int = 8, **options: Any) -> PTRObjective:
     torch.manual_seed(seed)
-    options = {"warmup_steps": 0, "queue_negatives": 8} | options
+    own = {"warmup_steps": options.pop("warmup_steps", 0)}
+    config = ObjectiveConfig(**({"queue_negatives": 8} | options))
     scorer, queue = TransitionScorer(10, 5, dim, hidden_dim=16), CandidateQueue(capacity, dim, 3)
-    return PTRObjective(scorer, queue, AdaptiveScaleController(), **options)
+    return PTRObjective(scorer, queue, AdaptiveScaleController(), config, **own)
 
 
 class HostReads:

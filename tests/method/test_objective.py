@@ -38,9 +38,9 @@ def test_combine_is_equation_32(seed, rows):
     weight = weight * chunk_valid
     filler = torch.zeros(rows)
     output = ObjectiveOutput(
-        loss, weight, filler, identification, ranking, target_valid, ranking_valid, chunk_valid,
-        entropy, diversity,
-        filler.bool(), filler, filler.long(),
+        loss=loss, weight=weight, score=filler, identification=identification, ranking=ranking, target_valid=target_valid,
+        ranking_valid=ranking_valid, chunk_valid=chunk_valid, entropy=entropy, diversity=diversity, contrast=filler,
+        correct=filler.bool(), margin=filler, candidates=filler.long(),
     )  # fmt: skip
     objective = make_objective(
         identification_coef=0.05, ranking_coef=0.25, entropy_coef=2e-3, diversity_coef=3e-3, discount=0.9
@@ -298,7 +298,7 @@ def test_metrics_are_what_they_are_called():
         ranking=filler, target_valid=torch.tensor([1, 1, 1, 1, 0, 0]).bool(), ranking_valid=filler.bool(),
         chunk_valid=torch.tensor([1, 1, 1, 1, 1, 0]).bool(), entropy=torch.full((6,), 0.5), diversity=torch.full((6,), 1.5),
         correct=torch.tensor([0, 1, 1, 0, 0, 0]).bool(), margin=torch.tensor([-1.0, 2.0, 5.0, 0.0, 0.0, 0.0]),
-        candidates=torch.tensor([9, 9, 9, 1, 0, 0]),
+        contrast=filler, candidates=torch.tensor([9, 9, 9, 1, 0, 0]),
     )  # fmt: skip
     values = {name: value.item() for name, value in objective.metrics(output).items()}
     kept = weight[:5].tolist()

@@ -30,7 +30,7 @@ def output_of(weight, score=None, loss=None, target_valid=None, chunk_valid=None
         loss=filler if loss is None else loss, weight=weight, score=filler if score is None else score,
         identification=filler, ranking=filler, target_valid=always if target_valid is None else target_valid,
         ranking_valid=always, chunk_valid=always if chunk_valid is None else chunk_valid, entropy=filler, diversity=filler,
-        correct=always, margin=filler, candidates=filler.long(),
+        contrast=filler, correct=always, margin=filler, candidates=filler.long(),
     )  # fmt: skip
 
 

@@ -6,8 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptr_hf.method import AdaptiveScaleController, CandidateQueue, ChunkBatch, PTRObjective, Samples, TransitionScorer
-from ptr_hf.method.chunks import ChunkDetails
+from ptr_hf.method import (
+    AdaptiveScaleController,
+    CandidateQueue,
+    ChunkBatch,
+    ObjectiveConfig,
+    PTRObjective,
+    Samples,
+    TransitionScorer,
+)
 from ptr_hf.method.evidence import Evidence, Weigher
 from ptr_hf.scores import EpisodeTable
 
@@ -55,7 +62,9 @@ def make_objective(weigher: Weigher | None = None, seed: int = 0, **options: Any
     """The paper's objective, small; the same weights for every weigher."""
     torch.manual_seed(seed)
     parts = TransitionScorer(10, 5, 8, hidden_dim=16), CandidateQueue(32, 8, 3), AdaptiveScaleController()
-    return PTRObjective(*parts, weigher=weigher, **({"warmup_steps": 0, "queue_negatives": 8} | options))
+    warmup = options.pop("warmup_steps", 0)
+    config = ObjectiveConfig(**({"queue_negatives": 8} | options))
+    return PTRObjective(*parts, config, weigher=weigher, warmup_steps=warmup)
 
 
 def make_chunks(rows: int = 8, seed: int = 0) -> ChunkBatch:
@@ -79,10 +88,8 @@ def make_chunks(rows: int = 8, seed: int = 0) -> ChunkBatch:
         chunk_valid=count < rows - 1,
         entropy=torch.full((rows,), 0.3),
         diversity=torch.full((rows,), 1.7),
-        weighed_by=ChunkDetails(
-            action=torch.randn(rows, 2, 3, generator=source),
-            current=torch.randn(rows, 8, generator=source),
-            motion=torch.rand(rows, generator=source),
-            index=8 * count,
-        ),
+        stretches=torch.randn(rows, 2, 3, generator=source),
+        current=torch.randn(rows, 8, generator=source),
+        motion=torch.rand(rows, generator=source),
+        index=8 * count,
     )

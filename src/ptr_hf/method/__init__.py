@@ -20,13 +20,13 @@ from ptr_hf.method.candidates import (
     build_candidates,
     gather_samples,
 )
-from ptr_hf.method.chunks import ChunkBatch, ChunkDetails, ObjectiveOutput
+from ptr_hf.method.chunks import ChunkBatch, ObjectiveOutput
 from ptr_hf.method.controller import AdaptiveScaleController
 from ptr_hf.method.distributed import GlobalRows
 from ptr_hf.method.draws import Draws, Purpose, uniform
 from ptr_hf.method.evidence import Evidence, Rivals, Weigher, Weighing
 from ptr_hf.method.numerics import NeverLowered, full_precision
-from ptr_hf.method.objective import PTRObjective
+from ptr_hf.method.objective import ObjectiveConfig, PTRObjective
 from ptr_hf.method.scorer import (
     IdentificationMetrics,
     TransitionScorer,
@@ -58,7 +58,6 @@ __all__ = [
     "CandidateQueue",
     "Candidates",
     "ChunkBatch",
-    "ChunkDetails",
     "ConsequenceEncoder",
     "Draws",
     "Evidence",
@@ -66,6 +65,7 @@ __all__ = [
     "HardNegativeKey",
     "IdentificationMetrics",
     "NeverLowered",
+    "ObjectiveConfig",
     "ObjectiveOutput",
     "PTRObjective",
     "Purpose",

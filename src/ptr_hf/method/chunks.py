@@ -25,7 +25,7 @@ class ChunkBatch:
         entropy: H_tok, 0 without belief.
         diversity: D_tok, 0 without belief.
         segment_length: T, chunks of a segment; the rows are those of len(loss) / T segments.
-        weighed_by: what a ``Weigher`` reads beyond that; None when the paper's T weighs.
+        stretches, current, motion, index: what only a ``Weigher`` reads, see ``Evidence``; None when the paper's T weighs.
     """
 
     loss: Float[Tensor, " batch"]
@@ -36,17 +36,10 @@ class ChunkBatch:
     entropy: Float[Tensor, " batch"]
     diversity: Float[Tensor, " batch"]
     segment_length: int = 1
-    weighed_by: "ChunkDetails | None" = None
-
-
-@dataclass
-class ChunkDetails:
-    """What only a ``Weigher`` reads of a chunk; see ``Evidence``."""
-
-    action: Float[Tensor, "batch stretches action_dim"]
-    current: Float[Tensor, "batch dim"]
-    motion: Float[Tensor, " batch"]
-    index: Int[Tensor, " batch"]
+    stretches: Float[Tensor, "batch stretches action_dim"] | None = None
+    current: Float[Tensor, "batch dim"] | None = None
+    motion: Float[Tensor, " batch"] | None = None
+    index: Int[Tensor, " batch"] | None = None
 
 
 def joined(parts: Sequence[ChunkBatch]) -> ChunkBatch:
@@ -63,37 +56,11 @@ def _joined(parts: Sequence[Any], segment_length: int) -> Any:
     first = parts[0]
     if isinstance(first, Tensor):
         return in_time_order(parts, segment_length)
-    if not isinstance(first, ChunkBatch | ChunkDetails | Samples):
+    if not isinstance(first, ChunkBatch | Samples):
         return first
     names = [item.name for item in fields(first)]
     together = {name: _joined([vars(part)[name] for part in parts], segment_length) for name in names}
     return type(first)(**together)
-
-
-@dataclass
-class ObjectiveOutput:
-    """Per chunk: losses, score and weight (0 where not ``chunk_valid``), and what each may be averaged over.
-
-    ``weighing`` is what a ``Weigher`` said, its heads' losses among it; None when the paper's T weighs. ``source`` and
-    ``task`` are those of ``ChunkBatch.samples``.
-    """
-
-    loss: Float[Tensor, " batch"]
-    weight: Float[Tensor, " batch"]
-    score: Float[Tensor, " batch"]
-    identification: Float[Tensor, " batch"]
-    ranking: Float[Tensor, " batch"]
-    target_valid: Bool[Tensor, " batch"]
-    ranking_valid: Bool[Tensor, " batch"]
-    chunk_valid: Bool[Tensor, " batch"]
-    entropy: Float[Tensor, " batch"]
-    diversity: Float[Tensor, " batch"]
-    correct: Bool[Tensor, " batch"]
-    margin: Float[Tensor, " batch"]
-    candidates: Int[Tensor, " batch"]
-    weighing: Weighing | None = None
-    source: Int[Tensor, " batch"] | None = None
-    task: Int[Tensor, " batch"] | None = None
 
 
 @dataclass
@@ -125,3 +92,21 @@ class Identified:
             margin=zero,
             candidates=torch.zeros_like(target_valid, dtype=torch.int64),
         )
+
+
+@dataclass
+class ObjectiveOutput(Identified):
+    """Per chunk: what identifies it, its losses and weight (0 where not ``chunk_valid``), and what each may be averaged over.
+
+    ``weighing`` is what a ``Weigher`` said, its heads' losses among it; None when the paper's T weighs. ``source`` and
+    ``task`` are those of ``ChunkBatch.samples``.
+    """
+
+    loss: Float[Tensor, " batch"]
+    weight: Float[Tensor, " batch"]
+    chunk_valid: Bool[Tensor, " batch"]
+    entropy: Float[Tensor, " batch"]
+    diversity: Float[Tensor, " batch"]
+    weighing: Weighing | None = None
+    source: Int[Tensor, " batch"] | None = None
+    task: Int[Tensor, " batch"] | None = None

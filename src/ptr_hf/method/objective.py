@@ -12,7 +12,7 @@ N ranks give the gradient that one process would give on all their rows: what a 
 and what a sum is divided by never depend on which rank holds it.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -45,31 +45,58 @@ from ptr_hf.method.weight import (
 )
 
 
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """How chunks are compared and weighed and how Eq. 32 is put together; defaults are Table 6's.
+
+    Attributes:
+        alpha, weight_min, weight_max: of Eq. 21.
+        identification_coef, ranking_coef, entropy_coef, diversity_coef: λ_id, λ_rank, λ_ent, λ_div.
+        logit_clamp: bound on |d|.
+        queue_negatives: negatives drawn from the queue per chunk.
+        cross_rank_negatives: False leaves the other ranks' targets of the step out of the candidates; the queue is filled from
+            all ranks either way, so that it stays the same on each.
+        hard_negative_key: see ``build_candidates``.
+        detach_scorer_inputs: keep L_id and L_rank from reaching the policy (ours; the paper lets them).
+        shuffle_consequences: give every chunk another chunk's target, a control for any score.
+        discount: γ^Δ', factor on the identification loss.
+
+    Raises:
+        ValueError: if a weight bound or alpha is out of range.
+    """
+
+    alpha: float = 1.0
+    weight_min: float = 0.25
+    weight_max: float = 4.0
+    identification_coef: float = 0.05
+    ranking_coef: float = 0.25
+    entropy_coef: float = 1e-3
+    diversity_coef: float = 1e-3
+    logit_clamp: float = 20.0
+    queue_negatives: int = 64
+    cross_rank_negatives: bool = True
+    hard_negative_key: HardNegativeKey = "task_or_state"
+    detach_scorer_inputs: bool = False
+    shuffle_consequences: bool = False
+    discount: float = 1.0
+
+    def __post_init__(self) -> None:
+        weight_bounds(self.alpha, self.weight_min, self.weight_max)
+
+
 class PTRObjective(NeverLowered):
-    """Scores a step's chunks, weighs their loss and puts Eq. 32 together; defaults are Table 6's.
+    """Scores a step's chunks, weighs their loss and puts Eq. 32 together.
 
     Args:
         scorer: f(h, e), or None where a ``weigher`` asks for no identification posterior.
         queue: past targets, or None to do without.
         controller: holder of τ, β and ρ.
-        alpha, weight_min, weight_max: of Eq. 21.
-        identification_coef, ranking_coef, entropy_coef, diversity_coef: λ_id, λ_rank, λ_ent, λ_div.
-        logit_clamp: bound on |d|.
-        queue_negatives: negatives drawn from the queue per chunk.
-        cross_rank: False leaves the other ranks' targets of the step out of the candidates; the queue is filled from
-            all ranks either way, so that it stays the same on each.
-        hard_negative_key: see ``build_candidates``.
-        warmup_steps: optimiser steps during which every weight is 1 while the scorer trains.
-        detach_scorer_inputs: keep L_id and L_rank from reaching the policy (ours; the paper lets them).
-        discount: γ^Δ', factor on the identification loss.
-        shuffle_consequences: give every chunk another chunk's target, a control for any score.
+        config: see ``ObjectiveConfig``.
         weigher: weighs the loss by something else than Eq. 21; its heads' losses are added with coefficient 1 (their
             inputs are constants and Adam ignores the scale).
+        warmup_steps: optimiser steps during which every weight is 1 while the scorer trains.
         seed: of the private random stream; the global one is never touched, so α = 0 draws the noise of plain
             post-training.
-
-    Raises:
-        ValueError: if a weight bound or alpha is out of range.
     """
 
     steps: Int[Tensor, ""]
@@ -80,47 +107,16 @@ class PTRObjective(NeverLowered):
         scorer: TransitionScorer | None,
         queue: CandidateQueue | None,
         controller: AdaptiveScaleController,
+        config: ObjectiveConfig = ObjectiveConfig(),
         *,
-        alpha: float = 1.0,
-        weight_min: float = 0.25,
-        weight_max: float = 4.0,
-        identification_coef: float = 0.05,
-        ranking_coef: float = 0.25,
-        entropy_coef: float = 1e-3,
-        diversity_coef: float = 1e-3,
-        logit_clamp: float = 20.0,
-        queue_negatives: int = 64,
-        cross_rank: bool = True,
-        hard_negative_key: HardNegativeKey = "task_or_state",
-        warmup_steps: int = 3000,
-        detach_scorer_inputs: bool = False,
-        discount: float = 1.0,
-        seed: int = 0,
-        shuffle_consequences: bool = False,
         weigher: Weigher | None = None,
+        warmup_steps: int = 3000,
+        seed: int = 0,
     ) -> None:
         super().__init__()
-        weight_bounds(alpha, weight_min, weight_max)
-        self.scorer = scorer
-        self.queue = queue
-        self.controller = controller
-        self.alpha = alpha
-        self.weight_min = weight_min
-        self.weight_max = weight_max
-        self.identification_coef = identification_coef
-        self.ranking_coef = ranking_coef
-        self.entropy_coef = entropy_coef
-        self.diversity_coef = diversity_coef
-        self.logit_clamp = logit_clamp
-        self.queue_negatives = queue_negatives
-        self.cross_rank = cross_rank
-        self.hard_negative_key = hard_negative_key
-        self.warmup_steps = warmup_steps
-        self.detach_scorer_inputs = detach_scorer_inputs
-        self.discount = discount
-        self.seed = seed
-        self.shuffle_consequences = shuffle_consequences
-        self.weigher = weigher
+        self.scorer, self.queue, self.controller = scorer, queue, controller
+        self.config, self.weigher = config, weigher
+        self.warmup_steps, self.seed = warmup_steps, seed
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.register_buffer("window", torch.zeros(6, dtype=torch.float64))
         # the step again, known without reading the device
@@ -147,32 +143,25 @@ class PTRObjective(NeverLowered):
         rows = self._rows(chunks, across=self.training)
         draws, device = Draws(self._step_seed), chunks.loss.device
         everyone = gather_samples(samples, rows)
-        if self.shuffle_consequences:
+        if self.config.shuffle_consequences:
             other, _ = masked_derangement(everyone.valid, draws.keys(rows, Purpose.SHUFFLED_CONSEQUENCE, device))
             everyone = replace(everyone, targets=everyone.targets[other])
             samples = replace(samples, targets=everyone.targets[rows.own(device)])
         # whom a chunk is compared with
-        seen = rows if self.cross_rank else self._rows(chunks, across=False)
-        others = everyone if self.cross_rank else samples
+        seen = rows if self.config.cross_rank_negatives else self._rows(chunks, across=False)
+        others = everyone if self.config.cross_rank_negatives else samples
         if self.scorer is None:
             identified = Identified.nothing(samples.valid, chunks.loss)
         else:
             identified = self._identify(self.scorer, chunks, samples, others, seen, draws)
         weighing = self._weigh(chunks, samples, identified, Rivals(seen, others.valid), draws)
         output = ObjectiveOutput(
+            **(vars(identified) | {"score": identified.score.detach()}),
             loss=chunks.loss,
             weight=weighing.weight.masked_fill(~chunks.chunk_valid, 0.0),
-            score=identified.score.detach(),
-            identification=identified.identification,
-            ranking=identified.ranking,
-            target_valid=identified.target_valid,
-            ranking_valid=identified.ranking_valid,
             chunk_valid=chunks.chunk_valid,
             entropy=chunks.entropy,
             diversity=chunks.diversity,
-            correct=identified.correct,
-            margin=identified.margin,
-            candidates=identified.candidates,
             weighing=weighing if self.weigher is not None else None,
             source=samples.source,
             task=samples.task,
@@ -210,7 +199,7 @@ class PTRObjective(NeverLowered):
         device = chunks.loss.device
         context = torch.where(samples.valid[:, None], chunks.context, 0.0)
         action = torch.where(samples.valid[:, None], chunks.action, 0.0)
-        if self.detach_scorer_inputs:
+        if self.config.detach_scorer_inputs:
             context, action = context.detach(), action.detach()
         place = seen.own(device)
         candidates = build_candidates(
@@ -218,14 +207,14 @@ class PTRObjective(NeverLowered):
             everyone=others,
             rows=seen,
             queue=self.queue,
-            num_queue_negatives=self.queue_negatives,
+            num_queue_negatives=self.config.queue_negatives,
             hard_negative_ratio=self.controller.hard_negative_ratio,
-            hard_negative_key=self.hard_negative_key,
+            hard_negative_key=self.config.hard_negative_key,
             seed=draws.seed_of(Purpose.QUEUE),
         )
         mask, target_valid = candidates.mask, candidates.mask[:, 0]
         # a copy, because data-parallel training may write the buffer before backward has read it
-        temperature, clamp = self.controller.temperature.clone(), self.logit_clamp
+        temperature, clamp = self.controller.temperature.clone(), self.config.logit_clamp
 
         logits = candidates.logits(scorer(context, action), temperature, clamp)
         other_action, comparable = masked_derangement(others.valid, draws.keys(seen, Purpose.OTHER_ACTION, device))
@@ -259,39 +248,37 @@ class PTRObjective(NeverLowered):
         if self.weigher is None:
             known = valid if self.warm else torch.zeros_like(valid)
             weight = conservative_weight(
-                identified.score, beta, self.alpha, self.weight_min, self.weight_max, valid=known
+                identified.score, beta, self.config.alpha, self.config.weight_min, self.config.weight_max, valid=known
             )
             nothing = torch.zeros_like(weight)
             return Weighing(weight, nothing[:, None], nothing[:, None], nothing, nothing)
-        details = chunks.weighed_by
-        if details is None:
-            raise ValueError("A weigher reads ChunkBatch.weighed_by, which is missing.")
+        if chunks.stretches is None or chunks.current is None or chunks.motion is None or chunks.index is None:
+            raise ValueError("A weigher reads stretches, current, motion and index of ChunkBatch: give all four.")
         evidence = Evidence(
             loss=chunks.loss.detach(),
-            action=details.action.detach().nan_to_num(),
-            current=details.current.nan_to_num(),
+            action=chunks.stretches.detach().nan_to_num(),
+            current=chunks.current.nan_to_num(),
             target=samples.targets.nan_to_num(),
             target_valid=valid,
             chunk_valid=chunks.chunk_valid,
             posterior=identified.score.detach(),
             contrast=identified.contrast,
             contrast_valid=identified.ranking_valid,
-            motion=details.motion.detach(),
+            motion=chunks.motion.detach(),
             task=samples.task,
             episode=samples.episode,
-            index=details.index,
+            index=chunks.index,
             among=rivals,
         )
         return self.weigher.weigh(evidence, beta, self.warm, draws)
 
     def combine(self, output: ObjectiveOutput) -> dict[str, Float[Tensor, ""]]:
         """Eq. 32 from this rank's chunks. In training every mean is over all ranks', with one all-reduce for all."""
-        mean = global_self_normalized_loss if self.training else self_normalized_loss
+        mean, config = global_self_normalized_loss if self.training else self_normalized_loss, self.config
         action, identification, ranking, entropy, diversity, *heads = mean(*self._terms(output))
-        tokenizer = self.entropy_coef * entropy + self.diversity_coef * diversity
-        loss = (
-            action + self.identification_coef * self.discount * identification + self.ranking_coef * ranking + tokenizer
-        )
+        tokenizer = config.entropy_coef * entropy + config.diversity_coef * diversity
+        identified = config.identification_coef * config.discount * identification
+        loss = action + identified + config.ranking_coef * ranking + tokenizer
         terms = {"action": action, "identification": identification, "ranking": ranking, "tokenizer": tokenizer}
         for head in heads:
             terms["heads"] = head
@@ -314,7 +301,9 @@ class PTRObjective(NeverLowered):
         weight, chunk_valid, target_valid = output.weight, output.chunk_valid, output.target_valid
         chunks = chunk_valid.sum()
         comparable = target_valid & (output.candidates > 1)
-        at_floor, at_ceiling = at_bounds(weight, weight_bounds(self.alpha, self.weight_min, self.weight_max))
+        at_floor, at_ceiling = at_bounds(
+            weight, weight_bounds(self.config.alpha, self.config.weight_min, self.config.weight_max)
+        )
         smallest = weight.masked_fill(~chunk_valid, torch.inf).amin()
         largest = weight.masked_fill(~chunk_valid, 0.0).amax()
         return {

@@ -1,5 +1,7 @@
 """The side pathway as a configuration describes it: the objective with its scorer, queue and controller, and the belief."""
 
+from dataclasses import fields
+
 import torch
 from torch import nn
 
@@ -9,6 +11,7 @@ from ptr_hf.method import (
     BeliefMemory,
     BeliefTokenizer,
     CandidateQueue,
+    ObjectiveConfig,
     PTRObjective,
     TransitionScorer,
 )
@@ -54,6 +57,7 @@ def build_objective(config: PTRConfig, context_dim: int, action_dim: int, target
     identifies = config.reads_posterior
     queue = CandidateQueue(config.queue_size, target_dim, state_dim) if config.queue_size and identifies else None
     chunk = config.resolved_chunk_size
+    options = {item.name: vars(config)[item.name] for item in fields(ObjectiveConfig) if item.name != "discount"}
     return PTRObjective(
         TransitionScorer(context_dim, action_dim, target_dim, config.scorer_dim) if identifies else None,
         queue,
@@ -66,20 +70,9 @@ def build_objective(config: PTRConfig, context_dim: int, action_dim: int, target
             config.hard_negative_ratio_max,
             enabled=config.controller,
         ),
-        alpha=config.alpha,
-        weight_min=config.weight_min,
-        weight_max=config.weight_max,
-        identification_coef=config.identification_coef,
-        ranking_coef=config.ranking_coef,
-        entropy_coef=config.entropy_coef,
-        diversity_coef=config.diversity_coef,
-        logit_clamp=config.logit_clamp,
-        queue_negatives=config.queue_negatives,
-        cross_rank=config.cross_rank_negatives,
-        hard_negative_key=config.hard_negative_key,
-        detach_scorer_inputs=config.detach_scorer_inputs,
-        discount=config.consequence_discount ** ((config.consequence_offset or chunk) / chunk),
-        shuffle_consequences=config.shuffle_consequences,
+        ObjectiveConfig(
+            discount=config.consequence_discount ** ((config.consequence_offset or chunk) / chunk), **options
+        ),
         weigher=None if config.is_paper else _build_weigher(config, action_dim, target_dim),
     )
 

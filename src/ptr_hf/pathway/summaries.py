@@ -14,14 +14,14 @@ from ptr_hf.policies import PolicyTrace
 from ptr_hf.policies.batches import without_unused
 
 
-def summaries(trace: PolicyTrace) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, h (masked mean of H), e (masked mean of A), and A by consecutive stretches of time."""
-    return (
-        trace.loss,
-        masked_mean(trace.context, trace.context_mask),
-        masked_mean(trace.action_tokens, trace.action_mask),
-        stretches_of(trace.action_tokens.detach(), trace.action_mask),
-    )
+def summaries(trace: PolicyTrace) -> dict[str, Tensor]:
+    """Loss, context h (masked mean of H), action e (masked mean of A), and A by consecutive stretches of time."""
+    return {
+        "loss": trace.loss,
+        "context": masked_mean(trace.context, trace.context_mask),
+        "action": masked_mean(trace.action_tokens, trace.action_mask),
+        "stretches": stretches_of(trace.action_tokens.detach(), trace.action_mask),
+    }
 
 
 def stretches_of(

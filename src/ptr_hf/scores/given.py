@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ptr_hf.method import ObjectiveOutput, effective_sample_size, global_self_normalized_loss
+from ptr_hf.method.chunks import Identified
 
 
 @dataclass
@@ -70,22 +71,15 @@ def weighed_chunks(
         valid: False where a chunk has no say.
         task, source: numbers, for the log.
     """
-    zero, never = torch.zeros_like(loss.detach()), torch.zeros_like(valid)
+    zero = torch.zeros_like(loss.detach())
     return ObjectiveOutput(
+        # every chunk has a weight that counts
+        **vars(Identified.nothing(valid, loss)),
         loss=loss,
         weight=weight.to(zero).masked_fill(~valid, 0.0),
-        score=zero,
-        identification=zero,
-        ranking=zero,
-        # every chunk has a weight that counts
-        target_valid=valid,
-        ranking_valid=never,
         chunk_valid=valid,
         entropy=zero,
         diversity=zero,
-        correct=never,
-        margin=zero,
-        candidates=torch.zeros_like(valid, dtype=torch.int64),
         source=source,
         task=task,
     )

@@ -127,7 +127,7 @@ def _weights(policy: PTRPolicy) -> str:
         )
     if objective is None:
         return "none: plain fine-tuning (SFT)"
-    if objective.alpha == 0:
+    if objective.config.alpha == 0:
         return f"all are 1; a scorer trains beside the policy (preset {policy.config.preset})"
     return (
         f"from a scorer in the step (preset {policy.config.preset}), after {objective.warmup_steps:,} steps of warm-up"

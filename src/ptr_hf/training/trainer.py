@@ -350,7 +350,7 @@ class PTRTrainer(GuardedTrainer):
             steps = math.ceil(len(self.train_dataset) / per_step * self.args.num_train_epochs)
         self.policy.set_run_length(steps)
         objective = self.policy.objective
-        if objective is not None and objective.alpha > 0 and objective.warmup_steps >= steps:
+        if objective is not None and objective.config.alpha > 0 and objective.warmup_steps >= steps:
             logger.warning(
                 "The scorer's warm-up of %d steps is not shorter than the run of %d: every weight stays 1. Lower "
                 "scorer_warmup_steps, or train longer.",
@@ -394,7 +394,9 @@ class PTRTrainer(GuardedTrainer):
         """Add the method's metrics of the window, averaged over steps and ranks, and write `ptr_dynamics.parquet`."""
         if "loss" in logs and self.window:
             objective = self.policy.objective
-            bounds = None if objective is None else (objective.alpha, objective.weight_min, objective.weight_max)
+            bounds = None
+            if objective is not None:
+                bounds = (objective.config.alpha, objective.config.weight_min, objective.config.weight_max)
             if self.policy.frame_weights is not None:
                 bounds = (1.0, *self.policy.frame_weights.bounds)
             metrics, histogram = self.window.flush(self.accelerator, bounds)
