@@ -34,7 +34,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from ptr_hf.data.benchmark_data import CONDITIONS
-from ptr_hf.hyperparameters import PRESETS
+from ptr_hf.presets import PRESETS
 from ptr_hf.report.console import PlainConsole
 
 COLUMNS = (

@@ -14,7 +14,8 @@ from small_policies import settings_id
 from transformers import HfArgumentParser, TrainingArguments
 
 from ptr_hf import PTRConfig, PTRTrainingArguments
-from ptr_hf.hyperparameters import PRESETS, PTRHyperparameters
+from ptr_hf.hyperparameters import PTRHyperparameters
+from ptr_hf.presets import PRESETS
 
 ACT = {"type": "act", "chunk_size": 16, "n_action_steps": 8}
 
@@ -106,7 +107,7 @@ class TestPresets:
     @pytest.mark.parametrize("preset", PRESETS)
     def test_a_preset_sets_what_it_owns(self, preset: str) -> None:
         values = checked(preset=preset)
-        assert PRESETS[preset].items() <= vars(values).items()
+        assert PRESETS[preset].fields.items() <= vars(values).items()
         again = checked(**values.hyperparameters())
         assert again == values, "a resolved configuration resolves to itself"
 
@@ -159,14 +160,14 @@ class TestPresets:
         (parsed,) = HfArgumentParser(PTRTrainingArguments).parse_args_into_dataclasses(options)
         loaded = draccus.decode(PTRConfig, settings)
         for values in (args, parsed, loaded, PTRConfig(**args.hyperparameters()), dataclasses.replace(args, seed=3)):
-            assert values.hyperparameters().items() >= (PRESETS["ptr_calibrated"] | settings).items()
+            assert values.hyperparameters().items() >= (PRESETS["ptr_calibrated"].fields | settings).items()
         assert args.given == parsed.given == loaded.given == dataclasses.replace(args, seed=3).given == settings
 
     def test_replacing_the_preset_takes_its_values(self, tmp_path: Path) -> None:
         args = PTRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, preset="ptr", chunk_size=8, beta=2.0)
         plain = dataclasses.replace(args, preset="sft")
         assert plain.given == {"preset": "sft", "chunk_size": 8, "beta": 2.0}
-        assert PRESETS["sft"].items() <= plain.hyperparameters().items()
+        assert PRESETS["sft"].fields.items() <= plain.hyperparameters().items()
         assert plain.weight_map == "paper"
         with pytest.raises(ValueError, match=r"preset='sft' sets alpha=0.0, but alpha=0.5 was given"):
             dataclasses.replace(args, preset="sft", alpha=0.5)

@@ -22,7 +22,7 @@ from small_policies import tensors_equal
 
 from ptr_hf import PTRConfig, PTRPolicy
 from ptr_hf.artifacts.checks import read_config
-from ptr_hf.hyperparameters import PRESETS
+from ptr_hf.presets import PRESETS
 
 LEROBOT_TRAIN = Path(sys.executable).parent / "lerobot-train"
 BASE = {
@@ -140,6 +140,6 @@ def test_a_preset_with_a_scorer_weighs_the_episodes_of_lerobots_data(points: Pat
     settings = {"preset": "ptr_calibrated", "score_refresh_steps": 1, "scorer_warmup_steps": 1, "segment_length": 1}
     start(in_this_process, points, tmp_path / "run", steps=4, **settings)
     policy = PTRPolicy.from_pretrained(checkpoint(tmp_path / "run", 4))
-    assert policy.config.hyperparameters().items() >= (PRESETS["ptr_calibrated"] | settings).items()
+    assert policy.config.hyperparameters().items() >= (PRESETS["ptr_calibrated"].fields | settings).items()
     assert policy.config.num_episodes == 4
     assert int(policy.objective.weigher.memory.count.sum()) > 0

@@ -18,11 +18,11 @@ from small_policies import base_policy, stats_of
 
 from ptr_hf import PTRConfig, PTRPolicy
 from ptr_hf.artifacts.peft import wrap_with_peft
-from ptr_hf.hyperparameters import PRESETS
+from ptr_hf.presets import PRESETS
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
 from ptr_hf.publishing.card_text import LONGEST_TEXT, plain
 from ptr_hf.publishing.model_card import (
-    PRESET_NOTES,
+    ORIGINS,
     BasePolicy,
     CardFacts,
     Evaluation,
@@ -58,7 +58,7 @@ class TestFacts:
             "lerobot/smolvla_base/tree/abc123",
             "datasets/me/demos/tree/v2.0",
             "revision not recorded",
-            "the paper's method",
+            "the paper's own",
             "73.4 %",
             "between 0.25 and 4",
             "4 belief tokens",
@@ -137,7 +137,6 @@ class TestHonesty:
         assert "model-index" not in card.content
 
     def test_every_preset_has_its_words(self, dynamics: Dynamics) -> None:
-        assert PRESET_NOTES.keys() == PRESETS.keys()
         for preset in PRESETS:
             renamed = Dynamics(
                 dynamics.table.set_column(
@@ -147,7 +146,7 @@ class TestHonesty:
             config = config_of(preset)
             facts = CardFacts(config=config, base=RANDOM_BASE, dynamics=dynamics if preset == "sft" else renamed)
             text = model_card(facts).text
-            assert f"Preset `{preset}`, {PRESET_NOTES[preset][0]}" in text
+            assert f"Preset `{preset}`, {ORIGINS[PRESETS[preset].origin]}" in text
             assert ("every recorded action chunk has the same weight" in text) is not facts.weighed
             posterior = config.scorer and config.reads_posterior
             assert ("picked the true consequence" in text) is posterior, preset
@@ -155,10 +154,10 @@ class TestHonesty:
 
     def test_a_changed_preset_is_not_passed_off_as_the_paper(self) -> None:
         text = model_card(CardFacts(config=config_of(queue_size=512), base=RANDOM_BASE)).text
-        assert "the paper's method, with 1 of its settings changed" in text
+        assert "the paper's own, with 1 of its settings changed" in text
         assert "`queue_size` = `512` (`1024`)" in text
         changed = config_of(score="loss", aggregation="trajectory", weight_map="exponential")
-        assert "the paper's method" not in model_card(CardFacts(config=changed, base=RANDOM_BASE)).text
+        assert "the paper's own" not in model_card(CardFacts(config=changed, base=RANDOM_BASE)).text
 
     @pytest.mark.parametrize(
         ("base", "words"),

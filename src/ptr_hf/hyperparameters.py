@@ -6,6 +6,7 @@ from dataclasses import InitVar, dataclass, field, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, Self, get_args
 
+from ptr_hf.presets import PRESETS
 from ptr_hf.scores import (
     AGGREGATIONS,
     MISSING_FUTURE,
@@ -36,68 +37,11 @@ MOST = {
 }
 """The largest values of fields that memory or time is proportional to: far above any use, whoever wrote the configuration."""
 
-# What every preset of ours shares: an ordinary policy, no loss term of the scorer in it, an episode's mean as its verdict.
-_OURS: dict[str, Any] = {
-    "num_belief_tokens": 0,
-    "detach_scorer_inputs": True,
-    "hard_negative_key": "state",
-    "aggregation": "trajectory",
-    "missing_future": "episode",
-    "weight_map": "exponential",
-    "weight_min": 0.02,
-    "scorer_warmup_steps": 0.15,
-}
-
-# The map that leaves clean data alone.
-_CALIBRATED: dict[str, Any] = {**_OURS, "standardize_by": "task", "weight_map": "calibrated", "weight_min": 0.01}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # The paper's method (Table 6).
-    "ptr": {},
-    # The paper's SFT + Belief: every part runs, no weight moves.
-    "sft_belief": {"alpha": 0.0},
-    # Plain post-training: the base policy's own loss, bit for bit.
-    "sft": {"alpha": 0.0, "num_belief_tokens": 0, "scorer": False},
-    # Ours: the dataset is inspected before training, and the step is plain post-training's.
-    "ptr_offline": {
-        "weights": "auto",
-        "num_belief_tokens": 0,
-        "scorer": False,
-        "standardize_by": "task",
-        "weight_min": 0.02,
-    },
-    # Ours (METHOD section 13): which action, which instruction, belongs to what followed?
-    "ptr_consequence": {"score": "consequence", **_OURS},
-    "ptr_consequence_loss": {"score": "consequence_loss", "standardize_by": "task", **_OURS},
-    "ptr_calibrated": {"score": "consequence_log_loss", **_CALIBRATED},
-    "ptr_consequence_shuffled": {"score": "consequence", "shuffle_consequences": True, **_OURS},
-    "ptr_margin": {"score": "action_margin", **_OURS},
-    # Controls: the same aggregation and map on what needs no consequence, random weights, and perfect knowledge.
-    "small_loss": {"score": "loss", "standardize_by": "task", **_OURS},
-    "small_loss_rejection": {"score": "loss", "standardize_by": "task", **_OURS, "weight_map": "rejection"},
-    "small_loss_calibrated": {"score": "log_loss", **_CALIBRATED},
-    "random_weights": {"score": "random", **_OURS},
-    "motion": {"score": "motion", "standardize_by": "task", **_OURS},
-    "length": {"score": "length", "standardize_by": "task", **_OURS},
-    "oracle": {"score": "oracle", **_OURS, "aggregation": "sample", "weight_map": "paper", "weight_min": 0.001},
-}
-
-
 _WITHOUT_SCORER = {
     *("preset", "scorer", "num_belief_tokens", "chunk_size", "segment_length", "chunk_stride", "consequence_offset"),
     *("standardize_by", "alpha", "weight_min", "weights", "false_alarms"),
 }
 """The fields that mean something where no scorer is trained."""
-
-# What a preset's name says: these values cannot be others. A preset of ours that is not named after its score takes any.
-_NAMED_FOR: dict[str, tuple[str, ...]] = {
-    "ptr": (),
-    "ptr_calibrated": (),
-    "sft": ("alpha", "num_belief_tokens", "scorer"),
-    "sft_belief": ("alpha",),
-    "ptr_offline": ("num_belief_tokens", "scorer"),
-    "ptr_consequence_shuffled": ("score", "shuffle_consequences"),
-}
 
 
 def _option(default: Any, help: str) -> Any:
@@ -248,16 +192,16 @@ class PTRHyperparameters:
         self._fill("preset", DEFAULT_PRESET)
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} is unknown; choose one of {', '.join(PRESETS)}.")
-        own = PRESETS[self.preset]
+        preset = PRESETS[self.preset]
         self._check_types()
-        for name in _NAMED_FOR.get(self.preset, ("score",)):
+        for name in preset.named:
             value = vars(self)[name]
-            if value is not None and value != own[name]:
+            if value is not None and value != preset.fields[name]:
                 raise ValueError(
-                    f"preset={self.preset!r} sets {name}={own[name]}, but {name}={value} was given; {self._remedy()}."
+                    f"preset={self.preset!r} sets {name}={preset.fields[name]}, but {name}={value} was given; {self._remedy()}."
                 )
         for name, default in DEFAULTS.items():
-            self._fill(name, own.get(name, default))
+            self._fill(name, preset.fields.get(name, default))
         self._fill("segment_length", 4 if self.reads_futures or self.num_belief_tokens else 1)
 
     def _check_types(self) -> None:

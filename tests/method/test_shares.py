@@ -8,7 +8,7 @@ from builders import HostReads, make_chunks, make_objective, make_samples, prope
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptr_hf.hyperparameters import PRESETS, PTRHyperparameters
+from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.method import (
     GROUP_STATISTICS,
     ObjectiveOutput,
@@ -17,6 +17,7 @@ from ptr_hf.method import (
     share_bound,
     weight_bounds,
 )
+from ptr_hf.presets import PRESETS
 from ptr_hf.scores import WEIGHT_MAPS, map_range
 from ptr_hf.scores.weigher import ScoreWeigher
 

@@ -19,7 +19,7 @@ from corruption_run import Cell, Setting  # noqa: E402
 from report_corruption import main, severity  # noqa: E402
 
 from ptr_hf.data.benchmark_data import CONDITIONS  # noqa: E402
-from ptr_hf.hyperparameters import PRESETS  # noqa: E402
+from ptr_hf.presets import PRESETS  # noqa: E402
 from ptr_hf.report import DYNAMICS_FILE, DynamicsLog  # noqa: E402
 from ptr_hf.report.corruption import (  # noqa: E402
     BIN_EDGES,

@@ -10,7 +10,8 @@ from transformers.hf_argparser import string_to_bool
 from ptr_hf.cli.light_parser import CommandHelp
 from ptr_hf.cli.option_names import meant, unknown_options
 from ptr_hf.cli.refusals import UsageError, refusals
-from ptr_hf.hyperparameters import DEFAULT_PRESET, DEFAULTS, PRESETS
+from ptr_hf.hyperparameters import DEFAULT_PRESET, DEFAULTS
+from ptr_hf.presets import PRESETS
 
 
 class OptionParser(HfArgumentParser):
@@ -155,5 +156,5 @@ class _Defaults(CommandHelp):
             default = super().default_of(action)
             return getattr(default, "value", default)
         usual = DEFAULTS[action.dest]
-        here = PRESETS[DEFAULT_PRESET].get(action.dest, usual)
+        here = PRESETS[DEFAULT_PRESET].fields.get(action.dest, usual)
         return f"{here}; {'none' if usual is None else usual} with --preset ptr" if here != usual else usual

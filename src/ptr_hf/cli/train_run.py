@@ -18,8 +18,9 @@ from ptr_hf.data.datasets import dataset_metadata
 from ptr_hf.data.demonstrations import bundled_demonstrations
 from ptr_hf.data.mixture.config import MixtureConfig
 from ptr_hf.data.mixture.metadata import MixtureMetadata
-from ptr_hf.hyperparameters import AUTO, PRESETS
+from ptr_hf.hyperparameters import AUTO
 from ptr_hf.policies.bundled import bundled_policy
+from ptr_hf.presets import PRESETS
 from ptr_hf.publishing.push import PushError
 from ptr_hf.report import REPORT_FILE
 from ptr_hf.report.console import PlainConsole
@@ -31,7 +32,7 @@ from ptr_hf.training.checkpoints import SaveError, checkpoints
 
 def sft_arguments(args: PTRTrainingArguments, folder: Path) -> PTRTrainingArguments:
     """The same run without PTR: the same segments in the same order, the same seed, schedule and optimiser."""
-    method = dict.fromkeys(name for own in PRESETS.values() for name in own)
+    method = dict.fromkeys(name for own in PRESETS.values() for name in own.fields)
     own = method | {"preset": "sft", "segment_length": args.segment_length}
     return args.with_options(output_dir=str(folder), push_to_hub=False, **own)
 

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from ptr_hf.artifacts.sources import named_source
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.method import share_bound, weight_bounds
+from ptr_hf.presets import PRESETS
 from ptr_hf.publishing.card_facts import (
     BasePolicy,
     CardFacts,
@@ -68,40 +69,13 @@ __all__ = [
 POLICY_TEMPLATE, DATASET_TEMPLATE = "policy_card.md.j2", "scored_dataset_card.md.j2"
 DYNAMICS_PICTURE, WEIGHTS_PICTURE, SOURCES_PICTURE = "ptr_dynamics.png", "ptr_weights.png", "ptr_sources.png"
 
-PRESET_NOTES: dict[str, tuple[str, str]] = {
-    "ptr": ("the paper's method", "a chunk weighs more the better its recorded consequence is picked out of others"),
-    "sft_belief": ("the paper's SFT + Belief", "scorer and belief tokens run, but every chunk counts the same (α = 0)"),
-    "sft": ("plain post-training, the baseline", "there is no scorer, and every chunk counts the same"),
-    "ptr_offline": (
-        "ptr_hf's own, not the paper's",
-        "weights that were known before training, of an inspection or a file, multiply the loss; nothing is scored in the step",
-    ),
-    "ptr_consequence": (
-        "ptr_hf's own, not the paper's",
-        "episodes whose actions and instruction do not fit what followed weigh less",
-    ),
-    "ptr_consequence_loss": (
-        "ptr_hf's own, not the paper's",
-        "as `ptr_consequence`, and a large action loss weighs an episode down too",
-    ),
-    "ptr_calibrated": (
-        "ptr_hf's own, not the paper's",
-        "episodes far below good ones by consequence and loss are rejected, good ones count alike",
-    ),
-    "ptr_margin": (
-        "ptr_hf's own, not the paper's",
-        "an episode weighs more the better its own actions explain what followed than others' do",
-    ),
-    "ptr_consequence_shuffled": ("a control", "as `ptr_consequence`, with the consequences of other chunks"),
-    "small_loss": ("a control", "episodes with a small action loss weigh more; no consequence is read"),
-    "small_loss_rejection": ("a control", "episodes with a large action loss are rejected; no consequence is read"),
-    "small_loss_calibrated": ("a control", "episodes with an unusually large action loss are rejected"),
-    "random_weights": ("a control", "episodes get random weights"),
-    "motion": ("a control", "episodes are weighed by how much the robot moves"),
-    "length": ("a control", "episodes are weighed by their length"),
-    "oracle": ("a control", "the known truth about the demonstrations sets the weights"),
+ORIGINS = {
+    "paper": "the paper's own",
+    "ours": "ptr_hf's own, not the paper's",
+    "baseline": "plain post-training, the baseline",
+    "control": "a control",
+    "bound": "a control",
 }
-"""Whose every preset is, and what weighs the data."""
 DEFINING = ("score", "aggregation", "weight_map", "missing_future", "alpha", "scorer", "shuffle_consequences")
 
 MAIN = (
@@ -278,7 +252,7 @@ def _published(config: PTRHyperparameters) -> dict[str, Any]:
 def _what_weighs(config: PTRHyperparameters) -> tuple[str, str]:
     """Whose the preset is and what weighs the data; a preset changed in what defines it is nobody's."""
     if not set(DEFINING) & preset_changes(config).keys():
-        return PRESET_NOTES[config.preset]
+        return ORIGINS[PRESETS[config.preset].origin], PRESETS[config.preset].summary
     parts = (
         f"score {config.score}, aggregation {config.aggregation}, weight map {config.weight_map}, α = {config.alpha:g}"
     )

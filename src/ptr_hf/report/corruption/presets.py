@@ -3,7 +3,7 @@
 import json
 from typing import NamedTuple
 
-from ptr_hf.hyperparameters import PRESETS
+from ptr_hf.presets import PRESETS
 from ptr_hf.report.corruption.runs import Run, Runs
 
 
@@ -93,7 +93,8 @@ def preset_line(preset: str) -> PresetLine:
     """The line of a preset, also of one that has none yet."""
     if preset in PRESET_LINES:
         return PRESET_LINES[preset]
-    settings = ", ".join(f"{key}={value}" for key, value in PRESETS.get(preset, {}).items())
+    fields = PRESETS[preset].fields if preset in PRESETS else {}
+    settings = ", ".join(f"{key}={value}" for key, value in fields.items())
     return PresetLine("ours", settings or "no description")
 
 

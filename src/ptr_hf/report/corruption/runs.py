@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from ptr_hf.hyperparameters import PRESETS
+from ptr_hf.presets import PRESETS
 
 KEYS = ("preset", "condition", "seed", "success")
 NUMBERS = (

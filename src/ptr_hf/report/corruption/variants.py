@@ -2,7 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from ptr_hf.hyperparameters import DEFAULTS, PRESETS
+from ptr_hf.hyperparameters import DEFAULTS
+from ptr_hf.presets import PRESETS
 from ptr_hf.report.corruption.document import MISSING, Table
 from ptr_hf.report.corruption.presets import PAPER_ABLATIONS
 from ptr_hf.report.corruption.runs import Runs
@@ -131,7 +132,8 @@ def _setting(runs: Runs, name: str, setting: str) -> Any:
     """The value of one hyperparameter in runs of this name; None where there is no such."""
     run = next((run for run in runs.items if run.preset == name), None)
     base, options = (name, {}) if run is None else (run.base, run.options)
-    return {**DEFAULTS, **PRESETS.get(base, {}), **options}.get(setting)
+    preset = PRESETS[base].fields if base in PRESETS else {}
+    return {**DEFAULTS, **preset, **options}.get(setting)
 
 
 def _cell(found: Estimate | None) -> str:
