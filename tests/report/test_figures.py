@@ -25,8 +25,8 @@ from ptr_hf.report import (
     save_figure,
     summary_figure,
     weight_histogram_figure,
-    weights_by_quality_figure,
 )
+from ptr_hf.report.figures import weights_by_quality_figure
 from ptr_hf.report.style import running_mean
 
 

@@ -27,7 +27,6 @@ from ptr_hf.report.figures import (
     save_figure,
     summary_figure,
     weight_histogram_figure,
-    weights_by_quality_figure,
 )
 from ptr_hf.report.findings import findings
 from ptr_hf.report.page import REPORT_FILE, write_report
@@ -65,7 +64,6 @@ __all__ = [
     "weight_histogram",
     "weight_histogram_figure",
     "weight_shares",
-    "weights_by_quality_figure",
     "write_report",
     "write_scores",
 ]
