@@ -24,7 +24,16 @@ from ptr_hf.policies.batches import (
     unused_dims,
     without_unused,
 )
-from ptr_hf.policies.hooks import Call, Capture, captured_input, captured_result, edited_call, patched, preserved_modes
+from ptr_hf.policies.hooks import (
+    Call,
+    Capture,
+    captured_input,
+    captured_result,
+    edited_call,
+    patched,
+    preserved_modes,
+    recorded_results,
+)
 from ptr_hf.policies.tower import VisionTower
 from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, RolloutTrace, Views
 
@@ -89,15 +98,17 @@ class ConditionedAdapter(AdapterBase):
             self.action_scope(batch),
             self.belief_scope(belief),
             self._captured_hidden(keep="last") as hidden,
-            self._sampled() as chunk,
+            recorded_results(self._sampler, "conditional_sample") as samples,
         ):
             actions = self.base.predict_action_chunk(inputs, **kwargs)
         unused = unused_dims(batch, actions)
+        # the whole chunk, of which the policy returns the steps from now on
+        chunk = without_unused(samples[0], unused)
         return RolloutTrace(
             actions=without_unused(actions, unused),
-            action_tokens=self._action_tokens(without_unused(chunk.value, unused), batch),
+            action_tokens=self._action_tokens(chunk, batch),
             action_hidden=self._steps_first(hidden.value).float(),
-            action_mask=all_true(chunk.value),
+            action_mask=all_true(chunk),
         )
 
     @torch.no_grad()
@@ -271,19 +282,6 @@ class ConditionedAdapter(AdapterBase):
         with edited_call(self._denoiser, edit):
             yield
 
-    @contextmanager
-    def _sampled(self) -> Iterator[Capture]:
-        """The whole sampled chunk, of which the policy returns the steps from now on."""
-        chunk, original = Capture(), self._sampler.conditional_sample
-
-        def conditional_sample(*args: Any, **kwargs: Any) -> Tensor:
-            sample = original(*args, **kwargs)
-            chunk.offer(sample)
-            return sample
-
-        with patched(self._sampler, "conditional_sample", conditional_sample):
-            yield chunk
-
     def _enter_views(self, scope: ExitStack) -> None:
         for encoder in self._encoders:
             scope.enter_context(patched(encoder, "forward", self._from_features))
@@ -308,29 +306,29 @@ class ConditionedAdapter(AdapterBase):
     def _encoders(self) -> list[Any]:
         """The image encoders: one for all cameras, or one each."""
 
-    @abstractmethod
     def _steps_first(self, hidden: Float[Tensor, "batch _ _"]) -> Float[Tensor, "batch steps dim"]:
         """C_t with the steps before the width."""
+        return hidden
 
     @abstractmethod
     def _tower_in(self, encoder: Any) -> VisionTower:
         """An encoder's vision tower."""
 
-    @abstractmethod
     def _run_tower(self, tower: nn.Module, pixels: Float[Tensor, "batch _ _ _"]) -> Float[Tensor, "batch *state"]:
         """States of a truncated tower."""
+        return tower(pixels)
 
-    @abstractmethod
     def _cells(self, state: Float[Tensor, "batch *state"]) -> Float[Tensor, "batch patches dim"]:
         """A tower's states as tokens."""
+        return state
 
     @abstractmethod
     def _encode(self, encoder: Any, images: Float[Tensor, "rows _ _ _"]) -> Float[Tensor, "rows dim 1 1"]:
         """Features that stand in an image's place: the policy stacks both alike."""
 
-    @abstractmethod
     def _from_features(self, features: Float[Tensor, "rows dim 1 1"]) -> Float[Tensor, "rows dim *ones"]:
         """What an encoder returns when it is given its own features."""
+        return features
 
     @abstractmethod
     def _prepared(self, encoder: Any, image: Float[Tensor, "batch _ _ _"]) -> Float[Tensor, "batch _ _ _"]:

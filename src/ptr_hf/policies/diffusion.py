@@ -91,11 +91,6 @@ class DiffusionAdapter(ConditionedAdapter):
     def _tower_in(self, encoder: Any) -> VisionTower:
         return resnet_tower(encoder.backbone)
 
-    def _run_tower(
-        self, tower: nn.Module, pixels: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch dim rows columns"]:
-        return tower(pixels)
-
     def _cells(self, state: Float[Tensor, "batch dim rows columns"]) -> Float[Tensor, "batch patches dim"]:
         return flatten_map(state)
 

@@ -21,7 +21,7 @@ from ptr_hf.policies.batches import (
     require_keys,
     without_unused,
 )
-from ptr_hf.policies.hooks import Call, Capture, captured_output, edited_call, patched
+from ptr_hf.policies.hooks import Call, Capture, captured_output, edited_call, patched, recorded_results
 from ptr_hf.policies.tower import VisionTower, transformer_tower
 from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, Views
 
@@ -85,7 +85,7 @@ class Evo1Adapter(AdapterBase):
             state, _ = policy._prepare_state(batch)
             target, entries = policy._prepare_actions(batch)
             first = scope.enter_context(belief)
-            seen = scope.enter_context(_captured_context(policy.model.action_head))
+            seen = scope.enter_context(recorded_results(policy.model.action_head, "_prepare_context"))
             hidden = scope.enter_context(self._captured_hidden())
             scope.enter_context(policy._maybe_autocast())
             fused, fused_mask = policy._compute_fused_tokens(policy._normalize_task_batch(batch), images, image_masks)
@@ -97,7 +97,8 @@ class Evo1Adapter(AdapterBase):
                 embodiment_ids=policy._get_embodiment_ids(batch, state.shape[0]),
                 context_mask=fused_mask,
             )
-        context, real = seen[0]
+        context, padded, _ = seen[0]
+        real = all_true(context) if padded is None else ~padded
         flow = ((target.float() - noise.float()) * entries).flatten(1)
         return PolicyTrace(
             loss=policy._compute_masked_loss(velocity.float(), flow, entries, "none"),
@@ -276,21 +277,6 @@ def _tracked_gradients(config: Any) -> Iterator[None]:
         yield
     finally:
         config.finetune_vlm = previous
-
-
-@contextmanager
-def _captured_context(head: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Context tokens of the action head, the state's among them, and which of them are real."""
-    calls: list[tuple[Tensor, Tensor]] = []
-    original = head._prepare_context
-
-    def prepare_context(*args: Any) -> tuple[Tensor, Tensor | None, Tensor]:
-        context, padded, embodiment = original(*args)
-        calls.append((context, all_true(context) if padded is None else ~padded))
-        return context, padded, embodiment
-
-    with patched(head, "_prepare_context", prepare_context):
-        yield calls
 
 
 def _as_image_features(pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:

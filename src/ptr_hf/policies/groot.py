@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ptr_hf.policies.batches import action_mask, all_true, per_sample_mean, refuse_stacked_frames, require_keys
-from ptr_hf.policies.hooks import Capture, captured_input, captured_output, patched, preserved_modes
+from ptr_hf.policies.hooks import Capture, captured_input, captured_output, patched, preserved_modes, recorded_results
 from ptr_hf.policies.qwen3vl import Qwen3VLAdapter
 from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, RolloutTrace, Views
 
@@ -111,10 +111,10 @@ class GrootAdapter(Qwen3VLAdapter):
             preserved_modes(self.policy),
             self.belief_scope(belief),
             self._captured_hidden(keep="last") as hidden,
-            self._predicted() as predicted,
+            recorded_results(self._head, "get_action_with_features") as predicted,
         ):
             actions = self.base.predict_action_chunk({**batch, **self._packed(batch[PIXELS])}, **kwargs)
-        chunk = predicted[0][:, : self.chunk_size, : self._robot_dim]
+        chunk = predicted[0]["action_pred"][:, : self.chunk_size, : self._robot_dim]
         return RolloutTrace(
             actions=actions,
             action_tokens=self._action_tokens(chunk, batch),
@@ -203,21 +203,6 @@ class GrootAdapter(Qwen3VLAdapter):
         images, height, width = features.shape[2:5]
         grid = _grid(rows * images, side * height, side * width, features.device)
         return {PACKED: features.new_zeros(0), GRID: grid}
-
-    @contextmanager
-    def _predicted(self) -> Iterator[list[Float[Tensor, "batch horizon dims"]]]:
-        """The whole chunk of each prediction, of which the policy may return less."""
-        chunks: list[Tensor] = []
-        head = self._head
-        original = head.get_action_with_features
-
-        def predict(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            chunks.append(output["action_pred"])
-            return output
-
-        with patched(head, "get_action_with_features", predict):
-            yield chunks
 
     def check(self, batch: Batch, *, training: bool, with_images: bool = True) -> None:
         """Refuse a batch that the policy cannot read."""

@@ -44,9 +44,11 @@ class Capture:
 
 @contextmanager
 def captured_output(module: nn.Module, keep: str = "first") -> Iterator[Capture]:
-    """Capture the tensor a module returns."""
+    """Capture the tensor a module returns, the first of several."""
     capture = Capture(keep)
-    handle = module.register_forward_hook(lambda _module, _args, output: capture.offer(output))
+    handle = module.register_forward_hook(
+        lambda _module, _args, output: capture.offer(output[0] if isinstance(output, tuple) else output)
+    )
     try:
         yield capture
     finally:
@@ -124,6 +126,20 @@ def patched(owner: nn.Module, name: str, replacement: Callable[..., Any]) -> Ite
         delattr(owner, name)
         if shadowed:
             setattr(owner, name, previous)
+
+
+@contextmanager
+def recorded_results(owner: nn.Module, name: str) -> Iterator[list[Any]]:
+    """What a method of one module instance returns, call after call."""
+    results: list[Any] = []
+    original = getattr(owner, name)
+
+    def method(*args: Any, **kwargs: Any) -> Any:
+        results.append(original(*args, **kwargs))
+        return results[-1]
+
+    with patched(owner, name, method):
+        yield results
 
 
 @contextmanager

@@ -96,9 +96,6 @@ class MultiTaskDiTAdapter(ConditionedAdapter):
         super()._enter_views(scope)
         scope.enter_context(patched(self.base.observation_encoder, "_apply_preprocessing", self._from_features))
 
-    def _steps_first(self, hidden: Float[Tensor, "batch steps dim"]) -> Float[Tensor, "batch steps dim"]:
-        return hidden
-
     def _action_tokens(
         self, action: Float[Tensor, "batch steps dim"], batch: Batch
     ) -> Float32[Tensor, "batch steps action_dim"]:
@@ -113,16 +110,10 @@ class MultiTaskDiTAdapter(ConditionedAdapter):
     ) -> Float[Tensor, "batch patches dim"]:
         return tower(pixel_values=pixels).last_hidden_state
 
-    def _cells(self, state: Float[Tensor, "batch patches dim"]) -> Float[Tensor, "batch patches dim"]:
-        return state
-
     def _encode(
         self, encoder: Any, images: Float[Tensor, "rows channels height width"]
     ) -> Float[Tensor, "rows dim 1 1"]:
         return encoder(self.base.observation_encoder._apply_preprocessing(images))
-
-    def _from_features(self, features: Float[Tensor, "rows dim 1 1"]) -> Float[Tensor, "rows dim 1 1"]:
-        return features
 
     def _prepared(
         self, encoder: Any, image: Float[Tensor, "batch channels height width"]

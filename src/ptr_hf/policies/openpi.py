@@ -7,10 +7,10 @@ from typing import Any
 
 from jaxtyping import Float
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptr_hf.policies.flow_vla import FlowVLAAdapter, Images
-from ptr_hf.policies.hooks import Capture, patched
+from ptr_hf.policies.hooks import Capture, captured_output, patched
 from ptr_hf.policies.trace import Batch, Belief, RolloutTrace
 
 
@@ -61,7 +61,7 @@ class OpenPIAdapter(FlowVLAAdapter):
         return self._experts.paligemma.model.language_model
 
     def _captured_context(self) -> AbstractContextManager[Capture]:
-        return _captured_hidden(self._language_model.norm)
+        return captured_output(self._language_model.norm)
 
     def _images(self, batch: Batch) -> Images:
         return self._masked_images(self.base._preprocess_images, batch)
@@ -130,14 +130,3 @@ class PI05Adapter(OpenPIAdapter):
     def observations(self) -> tuple[str, ...]:
         """The instruction."""
         return (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
-
-
-@contextmanager
-def _captured_hidden(norm: nn.Module) -> Iterator[Capture]:
-    """Capture the first call of pi's norm, which returns hidden states and a gate."""
-    capture = Capture()
-    handle = norm.register_forward_hook(lambda _module, _args, output: capture.offer(output[0]))
-    try:
-        yield capture
-    finally:
-        handle.remove()
