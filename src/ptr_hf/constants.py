@@ -1,6 +1,11 @@
 """Keys of batches that several folders read, beside LeRobot's own in `lerobot.utils.constants`."""
 
+ACTION = "action"
 ACTION_PAD = "action_is_pad"
 """(batch, steps), True where a step of the chunk lies outside its episode."""
 ACTION_DIM_PAD = "action_dim_is_pad"
 """(batch, dims), True where a row's robot lacks an action dimension; absent where every dimension counts."""
+EMPTY_CAMERA = "observation.images.empty_camera_"
+"""How the cameras begin that a policy announces and fills itself."""
+BASE_PREFIX = "base."
+"""How the names of the base policy's tensors begin in a `PTRPolicy`."""

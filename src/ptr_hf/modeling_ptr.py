@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.configuration_ptr import PTRConfig
-from ptr_hf.constants import ACTION_DIM_PAD
+from ptr_hf.constants import ACTION_DIM_PAD, BASE_PREFIX
 from ptr_hf.data.bookkeeping import mend_metadata
 from ptr_hf.data.datasets import check_one_instruction
 from ptr_hf.data.masked_segments import many_masked
@@ -54,8 +54,6 @@ from ptr_hf.policies import AdapterBase, Views, make_adapter, refusal, supported
 from ptr_hf.policies.base import unwrap
 from ptr_hf.policies.batches import without_unused
 from ptr_hf.scores import EpisodeTable, FrameWeights, ScoreWeigher, weighed_chunks, weighed_loss, weight_metrics
-
-BASE_PREFIX = "base."
 
 logger = logging.getLogger(__name__)
 

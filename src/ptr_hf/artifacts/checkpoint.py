@@ -27,7 +27,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from ptr_hf.artifacts.base_source import check_base
-from ptr_hf.artifacts.checks import PTR_SCORER_NAME, check_artifact, check_processors, check_tensors
+from ptr_hf.artifacts.checks import PTR_SCORER_NAME, TOWER_PREFIX, check_artifact, check_processors, check_tensors
 from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.artifacts.peft import (
     ADAPTER_CONFIG_NAME,
@@ -40,11 +40,11 @@ from ptr_hf.artifacts.peft import (
 from ptr_hf.artifacts.regular_files import regular_file
 from ptr_hf.artifacts.sources import named_source
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
+from ptr_hf.constants import BASE_PREFIX
 from ptr_hf.data.hub_access import asking_the_hub
 from ptr_hf.policies.base import unwrap
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-PROCESSOR_FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
 LOADED_PROCESSORS = ("policy_*processor*.json", "policy_*processor*.safetensors")
 LOADED = (
     *(CONFIG_NAME, PTR_CONFIG_NAME, ADAPTER_CONFIG_NAME, "*.safetensors.index.json"),
@@ -52,8 +52,6 @@ LOADED = (
     *LOADED_PROCESSORS,
 )
 """What is fetched of a repo: the files that loading reads, and no other however large."""
-BASE_PREFIX = "base."
-TOWER_PREFIX = "target_encoder.tower."
 
 
 def is_ptr_folder(path: str | Path) -> bool:

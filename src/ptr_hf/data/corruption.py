@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from ptr_hf.constants import ACTION
 from ptr_hf.data.image_faults import Pictures, draw_shift, draw_stretch, frozen, held, shifted
 
-ACTION = "action"
 CLEAN = "clean"
 KINDS = (
     "noise",

@@ -21,6 +21,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.utils import CompatibilityError
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 
+from ptr_hf.constants import EMPTY_CAMERA
 from ptr_hf.data.bookkeeping import mend_dataset, mend_metadata
 from ptr_hf.data.dataset_files import damaged_file
 from ptr_hf.data.frame_times import check_rate, wrong_times
@@ -28,8 +29,6 @@ from ptr_hf.data.given_datasets import check_given, check_unedited
 from ptr_hf.data.hub_access import asking_the_hub
 from ptr_hf.data.segment_dataset import SegmentDataset
 from ptr_hf.data.segments import ACTION, OBSERVATION_PREFIX, SegmentLayout
-
-EMPTY_CAMERA = "observation.images.empty_camera_"
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ from typing import Any
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 
-from ptr_hf.data.datasets import EMPTY_CAMERA, check_cameras
+from ptr_hf.constants import EMPTY_CAMERA
+from ptr_hf.data.datasets import check_cameras
 from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.data.segments import ACTION
 

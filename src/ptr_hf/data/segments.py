@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-ACTION = "action"
+from ptr_hf.constants import ACTION
+
 OBSERVATION_PREFIX = "observation."
 IMAGE_PREFIX = "observation.image"
 LANGUAGE_PREFIX = "observation.language"

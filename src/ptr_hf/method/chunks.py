@@ -36,7 +36,7 @@ class ChunkBatch:
     entropy: Float[Tensor, " batch"]
     diversity: Float[Tensor, " batch"]
     segment_length: int = 1
-    stretches: Float[Tensor, "batch stretches action_dim"] | None = None
+    stretches: Float[Tensor, "batch stretches _"] | None = None
     current: Float[Tensor, "batch dim"] | None = None
     motion: Float[Tensor, " batch"] | None = None
     index: Int[Tensor, " batch"] | None = None

@@ -11,13 +11,11 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ptr_hf.constants import ACTION_DIM_PAD
+from ptr_hf.constants import ACTION_DIM_PAD, EMPTY_CAMERA
 from ptr_hf.policies.batches import all_true, refuse_stacked_frames, require_keys, unused_dims, without_unused
 from ptr_hf.policies.hooks import Capture, captured_output, preserved_modes
 from ptr_hf.policies.tower import VisionTower
 from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, RolloutTrace, Views
-
-EMPTY_CAMERA = "observation.images.empty_camera_"
 
 
 class AdapterBase(ABC):

@@ -11,8 +11,8 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ptr_hf.constants import ACTION_DIM_PAD
-from ptr_hf.policies.base import EMPTY_CAMERA, AdapterBase
+from ptr_hf.constants import ACTION_DIM_PAD, EMPTY_CAMERA
+from ptr_hf.policies.base import AdapterBase
 from ptr_hf.policies.batches import (
     action_mask,
     all_true,

@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
-from ptr_hf.policies.base import EMPTY_CAMERA, AdapterBase
+from ptr_hf.constants import EMPTY_CAMERA
+from ptr_hf.policies.base import AdapterBase
 from ptr_hf.policies.batches import action_mask, belief_token_mask, per_sample_mean, unused_dims, without_unused
 from ptr_hf.policies.hooks import Capture, captured_input, patched
 from ptr_hf.policies.tower import VisionTower, transformer_tower

@@ -37,7 +37,7 @@ from ptr_hf.report.files import beside_the_run, replacing
 from ptr_hf.report.findings import findings
 from ptr_hf.report.given_weights import given_options, weight_sentences
 from ptr_hf.report.sources import SOURCES_CAPTION, group_shares, logged_share_bound, sources_figure
-from ptr_hf.report.text import visible, without_local_paths
+from ptr_hf.report.text import readable, visible, without_local_paths
 
 REPORT_FILE = "ptr_report.html"
 CONFIG_FILE = "ptr_config.json"
@@ -178,7 +178,7 @@ def write_report(
         sources=weight_shares(scores, "source") if scores is not None else (),
         detections=_detections(scores, truth),
         hyperparameters=sorted(
-            (str(name), _readable(value)) for name, value in without_local_paths(dict(hyperparameters or {})).items()
+            (str(name), readable(value)) for name, value in without_local_paths(dict(hyperparameters or {})).items()
         ),
     )
     path = folder / REPORT_FILE
@@ -240,7 +240,3 @@ def _auc(value: float) -> str:
 
 def _percent(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.1%}"
-
-
-def _readable(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,5 +1,6 @@
 """Text that comes from outside (names of tasks, datasets, folders) before it is shown anywhere."""
 
+import json
 import unicodedata
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -10,6 +11,11 @@ def visible(value: object) -> str:
     kept = (" " if unicodedata.category(sign) in ("Cc", "Zl", "Zp") else sign for sign in str(value))
     text = "".join(sign for sign in kept if unicodedata.category(sign) not in ("Cf", "Cs", "Co", "Cn"))
     return " ".join(text.split())
+
+
+def readable(value: object) -> str:
+    """A text as it is, any other setting as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def drawable(name: object, longest: int | None = None) -> str:

@@ -1,6 +1,5 @@
 """One self-contained HTML page about an inspected dataset: who is bad, what it looks like, and what to do next."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from markupsafe import Markup
 
 from ptr_hf.report.files import beside_the_run, replacing
 from ptr_hf.report.page import page_templates
-from ptr_hf.report.text import without_local_paths
+from ptr_hf.report.text import readable, without_local_paths
 from ptr_hf.scoring.dataset_scores import DatasetScores
 from ptr_hf.scoring.next_steps import PAGE_FILE, commands, recommendation
 from ptr_hf.scoring.page.drawings import distribution, motion, score_curve
@@ -117,7 +116,7 @@ def write_page(
         tables=group_tables(scores.episodes, _columns(scores, read, names)),
         notes=scores.notes,
         commands=commands(scores, [str(single(source)[0]) for source in sources], Path(folder), mixture),
-        settings=sorted((name, _readable(value)) for name, value in without_local_paths(dict(scores.settings)).items()),
+        settings=sorted((name, readable(value)) for name, value in without_local_paths(dict(scores.settings)).items()),
     )
     path = Path(folder) / PAGE_FILE
     with replacing(path) as temporary:
@@ -240,7 +239,3 @@ def _columns(scores: DatasetScores, read: Sequence[Recordings], names: Sequence[
     for name in sorted(shared - columns.keys()):
         columns[name] = np.concatenate([np.asarray(recordings.attributes[name], dtype=object) for recordings in read])
     return columns
-
-
-def _readable(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
