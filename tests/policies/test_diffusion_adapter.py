@@ -190,14 +190,17 @@ def test_target_width_of_the_stages(make: Make, backbone: str, widths: list[int]
     assert [adapter.target_dim(layer) for layer in (1, 4)] == widths
 
 
-def test_a_state_is_its_own_target(make: Make) -> None:
-    policy, batch = make(cameras=())
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_state_is_its_own_target(make: Make, steps: int) -> None:
+    policy, batch = make(cameras=(), n_obs_steps=steps)
     adapter = make_adapter(policy)
     assert adapter.target_keys() == (ENV,)
     assert adapter.tower_is_frozen(), "there is nothing to train"
     tower = adapter.build_tower(1)
     assert not list(adapter.tower_parameters(1))
-    assert torch.equal(adapter.encode_image(tower, ENV, batch[ENV][:, -1]).squeeze(1), batch[ENV][:, -1])
+    now = batch[ENV][:, -1] if steps > 1 else batch[ENV]
+    assert torch.equal(adapter.encode_image(tower, ENV, now).squeeze(1), now)
+    assert torch.equal(adapter.encode_views(batch, 1).tower[ENV].squeeze(1), now)
 
 
 @pytest.mark.full

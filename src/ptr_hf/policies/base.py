@@ -188,7 +188,7 @@ class AdapterBase(ABC):
                 views.tower[key] = self._tokens(states.value.detach(), len(image))
         if layer is not None and not views.features:
             tower = self.build_tower(layer, share=True)
-            views.tower.update({key: self.encode_image(tower, key, self._latest(batch[key])) for key in targets})
+            views.tower.update({key: self.encode_image(tower, key, self._present(batch, key)) for key in targets})
         return views
 
     def target_keys(self) -> tuple[str, ...]:
@@ -293,9 +293,9 @@ class AdapterBase(ABC):
         """The tower that sees a camera."""
         return self.tower
 
-    def _latest(self, value: Float[Tensor, "batch *steps_shape"]) -> Float[Tensor, "batch *shape"]:
-        """The present among a policy's observation steps."""
-        return value
+    def _present(self, batch: Batch, key: str) -> Float[Tensor, "batch *shape"]:
+        """The last of the policy's observation steps."""
+        return batch[key]
 
     @abstractmethod
     def _tower_tokens(

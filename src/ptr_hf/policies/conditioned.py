@@ -124,8 +124,8 @@ class ConditionedAdapter(AdapterBase):
         """
         views = super().encode_views(batch, layer)
         if layer is not None and self._cameras and self._crops_at_random(self._encoders[0]):
-            tower, frames = self.build_tower(layer, share=True), self._frames(batch, self._steps)
-            views.tower = {key: self.encode_image(tower, key, self._latest(frames[key])) for key in self._cameras}
+            tower = self.build_tower(layer, share=True)
+            views.tower = {key: self.encode_image(tower, key, self._present(batch, key)) for key in self._cameras}
         return views
 
     def target_keys(self) -> tuple[str, ...]:
@@ -186,10 +186,10 @@ class ConditionedAdapter(AdapterBase):
         return self._tower_in(self._encoder(key))
 
     def _tokens(self, states: Float[Tensor, "images *state"], rows: int) -> Float[Tensor, "rows patches dim"]:
-        return self._latest(self._cells(states).unflatten(0, (rows, -1)))
+        return self._cells(states).unflatten(0, (rows, -1))[:, -1]
 
-    def _latest(self, value: Float[Tensor, "batch *steps_shape"]) -> Float[Tensor, "batch *shape"]:
-        return value[:, -1]
+    def _present(self, batch: Batch, key: str) -> Float[Tensor, "batch *shape"]:
+        return self._frames(batch, self._steps)[key][:, -1]
 
     def _captured_hidden(self, keep: str = "first") -> AbstractContextManager[Capture]:
         return captured_input(self._head, keep)
