@@ -20,8 +20,8 @@ from small_policies import base_policy, ptr_policy, stats_of
 from ptr_hf import PTRConfig, PTRPolicy
 from ptr_hf.artifacts import checkpoint
 from ptr_hf.artifacts.checks import PTR_SCORER_NAME, check_artifact, check_tensors, expected_tensors
-from ptr_hf.artifacts.files import MAX_HEADER_BYTES, MAX_JSON_BYTES
 from ptr_hf.artifacts.peft import wrap_with_peft
+from ptr_hf.files.reading import MAX_HEADER_BYTES, MAX_JSON_BYTES
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
 
 CONFIG, BASE, SCORER = "ptr_config.json", "model.safetensors", "ptr_scorer.safetensors"

@@ -19,8 +19,8 @@ from test_artifact import PREPROCESSOR, SCORER, SMALL, with_processors
 
 from ptr_hf import PTRConfig, PTRPolicy
 from ptr_hf.artifacts.checks import check_artifact, check_tensors, load_scorer
-from ptr_hf.artifacts.foreign_code import LEROBOTS_OWN, POLICY_CODE, STEP_CODE
 from ptr_hf.artifacts.processor_checks import check_processors
+from ptr_hf.files.foreign_code import LEROBOTS_OWN, POLICY_CODE, STEP_CODE
 from ptr_hf.policies import supported_policies
 
 

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from ptr_hf.artifacts.files import MAX_JSON_BYTES, read_header, read_json
-from ptr_hf.artifacts.regular_files import inside, regular_file
+from ptr_hf.files.reading import MAX_JSON_BYTES, read_header, read_json
+from ptr_hf.files.regular import inside, regular_file
 
 FEW_MB = 8 * 2**20
 

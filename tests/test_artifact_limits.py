@@ -21,12 +21,12 @@ from test_artifact import ADAPTER_CONFIG, BASE, CONFIG, PREPROCESSOR, SCORER, SM
 
 from ptr_hf import PTRConfig
 from ptr_hf.artifacts.adapter_config import MAX_COST, _cost_of, check_adapter
-from ptr_hf.artifacts.base_source import check_base
 from ptr_hf.artifacts.checkpoint import is_ptr_source, load_weights
 from ptr_hf.artifacts.checks import check_artifact, load_scorer
-from ptr_hf.artifacts.numbers import LIMITS, check_numbers
 from ptr_hf.artifacts.processor_checks import check_processors
 from ptr_hf.cli.export import export
+from ptr_hf.files.base_source import check_base
+from ptr_hf.files.numbers import LIMITS, check_numbers
 from ptr_hf.policies import supported_policies
 from ptr_hf.processor_ptr import saved_processors
 

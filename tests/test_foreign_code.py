@@ -19,10 +19,11 @@ from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 from transformers.models.auto import processing_auto
 
 from ptr_hf import PTRConfig, PTRPolicy
-from ptr_hf.artifacts.base_source import check_base
 from ptr_hf.artifacts.checkpoint import widest_vector
 from ptr_hf.artifacts.checks import check_artifact
-from ptr_hf.artifacts.foreign_code import (
+from ptr_hf.artifacts.processor_checks import check_processors
+from ptr_hf.files.base_source import check_base
+from ptr_hf.files.foreign_code import (
     POLICY_CODE,
     POLICY_REPOS,
     STEP_CODE,
@@ -31,7 +32,6 @@ from ptr_hf.artifacts.foreign_code import (
     check_repo,
     no_foreign_code,
 )
-from ptr_hf.artifacts.processor_checks import check_processors
 from ptr_hf.policies import supported_policies
 from ptr_hf.processor_ptr import saved_processors
 

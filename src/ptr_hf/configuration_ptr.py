@@ -12,8 +12,8 @@ from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, LRSchedulerConfig, OptimizerConfig, XVLAAdamWConfig
 
 import ptr_hf.policies.configuration_smolvla_state  # noqa: F401  registers the policy type `smolvla_state`
-from ptr_hf.artifacts.base_source import check_base
 from ptr_hf.data.segments import SegmentLayout
+from ptr_hf.files.base_source import check_base
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.scores import WHOLE_EPISODE
 

@@ -23,7 +23,6 @@ from lerobot.processor import PolicyProcessorPipeline
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.constants import ACTION_DIM_PAD, BASE_PREFIX
 from ptr_hf.data.bookkeeping import mend_metadata
@@ -40,6 +39,7 @@ from ptr_hf.data.segments import (
     segment_rows,
     split_segment,
 )
+from ptr_hf.files.foreign_code import no_foreign_code
 from ptr_hf.hyperparameters import PAPER_WARMUP_STEPS
 from ptr_hf.method import (
     ChunkBatch,

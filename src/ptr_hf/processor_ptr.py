@@ -25,13 +25,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ptr_hf.artifacts.checkpoint import PROCESSOR_FILES, resolve_processors
-from ptr_hf.artifacts.files import read_json
-from ptr_hf.artifacts.foreign_code import no_foreign_code
-from ptr_hf.artifacts.regular_files import inside
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.fit import renamed_features
 from ptr_hf.data.normalizers import harmless
 from ptr_hf.data.segments import SegmentLayout, segment_rows
+from ptr_hf.files.foreign_code import no_foreign_code
+from ptr_hf.files.reading import read_json
+from ptr_hf.files.regular import inside
 
 RENAMING_STEP = "rename_observations_processor"
 NORMALIZING_STEPS = (

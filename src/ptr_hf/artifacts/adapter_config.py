@@ -10,8 +10,8 @@ from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from ptr_hf.artifacts.numbers import check_numbers
-from ptr_hf.artifacts.regular_files import quoted
+from ptr_hf.files.numbers import check_numbers
+from ptr_hf.files.regular import quoted
 
 MAX_NAMES = 4096
 MAX_KEYS = 256

@@ -26,9 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from ptr_hf.artifacts.base_source import check_base
 from ptr_hf.artifacts.checks import PTR_SCORER_NAME, TOWER_PREFIX, check_artifact, check_processors, check_tensors
-from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.artifacts.peft import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
@@ -37,11 +35,13 @@ from ptr_hf.artifacts.peft import (
     save_adapter,
     source_of,
 )
-from ptr_hf.artifacts.regular_files import regular_file
 from ptr_hf.artifacts.sources import named_source
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
 from ptr_hf.constants import BASE_PREFIX
-from ptr_hf.data.hub_access import asking_the_hub
+from ptr_hf.files.base_source import check_base
+from ptr_hf.files.foreign_code import no_foreign_code
+from ptr_hf.files.hub_access import asking_the_hub
+from ptr_hf.files.regular import regular_file
 from ptr_hf.policies.base import unwrap
 
 HUB_KWARGS = ("revision", "token", "cache_dir", "force_download", "local_files_only")

@@ -26,12 +26,12 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 
 from ptr_hf.artifacts.config_checks import check_adapter_config, check_values, read_config
-from ptr_hf.artifacts.files import PICKLED, StoredFile, missing, printable, read_header, read_json
-from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.artifacts.peft import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from ptr_hf.artifacts.processor_checks import check_processors
-from ptr_hf.artifacts.regular_files import inside, quoted, regular_file
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
+from ptr_hf.files.foreign_code import no_foreign_code
+from ptr_hf.files.reading import PICKLED, StoredFile, missing, printable, read_header, read_json
+from ptr_hf.files.regular import inside, quoted, regular_file
 
 __all__ = [
     "ArtifactInfo",

@@ -10,11 +10,11 @@ import draccus
 from lerobot.configs import PreTrainedConfig
 
 from ptr_hf.artifacts.adapter_config import check_adapter
-from ptr_hf.artifacts.files import printable, read_json
-from ptr_hf.artifacts.foreign_code import check_policy_repos
-from ptr_hf.artifacts.numbers import check_numbers
-from ptr_hf.artifacts.regular_files import inside, quoted
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
+from ptr_hf.files.foreign_code import check_policy_repos
+from ptr_hf.files.numbers import check_numbers
+from ptr_hf.files.reading import printable, read_json
+from ptr_hf.files.regular import inside, quoted
 from ptr_hf.policies import refusal, supported_policies
 
 

@@ -15,9 +15,9 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ptr_hf.artifacts.base_source import check_base
-from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.configuration_ptr import PTRConfig
+from ptr_hf.files.base_source import check_base
+from ptr_hf.files.foreign_code import no_foreign_code
 from ptr_hf.policies.base import unwrap
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"

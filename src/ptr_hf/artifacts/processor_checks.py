@@ -13,10 +13,10 @@ from typing import Any
 from lerobot.processor import ProcessorStep, ProcessorStepRegistry
 
 import ptr_hf.data.mixture.processor  # noqa: F401  registers the steps of policies of several robots
-from ptr_hf.artifacts.files import read_header, read_json
-from ptr_hf.artifacts.foreign_code import check_step_repos
-from ptr_hf.artifacts.numbers import check_numbers
-from ptr_hf.artifacts.regular_files import inside, quoted, regular_file
+from ptr_hf.files.foreign_code import check_step_repos
+from ptr_hf.files.numbers import check_numbers
+from ptr_hf.files.reading import read_header, read_json
+from ptr_hf.files.regular import inside, quoted, regular_file
 
 PROCESSOR_FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
 MAX_STATE_BYTES = 2**26

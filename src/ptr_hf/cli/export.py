@@ -76,7 +76,7 @@ def export(
     """
     from ptr_hf.artifacts.checkpoint import PROCESSOR_FILES, resolve_folder
     from ptr_hf.artifacts.processor_checks import MAX_STATE_BYTES
-    from ptr_hf.artifacts.regular_files import regular_file
+    from ptr_hf.files.regular import regular_file
     from ptr_hf.modeling_ptr import PTRPolicy
 
     processors = tuple(Path(name).stem for name in PROCESSOR_FILES)

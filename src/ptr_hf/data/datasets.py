@@ -26,9 +26,9 @@ from ptr_hf.data.bookkeeping import mend_dataset, mend_metadata
 from ptr_hf.data.dataset_files import damaged_file
 from ptr_hf.data.frame_times import check_rate, wrong_times
 from ptr_hf.data.given_datasets import check_given, check_unedited
-from ptr_hf.data.hub_access import asking_the_hub
 from ptr_hf.data.segment_dataset import SegmentDataset
 from ptr_hf.data.segments import ACTION, OBSERVATION_PREFIX, SegmentLayout
+from ptr_hf.files.hub_access import asking_the_hub
 
 logger = logging.getLogger(__name__)
 

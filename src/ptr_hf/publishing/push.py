@@ -16,7 +16,7 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects
 
-from ptr_hf.artifacts.regular_files import inside
+from ptr_hf.files.regular import inside
 from ptr_hf.report.files import DAMAGED
 from ptr_hf.report.text import without_local_paths
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import TrainerState
 
-from ptr_hf.artifacts.files import printable
-from ptr_hf.artifacts.regular_files import inside
+from ptr_hf.files.reading import printable
+from ptr_hf.files.regular import inside
 
 BLOCK = 2**26
 """Bytes of a file that one thread sums up at a time."""

@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from ptr_hf.artifacts.checks import check_artifact
-from ptr_hf.artifacts.files import read_json
+from ptr_hf.files.reading import read_json
 from ptr_hf.training.checkpoint_contents import check_trainer_state, checksums, regular_files
 
 MANIFEST_NAME = "ptr_checkpoint.json"

@@ -11,10 +11,10 @@ from peft import PeftConfig
 from torch import nn
 
 from ptr_hf.artifacts.checkpoint import is_ptr_source
-from ptr_hf.artifacts.foreign_code import no_foreign_code
 from ptr_hf.artifacts.peft import wrap_with_peft
 from ptr_hf.configuration_ptr import PTRConfig, chunk_settings
 from ptr_hf.data.fit import check_vectors, renamed_features
+from ptr_hf.files.foreign_code import no_foreign_code
 from ptr_hf.modeling_ptr import PTRPolicy, build_base
 from ptr_hf.policies.base import unwrap
 from ptr_hf.training.arguments import PTRTrainingArguments

@@ -19,7 +19,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ptr_hf.artifacts.checkpoint import is_ptr_folder
-from ptr_hf.artifacts.regular_files import quoted
+from ptr_hf.files.regular import quoted
 from ptr_hf.publishing.push import remove_staged
 from ptr_hf.report import DYNAMICS_FILE, DynamicsLog
 from ptr_hf.training.checkpoint_contents import reading

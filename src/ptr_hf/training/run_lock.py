@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
-from ptr_hf.artifacts.regular_files import quoted
+from ptr_hf.files.regular import quoted
 
 LOCK_NAME = ".run.lock"
 _MAX_BYTES = 4096

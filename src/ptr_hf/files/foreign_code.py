@@ -19,7 +19,7 @@ from lerobot.configs import PreTrainedConfig
 from transformers import CONFIG_MAPPING, dynamic_module_utils
 from transformers.utils import cached_file
 
-from ptr_hf.artifacts.regular_files import quoted
+from ptr_hf.files.regular import quoted
 
 LEROBOTS_OWN = (
     "lerobot/fast-action-tokenizer",

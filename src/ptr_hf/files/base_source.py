@@ -7,10 +7,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ptr_hf.artifacts.files import read_header, read_json
-from ptr_hf.artifacts.foreign_code import check_policy_repos
-from ptr_hf.artifacts.numbers import check_numbers
-from ptr_hf.artifacts.regular_files import regular_file
+from ptr_hf.files.foreign_code import check_policy_repos
+from ptr_hf.files.numbers import check_numbers
+from ptr_hf.files.reading import read_header, read_json
+from ptr_hf.files.regular import regular_file
 
 
 def check_base(source: str | Path, revision: str | None = None, trusted: Collection[object] = ()) -> None:

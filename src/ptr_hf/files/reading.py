@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ptr_hf.artifacts.regular_files import quoted, regular_file
+from ptr_hf.files.regular import quoted, regular_file
 
 MAX_JSON_BYTES = 2**19
 MAX_JSON_DEPTH = 24

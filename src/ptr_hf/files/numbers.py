@@ -6,7 +6,7 @@ LeRobot makes lists, layers, padded tensors and loops of these numbers, some of 
 import math
 from typing import Any
 
-from ptr_hf.artifacts.regular_files import quoted
+from ptr_hf.files.regular import quoted
 
 MAX_WIDTH = 65_536
 """Of a number that no other limit names: widths, vocabularies' parts, buckets."""

@@ -1,0 +1,1 @@
+"""Files that others wrote: regular, undamaged, of a sane size, and unable to run code."""
