@@ -31,6 +31,7 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.video_utils import decode_video_frames
 from lerobot.utils.constants import DEFAULT_FEATURES
+from lerobot.utils.import_utils import get_safe_default_video_backend
 from tqdm import tqdm
 
 from ptr_hf.cli import interrupts
@@ -38,7 +39,7 @@ from ptr_hf.cli.parser import OptionParser
 from ptr_hf.cli.refusals import refusals
 from ptr_hf.data.bookkeeping import mend_dataset
 from ptr_hf.data.corruption import IMAGE_KINDS, KINDS, CorruptionPlan, Episode, TruthRecord
-from ptr_hf.data.datasets import dataset_metadata, episode_spans, video_backend
+from ptr_hf.data.datasets import dataset_metadata, episode_spans
 from ptr_hf.data.demonstrations import Truth, save_truth, truth_path, write_demonstrations
 
 PROGRAM = "corrupt_dataset.py"
@@ -126,7 +127,7 @@ class Recorded:
                 f"The camera {', '.join(depth)} of {source} is no colour camera; only cameras of 3 channels can be copied."
             )
         self.dataset = LeRobotDataset(
-            self.meta.repo_id, root=self.meta.root, revision=revision, video_backend=video_backend()
+            self.meta.repo_id, root=self.meta.root, revision=revision, video_backend=get_safe_default_video_backend()
         )
         for sentence in mend_dataset(self.dataset):
             logging.warning("%s", sentence)
@@ -172,7 +173,7 @@ class Recorded:
                 self.meta.root / self.meta.get_video_file_path(episode, key),
                 stamps.tolist(),
                 self.dataset.tolerance_s,
-                video_backend(),
+                get_safe_default_video_backend(),
                 return_uint8=True,
             )
             return frames.permute(0, 2, 3, 1).numpy()

@@ -10,8 +10,9 @@ import av
 import torch
 from lerobot.datasets import dataset_reader, video_utils
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.utils.import_utils import get_safe_default_video_backend
 
-from ptr_hf.data.datasets import episode_spans, open_dataset, video_backend
+from ptr_hf.data.datasets import episode_spans, open_dataset
 from ptr_hf.data.segments import SegmentLayout
 
 
@@ -90,7 +91,7 @@ def decoded_frames(layout: SegmentLayout, dataset: Path, samples: int, seed: int
         "codec_per_chunk": codec / chunks if codec else None,
         "chunks_inside_episode": _share_inside(opened, layout),
         "samples": len(order),
-        "backend": video_backend(),
+        "backend": get_safe_default_video_backend(),
     }
 
 

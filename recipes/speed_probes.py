@@ -21,12 +21,13 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.scripts import lerobot_train
+from lerobot.utils.import_utils import get_safe_default_video_backend
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, LlamaConfig, TrainerCallback
 from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments
-from ptr_hf.data.datasets import dataset_metadata, open_dataset, video_backend
+from ptr_hf.data.datasets import dataset_metadata, open_dataset
 from ptr_hf.data.segments import split_segment
 from ptr_hf.policies.tiny import tiny_act, tiny_smolvla, write_tiny_vlm
 from ptr_hf.processor_ptr import preprocess
@@ -238,7 +239,9 @@ def _run_requested(request: dict[str, Any]) -> None:
 
     if runner == "lerobot-train":
         config = TrainPipelineConfig(
-            dataset=DatasetConfig(repo_id=dataset.name, root=str(dataset), video_backend=video_backend()),
+            dataset=DatasetConfig(
+                repo_id=dataset.name, root=str(dataset), video_backend=get_safe_default_video_backend()
+            ),
             policy=build_policy(case.policy, meta, folder, seed).config,
             output_dir=folder / "lerobot",
             batch_size=case.chunks,

@@ -13,10 +13,11 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.import_utils import get_safe_default_video_backend
 from torch.utils.data import default_collate
 
 from ptr_hf import PTRConfig, PTRPolicy
-from ptr_hf.data.datasets import open_dataset, video_backend
+from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.policies.tiny import tiny_act, tiny_smolvla, write_tiny_vlm
 from ptr_hf.processor_ptr import preprocess
@@ -110,7 +111,9 @@ def tensors_equal(first: dict[str, Any], second: dict[str, Any]) -> bool:
 @cache
 def frames_of(root: Path) -> list[dict[str, Any]]:
     """Every frame of a dataset, read one by one without offsets."""
-    dataset = LeRobotDataset("tests/points", root=root, video_backend=video_backend(), return_uint8=True)
+    dataset = LeRobotDataset(
+        "tests/points", root=root, video_backend=get_safe_default_video_backend(), return_uint8=True
+    )
     return [dataset[frame] for frame in range(len(dataset))]
 
 

@@ -5,9 +5,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from lerobot.utils.import_utils import get_safe_default_video_backend
 from transformers import HfArgumentParser
 
-from ptr_hf.data.datasets import open_dataset, video_backend
+from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.demonstrations import bundled_demonstrations
 from ptr_hf.data.segments import SegmentLayout
 
@@ -45,7 +46,7 @@ def test_only_frames_past_the_end_of_an_episode_are_asked_for_twice() -> None:
         assert len(times) - len(set(times)) == padded - (padded == len(times))
 
 
-@pytest.mark.skipif(video_backend() != "pyav", reason="only PyAV shows its codec's frames")
+@pytest.mark.skipif(get_safe_default_video_backend() != "pyav", reason="only PyAV shows its codec's frames")
 def test_the_counter_sees_a_frame_that_is_decoded_twice() -> None:
     dataset = open_dataset(bundled_demonstrations(), _layout(1, False))
     counter = DecodedFrames()

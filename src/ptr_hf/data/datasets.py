@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import importlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.utils import CompatibilityError
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
+from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from ptr_hf.constants import EMPTY_CAMERA
 from ptr_hf.data.bookkeeping import mend_dataset, mend_metadata
@@ -34,16 +34,6 @@ logger = logging.getLogger(__name__)
 
 
 @cache
-def video_backend() -> str:
-    """The video decoder that works here: torchcodec where FFmpeg's libraries are installed, else PyAV, which carries its own."""
-    try:
-        importlib.import_module("torchcodec")
-    except (ImportError, OSError, RuntimeError):
-        logger.info("torchcodec does not load here (no FFmpeg libraries); decoding with PyAV.")
-        return "pyav"
-    return "torchcodec"
-
-
 def is_dataset_folder(source: str | Path) -> bool:
     """Whether a path is a local LeRobotDataset."""
     return (Path(source) / "meta" / "info.json").is_file()
@@ -157,7 +147,7 @@ def open_dataset(
             dataset cannot be opened anew as it is (`check_given`, `check_unedited`), or the metadata contradict the data.
     """
     meta, said = _mended_metadata(source, revision, episodes)
-    settings: dict[str, Any] = {"video_backend": video_backend(), "return_uint8": True}
+    settings: dict[str, Any] = {"video_backend": get_safe_default_video_backend(), "return_uint8": True}
     if isinstance(source, LeRobotDataset):
         episodes = source.episodes if episodes is None else episodes
         settings = _settings_of(source)
@@ -218,7 +208,7 @@ def _settings_of(dataset: LeRobotDataset) -> dict[str, Any]:
         "tolerance_s": dataset.tolerance_s,
         "depth_output_unit": dataset.depth_output_unit,
         # LeRobot's default is torchcodec also where it does not load
-        "video_backend": video_backend() if backend == "torchcodec" else backend,
+        "video_backend": get_safe_default_video_backend() if backend == "torchcodec" else backend,
         # transforms get what they get in the user's dataset; else 8-bit frames, which are scaled on the device
         "return_uint8": transforms is None or dataset._return_uint8,
     }

@@ -7,8 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.video_utils import decode_video_frames
-
-from ptr_hf.data.datasets import video_backend
+from lerobot.utils.import_utils import get_safe_default_video_backend
 
 
 def pictures(
@@ -33,5 +32,9 @@ def pictures(
     begin = float(meta.episodes[episode][f"videos/{camera}/from_timestamp"])
     path = Path(meta.root) / meta.get_video_file_path(episode, camera)
     return decode_video_frames(
-        path, [begin + float(time) for time in times], dataset.tolerance_s, video_backend(), return_uint8=True
+        path,
+        [begin + float(time) for time in times],
+        dataset.tolerance_s,
+        get_safe_default_video_backend(),
+        return_uint8=True,
     ).numpy()

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from lerobot.datasets import LeRobotDataset
+from lerobot.utils.import_utils import get_safe_default_video_backend
 from PIL import Image
 
-from ptr_hf.data.datasets import dataset_metadata, video_backend
+from ptr_hf.data.datasets import dataset_metadata
 from ptr_hf.data.pictures import pictures
 from ptr_hf.scoring.recordings import single
 
@@ -47,7 +48,7 @@ def filmstrips(
         root=meta.root,
         revision=revision,
         episodes=episodes,
-        video_backend=video_backend(),
+        video_backend=get_safe_default_video_backend(),
     )
     numbers = np.asarray(dataset.hf_dataset.with_format("numpy")["episode_index"])
     found: dict[tuple[int, int], str] = {}
