@@ -24,7 +24,8 @@ from lerobot.processor import (
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ptr_hf.artifacts.checkpoint import PROCESSOR_FILES, resolve_processors
+from ptr_hf.artifacts.checkpoint import resolve_processors
+from ptr_hf.artifacts.processor_checks import PROCESSOR_FILES
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.fit import renamed_features
 from ptr_hf.data.normalizers import harmless

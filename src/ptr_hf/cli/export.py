@@ -74,8 +74,8 @@ def export(
     Raises:
         ValueError, FileNotFoundError: the checkpoint is none, damaged, needs its belief, or knows no such robot.
     """
-    from ptr_hf.artifacts.checkpoint import PROCESSOR_FILES, resolve_folder
-    from ptr_hf.artifacts.processor_checks import MAX_STATE_BYTES
+    from ptr_hf.artifacts.checkpoint import resolve_folder
+    from ptr_hf.artifacts.processor_checks import MAX_STATE_BYTES, PROCESSOR_FILES
     from ptr_hf.files.regular import regular_file
     from ptr_hf.modeling_ptr import PTRPolicy
 
@@ -95,7 +95,7 @@ def export(
 
 def _export_for_robot(policy: "PTRPolicy", folder: Path, output: Path, robot: str | None) -> Path:
     """The whole policy, its processors told which robot it runs on."""
-    from ptr_hf.artifacts.checkpoint import PROCESSOR_FILES
+    from ptr_hf.artifacts.processor_checks import PROCESSOR_FILES
     from ptr_hf.data.mixture.processor import for_robot, robots_of
     from ptr_hf.processor_ptr import saved_processors
 

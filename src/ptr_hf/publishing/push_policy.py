@@ -10,8 +10,8 @@ from typing import Any
 from lerobot.processor import PolicyProcessorPipeline
 from peft import PeftModel
 
-from ptr_hf.artifacts.checkpoint import PROCESSOR_FILES
 from ptr_hf.artifacts.peft import source_of
+from ptr_hf.artifacts.processor_checks import PROCESSOR_FILES
 from ptr_hf.policies.base import unwrap
 from ptr_hf.publishing.card_facts import BasePolicy, CardFacts
 from ptr_hf.publishing.model_card import library_versions, write_model_card

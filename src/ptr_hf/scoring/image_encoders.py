@@ -18,7 +18,8 @@ from lerobot.utils.constants import IMAGENET_STATS
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ptr_hf.artifacts.checkpoint import PROCESSOR_FILES, is_ptr_source, resolve_processors
+from ptr_hf.artifacts.checkpoint import is_ptr_source, resolve_processors
+from ptr_hf.artifacts.processor_checks import PROCESSOR_FILES
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.files.base_source import check_base
 from ptr_hf.modeling_ptr import PTRPolicy

@@ -24,8 +24,9 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from ptr_hf.artifacts.checkpoint import PROCESSOR_FILES, widest_vector
+from ptr_hf.artifacts.checkpoint import widest_vector
 from ptr_hf.artifacts.checks import read_config
+from ptr_hf.artifacts.processor_checks import PROCESSOR_FILES
 from ptr_hf.data.in_memory import collate_segments
 from ptr_hf.data.mixture.config import MixtureConfig
 from ptr_hf.data.mixture.dataset import Mixture, MixtureSampler
