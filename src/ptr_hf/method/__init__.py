@@ -24,7 +24,7 @@ from ptr_hf.method.chunks import ChunkBatch, ObjectiveOutput
 from ptr_hf.method.controller import AdaptiveScaleController
 from ptr_hf.method.distributed import GlobalRows
 from ptr_hf.method.draws import Draws, Purpose, uniform
-from ptr_hf.method.evidence import Evidence, Rivals, Weigher, Weighing
+from ptr_hf.method.evidence import ComparisonSet, Evidence, Weigher, Weighing
 from ptr_hf.method.numerics import NeverLowered, full_precision
 from ptr_hf.method.objective import ObjectiveConfig, PTRObjective
 from ptr_hf.method.scorer import (
@@ -58,6 +58,7 @@ __all__ = [
     "CandidateQueue",
     "Candidates",
     "ChunkBatch",
+    "ComparisonSet",
     "ConsequenceEncoder",
     "Draws",
     "Evidence",
@@ -69,7 +70,6 @@ __all__ = [
     "ObjectiveOutput",
     "PTRObjective",
     "Purpose",
-    "Rivals",
     "Samples",
     "TransitionScorer",
     "Weigher",

@@ -15,7 +15,7 @@ from ptr_hf.method.numerics import NeverLowered
 
 
 @dataclass(frozen=True)
-class Rivals:
+class ComparisonSet:
     """The rows of all ranks that a step's chunks are compared with.
 
     Attributes:
@@ -59,12 +59,12 @@ class Evidence:
     task: Int[Tensor, " batch"]
     episode: Int[Tensor, " batch"]
     index: Int[Tensor, " batch"]
-    among: Rivals | None = None
+    among: ComparisonSet | None = None
 
     @property
-    def rivals(self) -> Rivals:
+    def compared_with(self) -> ComparisonSet:
         """What the chunks are compared with."""
-        return self.among or Rivals(GlobalRows(1, len(self.loss)), self.target_valid)
+        return self.among or ComparisonSet(GlobalRows(1, len(self.loss)), self.target_valid)
 
 
 @dataclass(frozen=True)

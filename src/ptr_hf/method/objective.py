@@ -24,7 +24,7 @@ from ptr_hf.method.chunks import ChunkBatch, Identified, ObjectiveOutput
 from ptr_hf.method.controller import AdaptiveScaleController
 from ptr_hf.method.distributed import GlobalRows, sum_over_ranks
 from ptr_hf.method.draws import Draws, Purpose
-from ptr_hf.method.evidence import Evidence, Rivals, Weigher, Weighing
+from ptr_hf.method.evidence import ComparisonSet, Evidence, Weigher, Weighing
 from ptr_hf.method.numerics import NeverLowered
 from ptr_hf.method.scorer import (
     TransitionScorer,
@@ -154,7 +154,7 @@ class PTRObjective(NeverLowered):
             identified = Identified.nothing(samples.valid, chunks.loss)
         else:
             identified = self._identify(self.scorer, chunks, samples, others, seen, draws)
-        weighing = self._weigh(chunks, samples, identified, Rivals(seen, others.valid), draws)
+        weighing = self._weigh(chunks, samples, identified, ComparisonSet(seen, others.valid), draws)
         output = ObjectiveOutput(
             **(vars(identified) | {"score": identified.score.detach()}),
             loss=chunks.loss,
@@ -240,7 +240,7 @@ class PTRObjective(NeverLowered):
         chunks: ChunkBatch,
         samples: Samples,
         identified: Identified,
-        rivals: Rivals,
+        compared_with: ComparisonSet,
         draws: Draws,
     ) -> Weighing:
         """Eq. 21 on T, or what the ``weigher`` makes of the evidence."""
@@ -268,7 +268,7 @@ class PTRObjective(NeverLowered):
             task=samples.task,
             episode=samples.episode,
             index=chunks.index,
-            among=rivals,
+            among=compared_with,
         )
         return self.weigher.weigh(evidence, beta, self.warm, draws)
 

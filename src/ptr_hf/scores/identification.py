@@ -58,7 +58,7 @@ class ActionHead(nn.Module):
     def forward(self, evidence: Evidence) -> Float[Tensor, "batch all_rows"]:
         """Logits, row i: which chunk led from o_t to o_{t+Δ} of row i?"""
         outcome = self.outcome[1](self.outcome[0](evidence.current, evidence.target))
-        actions = evidence.rivals.rows.gather(self.action(evidence.action.flatten(1)))
+        actions = evidence.compared_with.rows.gather(self.action(evidence.action.flatten(1)))
         return outcome @ actions.T * self.scale
 
 
@@ -118,9 +118,9 @@ class ActionIdentification(CrossFitted):
 
     def forward(self, evidence: Evidence, draws: Draws) -> Scored:
         """T_a of every chunk with a future, among all ranks' chunks."""
-        usable, own = evidence.rivals.valid, evidence.rivals.rows.own(evidence.loss.device)
+        usable, own = evidence.compared_with.valid, evidence.compared_with.rows.own(evidence.loss.device)
         other, several = masked_derangement(
-            usable, draws.keys(evidence.rivals.rows, Purpose.NULL_ACTION, usable.device)
+            usable, draws.keys(evidence.compared_with.rows, Purpose.NULL_ACTION, usable.device)
         )
         held_out, learning = self.logits(evidence)
         shares = _log_share(held_out.detach(), usable)
@@ -151,7 +151,7 @@ class InstructionIdentification(CrossFitted):
         held_out, learning = self.logits(evidence)
         every = torch.ones(self.num_tasks, dtype=torch.bool, device=held_out.device)
         task = evidence.task.clamp(0, self.num_tasks - 1)
-        rows = evidence.rivals.rows
+        rows = evidence.compared_with.rows
         keys = draws.keys(rows, Purpose.NULL_INSTRUCTION, task.device)[rows.own(task.device)]
         shift = 1 + (keys * (self.num_tasks - 1)).to(task.dtype)
         shares = _log_share(held_out.detach(), every)
