@@ -283,6 +283,7 @@ class TestAnotherRunInTheFolder:
         assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK_NAME]
         second.save_model(str(tmp_path / "elsewhere"))
         assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
+        assert not (tmp_path / "elsewhere" / "README.md").exists(), "nothing was trained that a card could tell of"
         first.release()
         # one after the other, as in a notebook
         second.train()

@@ -25,7 +25,7 @@ from transformers import get_scheduler
 
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments
 from ptr_hf.policies.tiny import tiny_smolvla
-from ptr_hf.report import DYNAMICS_COLUMNS, DYNAMICS_FILE, read_dynamics
+from ptr_hf.report import DYNAMICS_COLUMNS, DYNAMICS_FILE, REPORT_FILE, read_dynamics
 
 SECRET = "hf_secretsecretsecret"
 SMALL = {"segment_length": 2, "queue_size": 64, "queue_negatives": 8}
@@ -180,6 +180,14 @@ class TestFiles:
         arguments = json.loads((output_of(finished) / "training_args.json").read_text())
         assert arguments["max_steps"] == 12
         assert arguments["num_belief_tokens"] == 2
+
+    def test_the_model_card_and_the_report_lie_beside_it(self, finished: PTRTrainer) -> None:
+        card = (output_of(finished) / "README.md").read_text()
+        assert card.startswith("---\n")
+        assert "| steps | 12 |" in card or "12 steps" in card
+        page = (output_of(finished) / REPORT_FILE).read_text()
+        assert "Training dynamics" in page
+        assert (output_of(finished) / "figures" / "ptr_dynamics.png").is_file()
 
     def test_the_saved_policy_is_the_trained_one(self, finished: PTRTrainer) -> None:
         loaded = PTRPolicy.from_pretrained(output_of(finished))

@@ -39,7 +39,7 @@ def test_a_run_begins_with_its_plan(points: Path, tmp_path: Path, capsys: pytest
         f"{meta.total_episodes:,} episodes, {meta.total_frames:,} frames, {segments:,} segments of 2 chunks"
     )
     assert step == "a step       8 segments of 2 chunks (4 at a time x 2 accumulated)"
-    assert run == f"the run      14 steps, {14 * 8 / segments:.3g} times over the data"
+    assert run == f"the run      14 steps, {14 * 8 / segments:.3g} epochs"
     assert weights == "weights      none: plain fine-tuning (SFT)"
     assert written.startswith("checkpoints  4, every 4 steps; the last 2 are kept, about ")
     assert before == "time         said after 11 steps"

@@ -45,7 +45,8 @@ def train(model: Any, args: PTRTrainingArguments, dataset: Any) -> PTRTrainer:
         checkpoint = trainer.choose_checkpoint(args.resume_from_checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
     try:
-        trainer.save_model()
+        # card and report follow once the run was looked at
+        trainer.save_model(_internal_call=True)
     except SaveError as error:
         raise SystemExit(f"{PROGRAM}: {error}") from error
     return trainer

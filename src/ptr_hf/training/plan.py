@@ -87,7 +87,10 @@ def plan(trainer: "PTRTrainer") -> dict[str, str]:
     args, state, policy = trainer.args, trainer.state, trainer.policy
     data = trainer.training_data
     episodes, frames = sum(part.episodes or 0 for part in data), sum(part.frames or 0 for part in data)
-    named = visible(str(data[0].source)) if len(data) == 1 else f"{len(data)} datasets"
+    source = Path(data[0].source)
+    named = (
+        visible(source.name if source.is_dir() else str(data[0].source)) if len(data) == 1 else f"{len(data)} datasets"
+    )
     chunks = policy.config.layout.segment_length
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     try:
@@ -102,7 +105,7 @@ def plan(trainer: "PTRTrainer") -> dict[str, str]:
         factors.append(f"{args.gradient_accumulation_steps} accumulated")
     if args.world_size > 1:
         factors.append(f"{args.world_size} processes")
-    epochs = f", {state.max_steps * batch / segments:.3g} times over the data" if segments else ""
+    epochs = f", {state.max_steps * batch / segments:.3g} epochs" if segments else ""
     begun = f"; it goes on after step {state.global_step:,}" if state.global_step else ""
     return {
         "data": f"{named}: {episodes:,} episodes, {frames:,} frames"
@@ -111,8 +114,7 @@ def plan(trainer: "PTRTrainer") -> dict[str, str]:
         "the run": f"{state.max_steps:,} steps{epochs}{begun}",
         "weights": _weights(policy),
         "checkpoints": _checkpoints(args, state, policy),
-        "time": f"said after {MEASURED + 1} steps",
-    }
+    } | ({"time": f"said after {MEASURED + 1} steps"} if state.max_steps - state.global_step > MEASURED + 1 else {})
 
 
 def _weights(policy: PTRPolicy) -> str:

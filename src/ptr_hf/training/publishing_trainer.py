@@ -156,13 +156,23 @@ class PublishingTrainer(Trainer):
     # ---- pushes ------------------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers' Trainer: with `push_to_hub=True` it publishes too; what fails there is reported, not raised."""
+        """As transformers' Trainer; beside the policy of a trained run it leaves the model card and the report.
+
+        With `push_to_hub=True` it publishes too; what fails there is reported, not raised.
+
+        Args:
+            output_dir: folder; by default `args.output_dir`.
+        """
         super().save_model(output_dir, _internal_call=True)
-        if self.args.push_to_hub and not _internal_call:
+        if _internal_call:
+            return
+        if self.args.push_to_hub:
             try:
                 self.push_to_hub(commit_message="Model save")
             except PushError as error:
                 logger.warning("%s", error)
+        elif self.state.global_step and self.is_world_process_zero():
+            self.write_card(Path(output_dir or self.args.output_dir))
 
     def init_hf_repo(self, token: str | None = None) -> None:
         """Create the repo, or say at once that it cannot be: before training, nothing is lost by stopping.
