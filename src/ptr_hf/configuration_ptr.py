@@ -30,6 +30,10 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
 
     Raises:
         ValueError: a hyperparameter is out of range, or the base is missing, unknown or another PTR policy.
+
+    Example:
+        >>> PTRConfig(base_path="lerobot/smolvla_base", preset="ptr", num_belief_tokens=0).alpha
+        1.0
     """
 
     base: dict[str, Any] = field(

@@ -256,6 +256,9 @@ class PTRPolicy(PreTrainedPolicy):
             batch: collated and preprocessed.
             reduction: "mean" gives the whole objective (Eq. 32) and its metrics as floats; "none" gives the per-chunk
                 `ObjectiveOutput` and no metrics, for a caller that puts the objective together itself.
+
+        Returns:
+            The loss (a 0-d tensor, or per chunk), and the metrics by name, None with reduction="none".
         """
         if self.objective is None:
             plain = self._plain(batch)
@@ -449,7 +452,18 @@ class PTRPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def predict_action_chunk(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
-        """The next action chunk (B, L, action_dim); with belief tokens it reads and then updates the carried belief."""
+        """Predict the next action chunk; with belief tokens it reads and then updates the carried belief.
+
+        Args:
+            batch: one preprocessed observation a row, as LeRobot's processors return it.
+            kwargs: as the base policy takes them.
+
+        Returns:
+            Actions (batch, chunk, action_dim), normalised: the postprocessor turns them into the robot's units.
+
+        Raises:
+            ValueError: the batch has another number of rows than the belief that is carried; `reset` begins an episode.
+        """
         self.eval()
         if self.belief is None:
             with self.adapter.action_scope(batch):
@@ -473,7 +487,15 @@ class PTRPolicy(PreTrainedPolicy):
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
-        """One action (B, action_dim); a chunk is predicted whenever the last one is used up."""
+        """Give the next action; a chunk is predicted whenever the last one is used up.
+
+        Args:
+            batch: one preprocessed observation a row, as LeRobot's processors return it.
+            kwargs: as the base policy takes them.
+
+        Returns:
+            Actions (batch, action_dim), normalised: the postprocessor turns them into the robot's units.
+        """
         if self.belief is None:
             self.eval()
             with self.adapter.action_scope(batch):
@@ -505,6 +527,9 @@ class PTRPolicy(PreTrainedPolicy):
         Args:
             folder: created if missing; the processors are the caller's to save (`ptr-export` copies them).
             without_belief: export a policy trained with belief tokens too, which then acts without them.
+
+        Returns:
+            The folder.
 
         Raises:
             ValueError: the policy was trained with belief tokens, which no plain LeRobot policy reads.
@@ -544,7 +569,8 @@ class PTRPolicy(PreTrainedPolicy):
             token: of the Hub; by default the one that `hf auth login` stored.
             branch: to push to, created where it is missing; by default main.
             tags: git tags to set on the commit.
-            preprocessor, postprocessor: the policy's LeRobot pipelines; whoever runs it needs them.
+            preprocessor: the policy's LeRobot pipeline; whoever runs it needs it.
+            postprocessor: likewise.
             license: for the card, as the Hub names it.
 
         Returns:
@@ -580,6 +606,15 @@ class PTRPolicy(PreTrainedPolicy):
             merge_adapter: fold a PEFT adapter into the base policy's weights; by default it is kept, and trainable.
             trusted_sources: repos whose code LeRobot's processors may load, beyond the ones that LeRobot names itself.
             kwargs: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` for the Hub.
+
+        Returns:
+            The policy, in eval mode.
+
+        Raises:
+            ValueError: the checkpoint is none, is damaged, or names what may not be loaded; the sentence names the file.
+
+        Example:
+            >>> policy = PTRPolicy.from_pretrained("me/my_policy")
         """
         from ptr_hf.artifacts.checkpoint import load_policy
 

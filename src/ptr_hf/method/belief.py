@@ -42,6 +42,11 @@ class BeliefTokenizer(NeverLowered):
 
     Raises:
         ValueError: if num_tokens or temperature is not positive.
+
+    Example:
+        >>> belief = BeliefTokenizer(dim=32, num_tokens=4)(torch.randn(2, 16, 32), torch.randn(2, 16, 32))
+        >>> belief.tokens.shape, belief.assignment.shape
+        (torch.Size([2, 4, 32]), torch.Size([2, 16, 4]))
     """
 
     def __init__(self, dim: int, num_tokens: int = 4, temperature: float = 1.0, context_dim: int | None = None) -> None:
@@ -66,7 +71,10 @@ class BeliefTokenizer(NeverLowered):
             context: C, the head's hidden states at the action positions.
             action: A, the head's action embeddings.
             mask: True where the step belongs to the episode; steps outside get no assignment, and a row without any
-                step gets zero tokens and is left out of both means (0 row by row).
+                step gets zero tokens and is left out of both means (0 row by row). All steps belong by default.
+
+        Returns:
+            The tokens, the assignment of steps to them, and both regularisers in nats and as squared norms.
         """
         if mask is None:
             mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)

@@ -23,6 +23,12 @@ class CandidateQueue(NeverLowered):
 
     Raises:
         ValueError: if capacity or dim is not positive.
+
+    Example:
+        >>> queue = CandidateQueue(capacity=4, dim=2)
+        >>> queue.push(torch.ones(3, 2), task=[0, 0, 1])
+        >>> len(queue)
+        3
     """
 
     targets: Float[Tensor, "capacity dim"]

@@ -43,6 +43,12 @@ class AdaptiveScaleController(NeverLowered):
 
     Raises:
         ValueError: if an initial value lies outside its bounds or a setting outside its range.
+
+    Example:
+        >>> controller = AdaptiveScaleController(temperature=0.12)
+        >>> controller.update(accuracy=0.6, margin=0.5, score=1.0, valid_ratio=1.0)
+        >>> float(controller.temperature) < 0.12
+        True
     """
 
     temperature: Float[Tensor, ""]

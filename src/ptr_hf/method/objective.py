@@ -50,8 +50,13 @@ class ObjectiveConfig:
     """How chunks are compared and weighed and how Eq. 32 is put together; defaults are Table 6's.
 
     Attributes:
-        alpha, weight_min, weight_max: of Eq. 21.
-        identification_coef, ranking_coef, entropy_coef, diversity_coef: λ_id, λ_rank, λ_ent, λ_div.
+        alpha: α of Eq. 21, in [0, 1].
+        weight_min: w_min of Eq. 21.
+        weight_max: w_max of Eq. 21.
+        identification_coef: λ_id.
+        ranking_coef: λ_rank.
+        entropy_coef: λ_ent.
+        diversity_coef: λ_div.
         logit_clamp: bound on |d|.
         queue_negatives: negatives drawn from the queue per chunk.
         cross_rank_negatives: False leaves the other ranks' targets of the step out of the candidates; the queue is filled from

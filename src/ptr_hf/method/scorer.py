@@ -62,7 +62,17 @@ def identification_logits(
     temperature: float | Float[Tensor, ""],
     clamp: float = 20.0,
 ) -> Float[Tensor, "batch candidates"]:
-    """d_i = clamp(cos(u, y_i) / τ, ±clamp), the match at index 0 (Eq. 12)."""
+    """The logits d_i = clamp(cos(u, y_i) / τ, ±clamp) of every candidate, the match at index 0 (Eq. 12).
+
+    Args:
+        query: u, one a sample; it need not be normalised.
+        candidates: y of every sample, the true consequence first.
+        temperature: τ, positive.
+        clamp: largest absolute logit.
+
+    Returns:
+        One logit a candidate, in float32 or wider.
+    """
     query = upcast(query)
     with full_precision(query.device):
         unit_query = functional.normalize(query, dim=-1, eps=1e-6)
@@ -89,11 +99,18 @@ def _log_posterior(
 def ptr_score(
     logits: Float[Tensor, "batch candidates"], mask: Bool[Tensor, "batch candidates"] | None = None
 ) -> Float[Tensor, " batch"]:
-    """T = log(p̂ · |Y|) in nats (Eq. 14): 0 for a uniform posterior, for |Y| = 1 and without a target; ≤ log|Y|.
+    """The score T = log(p̂ · |Y|): how much likelier than a uniform guess the match was (Eq. 14).
 
     Args:
         logits: d, the match at index 0.
-        mask: True where there is a candidate; |Y| counts these.
+        mask: True where there is a candidate; |Y| counts these. All are candidates by default.
+
+    Returns:
+        Nats, one a sample, at most log|Y|; 0 for a uniform posterior, for |Y| = 1 and without a target.
+
+    Example:
+        >>> ptr_score(torch.zeros(1, 8))
+        tensor([0.])
     """
     log_posterior, log_count = _log_posterior(logits, mask)
     return log_posterior + log_count
@@ -102,12 +119,28 @@ def ptr_score(
 def identification_loss(
     logits: Float[Tensor, "batch candidates"], mask: Bool[Tensor, "batch candidates"] | None = None
 ) -> Float[Tensor, " batch"]:
-    """L_id = -log p̂ per sample (Eq. 13), 0 without a target."""
+    """The identification loss L_id = -log p̂ (Eq. 13).
+
+    Args:
+        logits: d, the match at index 0.
+        mask: True where there is a candidate; all by default.
+
+    Returns:
+        Nats, one a sample; 0 without a target.
+    """
     return -_log_posterior(logits, mask)[0]
 
 
 def ranking_loss(positive: Float[Tensor, " batch"], negative: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-    """L_rank = -log σ(d⁺_0 - d⁻_0) per sample (Eq. 31), so that the scorer cannot ignore the action."""
+    """The action-ranking loss L_rank = -log σ(d⁺_0 - d⁻_0), so that the scorer cannot ignore the action (Eq. 31).
+
+    Args:
+        positive: d⁺_0, the match's logit under the recorded action.
+        negative: d⁻_0, its logit under another sample's action.
+
+    Returns:
+        Nats, one a sample.
+    """
     return -functional.logsigmoid(upcast(positive) - upcast(negative))
 
 

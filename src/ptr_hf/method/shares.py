@@ -25,6 +25,13 @@ def share_bound(low: float, high: float) -> tuple[float, float]:
     of the weights drops out, so weights that are normalised to some mean have the same bound, from their smallest and
     largest value.
 
+    Args:
+        low: the smallest weight.
+        high: the largest weight.
+
+    Returns:
+        The factors by which a share can shrink and grow.
+
     Raises:
         ValueError: unless 0 < low <= high.
     """

@@ -57,17 +57,36 @@ REASONS = {
 
 
 def supported_policies() -> tuple[str, ...]:
-    """LeRobot names of the policy types that PTR can post-train."""
+    """Say which of LeRobot's policies can be post-trained.
+
+    Returns:
+        LeRobot's names of the policy types, in alphabetical order.
+
+    Example:
+        >>> "smolvla" in supported_policies()
+        True
+    """
     return tuple(sorted(ADAPTERS))
 
 
 def policies_with_action_masks() -> tuple[str, ...]:
-    """LeRobot names of the policy types that leave out action dimensions marked by `action_dim_is_pad`."""
+    """Say which policies leave out the action dimensions that `action_dim_is_pad` marks.
+
+    Returns:
+        LeRobot's names of the policy types, in alphabetical order.
+    """
     return tuple(sorted(family for family, adapter in ADAPTERS.items() if adapter.masks_action_dims))
 
 
 def refusal(policy_type: str) -> str:
-    """One message that says that a policy type is not supported, why, and which ones are."""
+    """Say that a policy type is not supported, why, and which ones are.
+
+    Args:
+        policy_type: LeRobot's name of it.
+
+    Returns:
+        The sentence.
+    """
     reason = REASONS.get(policy_type)
     because = f" {reason}" if reason else ""
     return (
@@ -76,10 +95,20 @@ def refusal(policy_type: str) -> str:
 
 
 def make_adapter(policy: nn.Module) -> AdapterBase:
-    """The adapter of a LeRobot policy, or of the `PeftModel` around one.
+    """Make the adapter through which the method reads a LeRobot policy.
+
+    Args:
+        policy: a LeRobot policy, or the `PeftModel` around one.
+
+    Returns:
+        The adapter of its family; it holds the policy and copies nothing.
 
     Raises:
         ValueError: the policy's type is not supported, or its configuration rules PTR out.
+
+    Example:
+        >>> make_adapter(SmolVLAPolicy.from_pretrained("lerobot/smolvla_base")).family
+        'smolvla'
     """
     base = unwrap(policy)
     if not isinstance(base, PreTrainedPolicy):

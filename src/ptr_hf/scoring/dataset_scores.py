@@ -64,14 +64,21 @@ class DatasetScores:
         return float(1 - self.chunks["weight"].mean()) if len(self.chunks) else 0.0
 
     def to_pandas(self) -> pd.DataFrame:
-        """The table of episodes, in their order."""
+        """Give the table of episodes, as `episodes` has it.
+
+        Returns:
+            A copy, a row an episode in the order of the data.
+        """
         return self.episodes.copy()
 
     def save(self, folder: str | Path) -> Path:
-        """Write ptr_chunks.parquet, ptr_episodes.csv and ptr_scores.json into a folder, which is made if need be.
+        """Write ptr_chunks.parquet, ptr_episodes.csv and ptr_scores.json.
+
+        Args:
+            folder: where to; made if need be.
 
         Returns:
-            the folder.
+            The folder.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,6 +91,12 @@ class DatasetScores:
     @classmethod
     def load(cls, folder: str | Path) -> "DatasetScores":
         """Read what `save` has written.
+
+        Args:
+            folder: of the files.
+
+        Returns:
+            The scores.
 
         Raises:
             ValueError: a file is missing or damaged; the sentence names it.

@@ -75,6 +75,10 @@ def score_dataset(
 
     Raises:
         ValueError: the policy has no scorer, a preprocessor is needed, or the dataset does not fit the policy.
+
+    Example:
+        >>> scores = score_dataset("me/my_policy", "me/my_demos")
+        >>> scores.score, scores.weight, scores.episode_index
     """
     policy, preprocessor = _load(policy, preprocessor)
     if policy.objective is None:
@@ -193,6 +197,15 @@ def action_loss(
         batch_size: segments per batch.
         repeats: passes with fresh noise.
         seed: of the noise.
+
+    Returns:
+        The policy's own loss, in the units of its training loss; lower is better.
+
+    Raises:
+        ValueError: the dataset does not fit the policy, or its statistics are not the preprocessor's.
+
+    Example:
+        >>> action_loss(trainer.policy, "me/held_out", trainer.preprocessor)
     """
     layout = layout or policy.config.layout
     opened, segments = _opened(dataset, policy, layout)
@@ -211,7 +224,20 @@ def action_loss_by_source(
     repeats: int = 4,
     seed: int = 0,
 ) -> dict[str, float]:
-    """`action_loss` of every source of a mixture by itself, whatever the others are; the arguments are its own."""
+    """Measure the `action_loss` of every source of a mixture by itself, whatever the others are.
+
+    Args:
+        policy: any `PTRPolicy` of the mixture's robots.
+        mixture: held-out demonstrations, opened.
+        preprocessor: the policy's own.
+        layout: the segments to read; by default the policy's own.
+        batch_size: segments per batch.
+        repeats: passes with fresh noise.
+        seed: of the noise.
+
+    Returns:
+        The loss by the source's name.
+    """
     layout = layout or policy.config.layout
     check_robots(preprocessor, mixture.meta)
     losses, meta = {}, mixture.meta

@@ -81,9 +81,11 @@ class PTRTrainer(GuardedTrainer):
             modules does so too.
         eval_env: a LeRobot environment (its type, a dict with `type`, or its configuration) in which the policy is evaluated in
             the course of training; by default `args.eval_env`, or none.
-        preprocessor, postprocessor: LeRobot pipelines; by default the policy's own, with the statistics that
-            `args.statistics` says (docs/statistics.md).
-        callbacks, optimizers: as for `transformers.Trainer`.
+        preprocessor: a LeRobot pipeline; by default the policy's own, with the statistics that `args.statistics` says
+            (docs/statistics.md).
+        postprocessor: likewise.
+        callbacks: more of transformers' callbacks.
+        optimizers: optimiser and schedule, as for `transformers.Trainer`; by default AdamW and `args.lr_scheduler_type`.
 
     Raises:
         ValueError: before any training time is spent, for an unsupported policy, a dataset that holds nothing to learn from,
