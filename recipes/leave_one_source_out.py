@@ -36,7 +36,7 @@ from ptr_hf.report.files import replacing
 from ptr_hf.report.style import BLUE, INK, TEXT_SIZE, TICK_SIZE, VERMILION, board, name_axes, save_figure
 from ptr_hf.report.text import drawable, visible
 from ptr_hf.scoring import action_loss_by_source
-from ptr_hf.training.checkpoints import last_complete
+from ptr_hf.training.checkpoint_files import last_complete
 from ptr_hf.training.evaluation import EVALUATION_FILE
 
 ALL = "(none)"

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ptr_hf.training.checkpoints import PARTIAL, checkpoints
+from ptr_hf.training.checkpoint_files import PARTIAL, checkpoints
 
 PATIENCE = 120
 """Seconds after which a process that should have done something is taken for stuck."""

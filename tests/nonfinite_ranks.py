@@ -55,13 +55,13 @@ def run(rank: int, points: Path, root: Path, folder: Path, port: str) -> None:
     parameter = next(parameter for parameter in trainer.policy.parameters() if parameter.requires_grad)
     parameter.register_hook(lambda grad: grad * (torch.nan if rank == 1 and trainer.state.global_step == 5 else 1.0))
     met = []
-    add_frames = trainer.nonfinite.add_frames
+    add_frames = trainer.guard.watch.add_frames
 
     def count(kind: Kind, frames: torch.Tensor, episodes: torch.Tensor) -> None:
         met.append((kind, int((frames >= 0).sum())))
         add_frames(kind, frames, episodes)
 
-    trainer.nonfinite.add_frames = count
+    trainer.guard.watch.add_frames = count
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
     figures = {
@@ -69,7 +69,7 @@ def run(rank: int, points: Path, root: Path, folder: Path, port: str) -> None:
         "gradients": [row["nonfinite_gradients"] for row in rows],
         "met": sum(number for kind, number in met if kind == "values"),
     }
-    figures["sharded"] = sharded_gradient_after_the_guard(trainer.nonfinite)
+    figures["sharded"] = sharded_gradient_after_the_guard(trainer.guard.watch)
     (folder / f"rank-{rank}.json").write_text(json.dumps(figures))
     state = {name: value.clone().contiguous() for name, value in trainer.policy.state_dict().items()}
     save_file(state, folder / f"rank-{rank}.safetensors")

@@ -160,7 +160,7 @@ def test_what_a_resumed_run_cannot_read_is_put_aside(
     resumed = new_trainer(folder_policy, points, tmp_path, save_strategy="steps", save_steps=2, logging_steps=1)
     with caplog.at_level(logging.WARNING, logger="ptr_hf"):
         resumed.train(resume_from_checkpoint=True)
-        resumed.write_card(tmp_path)
+        resumed.publisher.write_card(tmp_path)
     assert resumed.state.global_step == 3
     assert read_dynamics(tmp_path / DYNAMICS_FILE).steps(resumed.policy.config.preset).tolist() == [3]
     assert (tmp_path / f"{DYNAMICS_FILE}.damaged").is_file()

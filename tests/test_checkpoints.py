@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from ptr_hf.artifacts.checks import PTR_SCORER_NAME
 from ptr_hf.training.checkpoint_contents import BLOCK, checksums
-from ptr_hf.training.checkpoints import (
+from ptr_hf.training.checkpoint_files import (
     MANIFEST_NAME,
     Manifest,
     SaveError,

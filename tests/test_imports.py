@@ -62,6 +62,13 @@ def test_arrows_point_down(graph: dict[str, set[str]]) -> None:
     assert {arrow for arrow in arrows if ORDER.index(arrow[1]) < ORDER.index(arrow[0])} <= STILL_UP
 
 
+def test_one_trainer() -> None:
+    nodes = [node for path in modules().values() for node in ast.parse(path.read_text()).body]
+    classes = [node for node in nodes if isinstance(node, ast.ClassDef)]
+    trainers = [node.name for node in classes if any(ast.unparse(base).endswith("Trainer") for base in node.bases)]
+    assert trainers == ["PTRTrainer"]
+
+
 @pytest.mark.parametrize(
     ("folder", "may"), [("method", set()), ("policies", {"constants"}), ("scores", {"method"}), ("constants", set())]
 )

@@ -34,9 +34,9 @@ def test_a_run_says_it_once(points: Path, tmp_path: Path, caplog: pytest.LogCapt
 
 def test_rows_that_fill_the_last_batch_do_not_count(points: Path, tmp_path: Path) -> None:
     trainer = trainer_for("act", points, points, tmp_path / "out")
-    trainer.masked.discount(torch.tensor([False, True, True]))
-    trainer.masked.add(torch.tensor([False, True, True]))
-    assert trainer.masked.read(trainer.accelerator, 1) is None
+    trainer.guard.masked.discount(torch.tensor([False, True, True]))
+    trainer.guard.masked.add(torch.tensor([False, True, True]))
+    assert trainer.guard.masked.read(trainer.accelerator, 1) is None
 
 
 def test_scoring_says_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -315,7 +315,7 @@ class TestCard:
     @pytest.mark.full
     def test_it_says_how_to_choose_a_robot(self, content: dict[str, Any], tmp_path: Path) -> None:
         trainer = trained(content, tmp_path)
-        trainer.write_card(tmp_path)
+        trainer.publisher.write_card(tmp_path)
         card = (tmp_path / "README.md").read_text()
         assert "| points |" in card
         assert "whose processors know its 2 sources" in card

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments
 from ptr_hf.report import DYNAMICS_FILE, read_dynamics
 from ptr_hf.training.checkpoint_contents import checksums
-from ptr_hf.training.checkpoints import MANIFEST_NAME, PARTIAL, Manifest, SaveError, checkpoints, fault, step_of
+from ptr_hf.training.checkpoint_files import MANIFEST_NAME, PARTIAL, Manifest, SaveError, checkpoints, fault, step_of
 from ptr_hf.training.run_lock import LOCK_NAME, RunLock
 
 ACCUMULATION = {"gradient_accumulation_steps": 5, "per_device_train_batch_size": 2, "save_steps": 1}

@@ -11,7 +11,7 @@ from small_policies import base_policy
 from transformers import TrainerState
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments
-from ptr_hf.training.checkpoints import checkpoints
+from ptr_hf.training.checkpoint_files import checkpoints
 from ptr_hf.training.plan import checkpoint_bytes, duration, free_bytes, plan, saves, too_little_room
 
 

@@ -27,7 +27,7 @@ from ptr_hf.report.console import PlainConsole
 from ptr_hf.report.files import beside_the_run
 from ptr_hf.scoring.dataset_scores import DatasetScores
 from ptr_hf.scoring.given_weights import INSPECTION_FOLDER
-from ptr_hf.training.checkpoints import SaveError, checkpoints
+from ptr_hf.training.checkpoint_files import SaveError, checkpoints
 
 
 def sft_arguments(args: PTRTrainingArguments, folder: Path) -> PTRTrainingArguments:

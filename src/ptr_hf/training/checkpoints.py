@@ -1,292 +1,254 @@
-"""Checkpoints that are whole or not there: written aside, listed in a manifest, and moved into place at once.
+"""`Checkpoints`: writes a run's checkpoints and final files, each of them whole or not there.
 
-    checkpoint-40/                  complete; `ptr_checkpoint.json` in it lists every file with its size and checksum
-    .checkpoint-40.partial/         being written; transformers' Trainer does not see it, and the next run removes it
-    .checkpoint-40.discarded/       being deleted
-
-Nothing here knows a Trainer: `ResumableTrainer` writes and reads through these functions.
+transformers' Trainer writes a checkpoint file by file into its final folder, and ends with the first write that fails.
 """
 
 import json
-import os
-import re
+import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ptr_hf.artifacts.checks import check_artifact
-from ptr_hf.files.reading import read_json
-from ptr_hf.training.checkpoint_contents import check_trainer_state, checksums, regular_files
+from ptr_hf.report.text import without_local_paths
+from ptr_hf.training.checkpoint_files import (
+    WRITE_ERRORS,
+    Manifest,
+    SaveError,
+    commit,
+    discard,
+    last_complete,
+    partial_folder,
+    remove_leftovers,
+    rotate,
+    write_failure,
+    written_aside,
+)
+from ptr_hf.training.run_lock import RunLock
 
-MANIFEST_NAME = "ptr_checkpoint.json"
-PARTIAL, DISCARDED = ".partial", ".discarded"
-UNFINISHED = ".unfinished"
-WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
-"""What the writers of a checkpoint's files raise; see `write_failure`."""
-_OF_TORCH = ("PytorchStreamWriter", "inline_container", "iostream error", "Parent directory")
-_COMPLETE = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
+if TYPE_CHECKING:
+    from ptr_hf.training.trainer import PTRTrainer
+
+TRAINING_ARGS_NAME = "training_args.json"
+WINDOW_LOSS, WINDOW_TOTAL, WINDOW_LOGGED = "trainer.loss", "trainer.total_loss", "trainer.last_logged"
+"""The Trainer's own sums between two log rows, beside the metrics in a rank's window file."""
+
+logger = logging.getLogger(__name__)
 
 
-class SaveError(OSError):
-    """A model that could not be written, while nothing that stood there before is lost.
+class Checkpoints:
+    """Saves, and deletes the oldest; a save that fails is reported, and training goes on.
 
-    Attributes:
-        reason: in a few words.
+    Args:
+        trainer: whose run it is.
     """
 
-    def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint holds, and how the run that wrote it was laid out.
-
-    Attributes:
-        step: optimiser steps taken.
-        world_size: processes.
-        batch_size: segments of a process in a forward pass.
-        accumulation: forward passes of a step.
-        global_batch: segments of a step, over all processes.
-        resumable: False where `save_only_model` left optimiser and random streams out.
-        files: bytes of every other file, by its path in the folder.
-        checksums: of every other file, by its path; empty in checkpoints of earlier versions.
-    """
-
-    step: int
-    world_size: int
-    batch_size: int
-    accumulation: int
-    global_batch: int
-    resumable: bool
-    files: dict[str, int] = field(default_factory=dict)
-    checksums: dict[str, str] = field(default_factory=dict)
+    def __init__(self, trainer: "PTRTrainer") -> None:
+        self._trainer = trainer
+        self._best_before: tuple[float | None, int | None] = (None, None)
+        self._lock: RunLock | None = None
 
     @property
-    def layout(self) -> tuple[int, int, int]:
-        """Processes, segments of a process, accumulation: with another layout a run is not continued to the bit."""
-        return self.world_size, self.batch_size, self.accumulation
+    def layout(self) -> Manifest:
+        """The manifest of a checkpoint written now, without its files."""
+        args = self._trainer.args
+        batch = self._trainer._train_batch_size
+        return Manifest(
+            step=self._trainer.state.global_step,
+            world_size=args.world_size,
+            batch_size=batch,
+            accumulation=args.gradient_accumulation_steps,
+            global_batch=batch * args.gradient_accumulation_steps * args.world_size,
+            resumable=not args.save_only_model,
+        )
 
-    @classmethod
-    def read(cls, folder: Path) -> "Manifest":
-        """Of a checkpoint.
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep other runs out of the run's folder, on all ranks; the main process holds the lock.
 
         Raises:
-            FileNotFoundError: it has none, since something else than `PTRTrainer` wrote it.
-            ValueError: it is damaged.
+            ValueError: another run has it; on all ranks.
         """
-        path = folder / MANIFEST_NAME
-        content = read_json(path)
+        args = self._trainer.args
+        lock = RunLock(Path(args.output_dir))
+        (refusal,) = broadcast_object_list([lock.acquire() if args.process_index == 0 else None])
+        if refusal is not None:
+            raise ValueError(refusal)
+        self._lock = lock
         try:
-            manifest = cls(**content)
-        except TypeError as error:
-            raise ValueError(f"{path} is no manifest of a checkpoint: {error}.") from error
-        numbers = (manifest.step, *manifest.layout, manifest.global_batch)
-        sizes = manifest.files.values() if isinstance(manifest.files, dict) else ("no sizes",)
-        if not all(type(number) is int and number >= 0 for number in (*numbers, *sizes)):
-            raise ValueError(f"{path} is no manifest of a checkpoint: it has numbers that are no counts.")
-        if not isinstance(manifest.checksums, dict) or manifest.checksums.keys() - manifest.files:
-            raise ValueError(f"{path} is no manifest of a checkpoint: it has checksums of files that it does not list.")
-        return manifest
+            yield
+        finally:
+            self._lock = None
+            lock.release()
 
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-# ---- writing -------------------------------------------------------------------------------------------------------
-
-
-def partial_folder(target: Path) -> Path:
-    """Where `checkpoint-<step>` is written until it is complete."""
-    return target.with_name(f".{target.name}{PARTIAL}")
-
-
-def commit(target: Path, manifest: Manifest) -> None:
-    """Bring what `partial_folder(target)` holds to the disk, list it, and move it into place.
-
-    An older checkpoint of the same name gives way. One process calls this, after all have written their files.
-
-    Args:
-        target: `checkpoint-<step>`.
-        manifest: its `files` and `checksums` are filled in here.
-
-    Raises:
-        OSError: the disk is full; the older checkpoint, if there is one, still stands.
-    """
-    partial = partial_folder(target)
-    files = regular_files(partial)
-    listed = partial / MANIFEST_NAME
-    whole = replace(manifest, files=files, checksums=checksums(partial, files))
-    listed.write_text(json.dumps(asdict(whole), indent=1) + "\n")
-    for path in [
-        *(partial / name for name in files),
-        listed,
-        *(path for path in partial.rglob("*") if path.is_dir()),
-        partial,
-    ]:
-        _sync(path)
-    older = target.with_name(f".{target.name}{DISCARDED}")
-    if target.exists():
-        discard(older)
-        os.replace(target, older)
-    try:
-        os.replace(partial, target)
-    except OSError:
-        if older.exists():
-            os.replace(older, target)
-        raise
-    _sync(target.parent)
-    discard(older)
-
-
-def discard(folder: Path) -> None:
-    """Delete a folder; a complete checkpoint first loses its name, so that no half of it is ever taken for one."""
-    if _COMPLETE.fullmatch(folder.name):
-        hidden = folder.with_name(f".{folder.name}{DISCARDED}")
-        shutil.rmtree(hidden, ignore_errors=True)
-        os.replace(folder, hidden)
-        folder = hidden
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_leftovers(output: Path) -> None:
-    """Delete what killed runs have left unfinished in a run's folder."""
-    for pattern in (f".{PREFIX_CHECKPOINT_DIR}-*{PARTIAL}", f".{PREFIX_CHECKPOINT_DIR}-*{DISCARDED}", UNFINISHED):
-        for folder in output.glob(pattern):
+    def save(self) -> None:
+        """Write a checkpoint that appears once it is complete, on all ranks; one that fails is reported, and training goes on."""
+        trainer, args, state = self._trainer, self._trainer.args, self._trainer.state
+        output = Path(args.output_dir)
+        target = output / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = partial_folder(target)
+        trainer.store_flos()
+        if args.should_save:
+            remove_leftovers(output)
+        trainer.accelerator.wait_for_everyone()
+        best = state.best_model_checkpoint
+        if state.best_global_step:
+            at_best = output / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            if at_best == target or at_best.is_dir():
+                state.best_model_checkpoint = str(at_best)
+        # one after the other: a rank that fails in one must not leave the others waiting in the next
+        steps: list[Callable[[], None]] = [partial(trainer.save_model, str(folder), _internal_call=True)]
+        if not args.save_only_model:
+            steps += [
+                partial(trainer._save_optimizer_and_scheduler, str(folder)),
+                partial(trainer._save_scaler, str(folder)),
+                partial(trainer._save_rng_state, str(folder)),
+                partial(self._save_window, folder),
+            ]
+        steps += [partial(self._save_state, folder), partial(self._commit, target)]
+        if not all(self._everywhere(step, target) for step in steps):
             discard(folder)
-    # of `replacing`
-    for file in output.glob(".ptr_*"):
-        with suppress(OSError):
-            file.unlink()
-
-
-def rotate(output: Path, limit: int | None, keep: set[Path]) -> None:
-    """Delete the oldest checkpoints until `limit` are left.
-
-    Args:
-        output: folder of the run.
-        limit: None or 0 deletes nothing.
-        keep: never deleted, wherever they stand in the order: the newest and the best.
-    """
-    found = [Path(path) for path in sort_checkpoints(str(output), use_mtime=True)] if limit else []
-    excess = len(found) - max(limit or 0, len(keep & set(found)))
-    for folder in [folder for folder in found if folder not in keep][: max(0, excess)]:
+            state.best_model_checkpoint = best
+            if state.best_global_step == state.global_step:
+                # the best of those that exist
+                state.best_metric, state.best_global_step = self._best_before
+            return
+        # of a node that does not share the main one's disk
         discard(folder)
+        if args.push_to_hub:
+            trainer.publisher.push_checkpoint(target)
+        if args.should_save:
+            keep = {target, Path(state.best_model_checkpoint or target)}
+            # what cannot be deleted now is deleted later
+            with suppress(OSError):
+                rotate(output, args.save_total_limit, keep)
+
+    def remember_best(self) -> None:
+        """Before a new best is looked for, which may then not be written."""
+        self._best_before = self._trainer.state.best_metric, self._trainer.state.best_global_step
+
+    def _everywhere(self, write: Callable[[], None], target: Path) -> bool:
+        """Run one step of a save; whether it came through on every rank."""
+        reason = None
+        try:
+            write()
+        except WRITE_ERRORS as error:
+            reason = write_failure(error)
+            if reason is None:
+                raise
+        failed = torch.tensor([reason is not None], dtype=torch.int32, device=self._trainer.args.device)
+        if reason is not None:
+            good, _ = last_complete(target.parent, contents=False)
+            logger.error(
+                f"{target} could not be written: {reason}{_free(target)}. Training goes on, and the next "
+                f"save tries again; until then the last good checkpoint is {good or 'none'}. Make room on that disk, or set "
+                "save_total_limit to keep fewer."
+            )
+        return not int(self._trainer.accelerator.reduce(failed, reduction="sum"))
+
+    def _commit(self, target: Path) -> None:
+        if self._trainer.args.should_save:
+            commit(target, self.layout)
+
+    def _save_window(self, folder: Path) -> None:
+        """What this rank has summed up since the last log row."""
+        trainer = self._trainer
+        tensors = {
+            **trainer.window.state(),
+            WINDOW_LOSS: trainer._tr_loss,
+            WINDOW_TOTAL: torch.tensor(trainer._total_loss_scalar, dtype=torch.float64),
+            WINDOW_LOGGED: torch.tensor(trainer._globalstep_last_logged),
+            **trainer.guard.watch.state(),
+        }
+        # safetensors takes no two names for one storage
+        tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+        save_file(tensors, folder / window_name(trainer.args.process_index))
+
+    def _save_state(self, folder: Path) -> None:
+        """`trainer_state.json`, with the state of the callbacks that have one."""
+        trainer, state = self._trainer, self._trainer.state
+        if not trainer.args.should_save:
+            return
+        for callback in (*trainer.callback_handler.callbacks, trainer.control):
+            if isinstance(callback, ExportableState):
+                states = state.stateful_callbacks
+                name = type(callback).__name__
+                if isinstance(states.get(name), list):
+                    states[name].append(callback.state())
+                else:
+                    states[name] = callback.state()
+        # a checkpoint of this run by its name alone: `last-checkpoint` is published, and a run's folder may be moved
+        best = state.best_model_checkpoint
+        if best is not None and Path(best).parent == Path(trainer.args.output_dir):
+            state.best_model_checkpoint = Path(best).name
+        try:
+            state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        finally:
+            state.best_model_checkpoint = best
+
+    # ---- the policy --------------------------------------------------------------------------------------------------
+
+    def write_policy(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        """Write policy, processors and arguments, all or none; the arguments as JSON, without tokens, local paths and pickle.
+
+        Raises:
+            SaveError: a file could not be written, or another run has the folder; those that stood there before still do.
+        """
+        if self._lock is not None or self._trainer.args.process_index != 0:
+            self._write(folder, state_dict)
+            return
+        # after training, when another run may have begun
+        lock = RunLock(folder)
+        refusal = lock.acquire()
+        if refusal is not None:
+            raise SaveError(f"The policy was not written. {refusal} save_model takes another folder, too.", refusal)
+        try:
+            self._write(folder, state_dict)
+        finally:
+            lock.release()
+
+    def _write(self, folder: Path, state_dict: dict[str, Tensor] | None) -> None:
+        trainer, args = self._trainer, self._trainer.args
+        try:
+            with written_aside(folder) as aside:
+                trainer.policy.save_pretrained(aside, state_dict=state_dict)
+                trainer.preprocessor.save_pretrained(aside, config_filename="policy_preprocessor.json")
+                trainer.postprocessor.save_pretrained(aside, config_filename="policy_postprocessor.json")
+                arguments = {name: value for name, value in args.to_dict().items() if not name.endswith("_token")}
+                text = json.dumps(without_local_paths(arguments), indent=2, default=str)
+                (aside / TRAINING_ARGS_NAME).write_text(text + "\n")
+        except WRITE_ERRORS as error:
+            reason = write_failure(error)
+            if reason is None:
+                raise
+            good, _ = last_complete(Path(args.output_dir), contents=False)
+            raise SaveError(
+                f"The policy could not be written into {folder}: {reason}. What stood there is as it was, and the last good "
+                f"checkpoint is {good or 'none'}. Make room on that disk and save again.",
+                reason,
+            ) from error
 
 
-@contextmanager
-def written_aside(folder: Path) -> Iterator[Path]:
-    """Yield a folder for files that replace those of the same name in `folder` once the block has ended.
-
-    Every file is the old one or the new one; if the block raises, all are the old ones.
-    """
-    aside = folder / UNFINISHED
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        yield aside
-        files = sorted(path for path in aside.rglob("*") if path.is_file())
-        for path in files:
-            _sync(path)
-        for path in files:
-            target = folder / path.relative_to(aside)
-            target.parent.mkdir(exist_ok=True)
-            os.replace(path, target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+def _free(target: Path) -> str:
+    """The room on the disk where a folder would be written, for a message; nothing where that disk does not say."""
+    with suppress(OSError):
+        there = next(folder for folder in target.absolute().parents if folder.exists())
+        return f" ({shutil.disk_usage(there).free / 1e6:.1f} MB are free on that disk)"
+    return ""
 
 
-def write_failure(error: BaseException) -> str | None:
-    """Why a file could not be written, in a few words; None for an error of another kind."""
-    if isinstance(error, SaveError):
-        return error.reason
-    text = str(error).split("\n", 1)[0]
-    if isinstance(error, OSError | SafetensorError):
-        return text
-    # torch.save has no exception of its own; of a full disk it says "unexpected pos 64 vs 0" or "basic_ios::clear"
-    if any(part in text for part in _OF_TORCH):
-        return "torch.save could not write its file to the end"
-    return None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# ---- choosing ------------------------------------------------------------------------------------------------------
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """The folders named checkpoint-<step> in a run's folder, last step first; whether they are sound, `fault` says."""
-    found = [path for path in output.glob("*") if _COMPLETE.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def step_of(folder: Path) -> int:
-    """The step in a checkpoint folder's name."""
-    match = _COMPLETE.fullmatch(folder.name)
-    assert match is not None, folder
-    return int(match[1])
-
-
-def fault(folder: Path, *, contents: bool = True, to_resume: bool = True) -> str | None:
-    """Why a run cannot be resumed from a folder, as a sentence; None if it can.
-
-    Args:
-        folder: of the checkpoint.
-        contents: whether checksums are compared too, which reads every byte; without, only sizes, JSON and headers are read.
-        to_resume: False for the policy alone, which a checkpoint of `save_only_model` holds too.
-    """
-    try:
-        found = regular_files(folder)
-        manifest = Manifest.read(folder)
-    except FileNotFoundError:
-        return f"it has no {MANIFEST_NAME}, so PTRTrainer did not write it, or only in part."
-    except (OSError, ValueError) as error:
-        return str(error)
-    if to_resume and not manifest.resumable:
-        return "it was written with save_only_model=True and holds no state of the optimiser."
-    if TRAINER_STATE_NAME not in manifest.files:
-        return f"{MANIFEST_NAME} does not list {TRAINER_STATE_NAME}."
-    for name, size in manifest.files.items():
-        if name not in found:
-            return f"{name} is missing."
-        if size != found[name]:
-            return f"{name} has {found[name]} bytes instead of {size}."
-    if _COMPLETE.fullmatch(folder.name) and step_of(folder) != manifest.step:
-        return f"{MANIFEST_NAME} says that it is of step {manifest.step}."
-    try:
-        check_trainer_state(folder / TRAINER_STATE_NAME, manifest.step)
-        check_artifact(folder)
-        sums = checksums(folder, manifest.checksums) if contents else manifest.checksums
-    except (OSError, ValueError) as error:
-        return str(error)
-    damaged = [name for name, value in sums.items() if value != manifest.checksums[name]]
-    return f"{' and '.join(damaged)}: damaged since it was written (another checksum)." if damaged else None
-
-
-def last_complete(output: Path, *, contents: bool = True) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that a run can be resumed from.
-
-    Args:
-        output: folder of the run.
-        contents: as for `fault`.
-
-    Returns:
-        the checkpoint, None where there is none, and a sentence about each newer one that was passed over.
-    """
-    skipped: list[str] = []
-    for folder in checkpoints(output):
-        reason = fault(folder, contents=contents)
-        if reason is None:
-            return folder, skipped
-        skipped.append(f"{folder} is skipped: {reason}")
-    return None, skipped
+def window_name(rank: int) -> str:
+    """The file of a checkpoint with a rank's sums since the last log row."""
+    return f"ptr_window_{rank}.safetensors"

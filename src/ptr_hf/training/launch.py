@@ -6,7 +6,7 @@ and ranks that were started with different settings.
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from accelerate.commands.config.config_args import ClusterConfig, default_config
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, gather_object
 from lerobot.configs import PreTrainedConfig
-from torch import nn
+from torch.utils.data import Dataset
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ptr_hf.modeling_ptr import PTRPolicy
+from ptr_hf.publishing.card_facts import TrainingData
 from ptr_hf.publishing.model_card import library_versions
 from ptr_hf.training.launcher_watch import watch_launcher
 
@@ -93,16 +95,26 @@ def check_launch(args: TrainingArguments) -> None:
         )
 
 
-def check_same_everywhere(facts: Mapping[str, Any]) -> None:
+def check_alike(
+    args: TrainingArguments, policy: PTRPolicy, described: Sequence[TrainingData], dataset: Dataset
+) -> None:
     """Compare what must be the same in all processes, once, and refuse on all of them where it is not.
 
     Args:
-        facts: small plain values by name, as `run_facts` collects them; one object gather sends them to every process.
+        args: of the run.
+        policy: in training; the names and shapes of its parameters count.
+        described: the training data, as the card names them.
+        dataset: the training data.
 
     Raises:
         ValueError: values differ; names them, and who holds which.
     """
-    everyone: list[Mapping[str, Any]] = gather_object([dict(facts)])
+    if args.world_size == 1:
+        return
+    facts = _facts(args, policy) | {"episodes": sum(part.episodes or 0 for part in described)}
+    if isinstance(dataset, Sized):
+        facts["training segments"] = len(dataset)
+    everyone: list[Mapping[str, Any]] = gather_object([facts])
     differences = []
     for name in sorted(set().union(*everyone)):
         holders: dict[str, list[int]] = {}
@@ -119,27 +131,18 @@ def check_same_everywhere(facts: Mapping[str, Any]) -> None:
         )
 
 
-def run_facts(
-    args: TrainingArguments, config: PreTrainedConfig, policy: nn.Module, data: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What has to be the same in all processes of a run, by name.
-
-    Args:
-        args: its training arguments.
-        config: of the policy, its base policy's among it.
-        policy: in training; the names and shapes of its parameters count.
-        data: what identifies the training data, e.g. its number of episodes.
-    """
+def _facts(args: TrainingArguments, policy: PTRPolicy) -> dict[str, Any]:
+    """Small plain values by name: settings, parameters and versions."""
     names = sha256()
     parameters = list(policy.named_parameters())
     for name, value in parameters:
         names.update(f"{name} {tuple(value.shape)} {value.dtype} {value.requires_grad}\n".encode())
-    facts = dict(data) | {f"version of {name}": value for name, value in library_versions().items()}
+    facts: dict[str, Any] = {f"version of {name}": value for name, value in library_versions().items()}
     facts |= {
         "number of parameters": sum(value.numel() for _, value in parameters),
         "names, shapes and types of parameters": names.hexdigest()[:12],
     }
-    settings = _plain("policy", draccus.encode(config, PreTrainedConfig)) | _plain("", args.to_dict())
+    settings = _plain("policy", draccus.encode(policy.config, PreTrainedConfig)) | _plain("", args.to_dict())
     return facts | {name: value for name, value in settings.items() if not _may_differ(name)}
 
 

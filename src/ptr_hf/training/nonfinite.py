@@ -1,74 +1,178 @@
-"""What was not finite in training: counted on the device, read at logging steps, named, and kept out of the parameters."""
+"""`NonFiniteGuard`: keeps what is not finite out of the parameters, and says what it was."""
 
-import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from ptr_hf.data.masked_segments import MaskedSegments
+from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.data.screening import FINE
 from ptr_hf.method import ObjectiveOutput
-from ptr_hf.report.files import beside_the_run, put_aside, replacing
-from ptr_hf.report.text import visible
+from ptr_hf.training.checkpoint_files import checkpoints, fault, step_of
+from ptr_hf.training.nonfinite_record import (
+    KINDS,
+    NONFINITE_FILE,
+    BadFrame,
+    Kind,
+    NonFiniteRecord,
+    NonFiniteWindow,
+    describe,
+)
 
-NONFINITE_FILE = "ptr_nonfinite.json"
+if TYPE_CHECKING:
+    from ptr_hf.training.trainer import PTRTrainer
+
 PATIENCE = 10
 """Steps in a row without a finite gradient before training stops, or a logging window, if that is longer."""
-NAMED = 10
-"""Frames that a warning names; the file has all."""
-
-Kind = Literal["values", "loss", "evaluation"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
-
 _FRAMES, _STEPS, _STREAK = "nonfinite.frames", "nonfinite.steps", "nonfinite.streak"
-_MEANING: dict[Kind, str] = {
-    "values": "recorded values that are not finite (NaN or Inf): samples that hold one have no say in training",
-    "loss": "finite values but a loss that is not finite (values far too large?): the chunks that begin there have no say, and "
-    "a step whose gradient they spoil is left out",
-    "evaluation": "recorded values that are not finite (NaN or Inf): samples that hold one are no part of the evaluation loss",
-}
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, order=True)
-class BadFrame:
-    """A frame and what was not finite: "values" and "evaluation" as recorded, "loss" of the chunk that begins there.
-
-    `source` names its dataset in a mixture, and index and episode are that dataset's own.
-    """
-
-    kind: Kind
-    index: int
-    episode: int
-    source: str = ""
-
-
-@dataclass
-class NonFiniteWindow:
-    """What a logging window held, over all ranks.
+class NonFiniteGuard(TrainerCallback):
+    """A NaN does not end a run: samples that hold one are left out, gradients that are one are not stepped on.
 
     Attributes:
-        frames: how often each bad frame was met; of a sample its first.
-        steps: per optimiser step whether its gradient was finite; of steps that AMP's scaler looks after nothing.
+        watch: what has not been finite since the last log row.
+        masked: how many of the segments that were read hold nothing to learn from.
+
+    Args:
+        trainer: whose run it is.
+        mixtures: the metadata of data that are mixtures, by "train" and "eval".
     """
 
-    frames: Counter[BadFrame] = field(default_factory=Counter)
-    steps: list[bool] = field(default_factory=list)
+    def __init__(self, trainer: "PTRTrainer", mixtures: Mapping[str, MixtureMetadata]) -> None:
+        self._trainer = trainer
+        self._mixtures = mixtures
+        self.watch = NonFiniteWatch()
+        self.masked = MaskedSegments()
+        self._record: NonFiniteRecord | None = None
+        self._found: NonFiniteWindow | None = None
+        self._many_masked: str | None = None
+
+    def watch_losses(self, policy: nn.Module) -> None:
+        """Note the chunks whose loss is not finite, of every forward that trains."""
+        # not bound to the trainer, which a copy of the policy would then copy too
+        policy.register_forward_hook(partial(_note_losses, self.watch))
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Start anew."""
+        self._record = self._found = None
+        self.watch.clear()
+        self.masked.clear()
+
+    def note(self, batch: dict[str, Any], rows: dict[str, Any], bad: Int[Tensor, " segments"]) -> None:
+        """Note the frames of a batch that are not finite, and how many of its segments hold nothing to learn from.
+
+        Args:
+            batch: collated segments.
+            rows: made of them.
+            bad: as `Screen.after` gives them.
+        """
+        training = self._trainer.policy.training
+        self.watch.add_frames("values" if training else "evaluation", bad, rows["episode_index"][: len(bad)])
+        if training and len(bad):
+            self.masked.add(batch["action_is_pad"].all(dim=1) | (bad != FINE))
+
+    def check_gradients(self, norm: Tensor | float | None, model: nn.Module) -> None:
+        """Zero the gradients of a step whose norm is not finite."""
+        self.watch.guard(norm, model.parameters(), scaled=self._trainer.accelerator.scaler is not None)
+
+    def read(self) -> dict[str, float]:
+        """Read what was noted off the device; a collective. `report` then warns about it, or stops.
+
+        Returns:
+            figures for the log row.
+        """
+        self._found = self.watch.flush(self._trainer.accelerator)
+        self._many_masked = self.masked.read(self._trainer.accelerator, self._trainer.state.global_step)
+        self._found.frames = Counter({self._located(frame): times for frame, times in self._found.frames.items()})
+        return self._found.metrics
+
+    def report(self, stops: bool) -> None:
+        """Say what the last `read` found, and end training if it has to.
+
+        Args:
+            stops: False at the end of training.
+
+        Raises:
+            ValueError: `nonfinite="stop"` and something was not finite; a checkpoint is written first.
+            FloatingPointError: no gradient has been finite for a whole window and `PATIENCE` steps.
+        """
+        found, self._found = self._found, None
+        if found is None:
+            return
+        sentences = [describe(kind, frames) for kind, frames in self._kept(found).items()]
+        lost = found.steps.count(False)
+        if lost:
+            sentences.append(
+                f"{lost} of the {len(found.steps)} steps up to step {self._trainer.state.global_step} had a gradient that is not "
+                "finite; they were left out. If this goes on, lower learning_rate or look for values that are far too large."
+            )
+        if self._many_masked is not None:
+            sentences.append(self._many_masked)
+        if self._trainer.is_world_process_zero():
+            for sentence in sentences:
+                logger.warning("%s", sentence)
+        if stops:
+            self._end_if_broken(found)
+
+    def _located(self, frame: BadFrame) -> BadFrame:
+        """The frame as a user finds it: in the dataset of a mixture that it was recorded in."""
+        meta = self._mixtures.get("eval" if frame.kind == "evaluation" else "train")
+        if meta is None:
+            return frame
+        start = meta.episodes["dataset_from_index"][frame.episode]
+        names, episodes, _, indices = meta.located(np.array([frame.episode]), np.array([frame.index - start]))
+        return BadFrame(frame.kind, int(indices[0]), int(episodes[0]), str(names[0]))
+
+    def _kept(self, found: NonFiniteWindow) -> dict[Kind, list[BadFrame]]:
+        """Add a window to the file; what is new of it."""
+        trainer = self._trainer
+        if self._record is None:
+            path = Path(trainer.args.output_dir) / NONFINITE_FILE
+            self._record = NonFiniteRecord(path, trainer.resume.step > 0, trainer.is_world_process_zero())
+        return self._record.add(found)
+
+    def _end_if_broken(self, found: NonFiniteWindow) -> None:
+        step, streak = self._trainer.state.global_step, self.watch.streak
+        if streak >= max(PATIENCE, len(found.steps)) and not self._scale_can_fall:
+            output = Path(self._trainer.args.output_dir)
+            before = [folder for folder in checkpoints(output) if step_of(folder) <= step - streak]
+            good = [folder for folder in before if fault(folder, contents=False) is None]
+            back = f"the last good checkpoint is {max(good, key=step_of)}" if good else "there is no older checkpoint"
+            raise FloatingPointError(
+                f"The gradient has not been finite for {streak} steps, up to step {step}: the parameters or the data are "
+                f"broken, and training cannot go on. Before that, {back}. Resume from there with a lower learning_rate, or look "
+                f"into {NONFINITE_FILE}."
+            )
+        frames = [frame for frame in found.frames if frame.kind != "evaluation"]
+        if self._trainer.args.nonfinite == "stop" and (frames or False in found.steps):
+            self._trainer.checkpoints.save()
+            kinds = dict.fromkeys(frame.kind for frame in frames)
+            named = [describe(kind, sorted(frame for frame in frames if frame.kind == kind)) for kind in kinds]
+            raise ValueError(
+                f'Training stops at step {step}, as nonfinite="stop" asks; its checkpoint is written. '
+                + " ".join(named or ["The gradient of a step was not finite."])
+                + ' nonfinite="skip" goes on without them.'
+            )
 
     @property
-    def metrics(self) -> dict[str, float]:
-        """For the log row."""
-        samples = sum(times for frame, times in self.frames.items() if frame.kind != "evaluation")
-        return {"nonfinite_samples": float(samples), "nonfinite_gradients": float(self.steps.count(False))}
+    def _scale_can_fall(self) -> bool:
+        """Whether overflows may still be AMP's, whose scaler halves its scale at each; it reads the device."""
+        scaler = self._trainer.accelerator.scaler
+        return scaler is not None and scaler.get_scale() >= 1.0
 
 
 class NonFiniteWatch:
@@ -162,80 +266,7 @@ class NonFiniteWatch:
         return window
 
 
-class NonFiniteRecord:
-    """Every bad frame of a run, in `ptr_nonfinite.json`; each is warned about once.
-
-    Args:
-        path: of the file.
-        resumed: go on with the file that is there, else it is deleted. What a killed run met after its checkpoint is then
-            counted twice.
-        writes: whether this process is the one that writes.
-    """
-
-    def __init__(self, path: Path, resumed: bool, writes: bool = True) -> None:
-        self._path, self._writes = path, writes
-        self.frames: Counter[BadFrame] = Counter()
-        self.gradients = 0
-        if resumed and path.is_file():
-            self._read()
-        elif writes:
-            with beside_the_run(f"{path} of an earlier run could not be removed"):
-                path.unlink(missing_ok=True)
-
-    def _read(self) -> None:
-        """Go on with the file that is there; one that cannot be read is put aside."""
-        try:
-            kept = json.loads(self._path.read_text(encoding="utf-8"))
-            frames = Counter(
-                {BadFrame(**{"source": "", **row}): times for row, times in map(_taken_apart, kept["frames"])}
-            )
-            if not all(type(number) is int for number in (kept["gradients"], *frames.values())):
-                raise ValueError("it has counts that are no numbers")
-        # JSON of another kind has other types where these keys are
-        except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
-            if self._writes:
-                put_aside(self._path, error)
-            return
-        self.frames, self.gradients = frames, kept["gradients"]
-
-    def add(self, window: NonFiniteWindow) -> dict[Kind, list[BadFrame]]:
-        """Keep a window's frames and write the file; returns those that are new, by kind."""
-        gradients = window.steps.count(False)
-        if not window.frames and not gradients:
-            return {}
-        new = sorted(window.frames.keys() - self.frames.keys())
-        self.frames += window.frames
-        self.gradients += gradients
-        if self._writes:
-            rows = [{**asdict(frame), "times": times} for frame, times in sorted(self.frames.items())]
-            text = json.dumps({"frames": rows, "gradients": self.gradients}, indent=2)
-            try:
-                with replacing(self._path) as temporary:
-                    temporary.write_text(text + "\n", encoding="utf-8")
-            except OSError as error:
-                logger.error(f"{self._path} could not be written ({error}); the next one found is written with these.")
-        return {kind: frames for kind in KINDS if (frames := [frame for frame in new if frame.kind == kind])}
-
-
-def _taken_apart(row: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """A row of the file as the fields of a frame, and how often it was met."""
-    fields = {name: value for name, value in row.items() if name != "times"}
-    numbers = all(type(fields[name]) is int for name in ("index", "episode"))
-    if fields["kind"] not in KINDS or not numbers or type(fields.get("source", "")) is not str:
-        raise ValueError("it has a frame without kind, index and episode")
-    return fields, row["times"]
-
-
-def describe(kind: Kind, frames: Sequence[BadFrame]) -> str:
-    """A sentence that names bad frames and says what they mean and what to do."""
-    places = (
-        f"episode {frame.episode}" + (f" of {visible(frame.source)}" if frame.source else "")
-        for frame in frames[:NAMED]
-    )
-    named = ", ".join(f"{frame.index} ({place})" for frame, place in zip(frames, places, strict=False))
-    more = f" and {len(frames) - NAMED} more" if len(frames) > NAMED else ""
-    count = "1 frame" if len(frames) == 1 else f"{len(frames)} frames"
-    return (
-        f"{count} with {_MEANING[kind]}. Dataset indices: {named}{more}. Mend these recordings or leave their episodes out; "
-        f"{NONFINITE_FILE} lists every one met."
-    )
+def _note_losses(watch: NonFiniteWatch, _policy: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+    """Forward hook: the chunks whose loss is not finite, of forwards that train."""
+    if torch.is_grad_enabled() and isinstance(output[0], ObjectiveOutput):
+        watch.add_losses(output[0], inputs[0])

@@ -18,7 +18,7 @@ from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.report.console import PlainConsole
 from ptr_hf.report.text import visible
 from ptr_hf.training.arguments import PTRTrainingArguments
-from ptr_hf.training.checkpoints import checkpoints
+from ptr_hf.training.checkpoint_files import checkpoints
 
 if TYPE_CHECKING:
     from ptr_hf.training.trainer import PTRTrainer

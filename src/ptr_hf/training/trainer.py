@@ -1,73 +1,52 @@
 """`PTRTrainer`: transformers' Trainer around a `PTRPolicy`.
 
 The algorithm is `compute_loss`: per-chunk losses and weights come from the policy's one forward, the objective of Eq. 32 is
-put together here, and after every optimiser step the policy moves its moving average, queue and controller.
+put together here, and after every optimiser step the policy moves its moving average, queue and controller (`AfterStep`).
+Four collaborators do the rest: `Checkpoints`, `Resume`, `NonFiniteGuard` and `RunPublisher`.
 """
 
-import logging
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import set_seed
 from lerobot.configs import PreTrainedConfig
 from lerobot.processor import PolicyProcessorPipeline
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_callback import ProgressCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
-from ptr_hf.artifacts.checkpoint import widest_vector
-from ptr_hf.artifacts.checks import read_config
-from ptr_hf.artifacts.processor_checks import PROCESSOR_FILES
 from ptr_hf.data.in_memory import collate_segments
-from ptr_hf.data.mixture.config import MixtureConfig
 from ptr_hf.data.mixture.dataset import Mixture, MixtureSampler
-from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.data.mixture.processor import for_robot
-from ptr_hf.data.mixture.streaming import StreamingMixture
-from ptr_hf.data.screening import FINE, Screen, leave_out
+from ptr_hf.data.screening import leave_out
 from ptr_hf.data.segments import is_rows
 from ptr_hf.modeling_ptr import PTRPolicy
-from ptr_hf.processor_ptr import keep_statistics, preprocess
-from ptr_hf.report import DYNAMICS_COLUMNS
-from ptr_hf.report.console import PlainConsole
+from ptr_hf.processor_ptr import preprocess
+from ptr_hf.report import DYNAMICS_FILE
 from ptr_hf.scores import weighed_loss, weight_metrics
-from ptr_hf.scoring.given_weights import INSPECTION_FOLDER, other_weights, training_weights
 from ptr_hf.training.arguments import PTRTrainingArguments
-from ptr_hf.training.data_sources import (
-    DataSource,
-    Metadata,
-    TrainingSet,
-    described,
-    episode_table,
-    open_data,
-    read_metadata,
-)
-from ptr_hf.training.evaluation import EnvironmentSource, EvaluationCallback
-from ptr_hf.training.global_batches import has_batch_statistics, instructions_of, repeated_rows
-from ptr_hf.training.guarded_trainer import GuardedTrainer
-from ptr_hf.training.launch import check_launch, check_same_everywhere, run_facts
-from ptr_hf.training.metrics import MetricsWindow
-from ptr_hf.training.nonfinite import BadFrame
+from ptr_hf.training.callbacks import AfterStep, add_callbacks
+from ptr_hf.training.checkpoints import Checkpoints
+from ptr_hf.training.data_sources import DataSource
+from ptr_hf.training.evaluation import EnvironmentSource
+from ptr_hf.training.global_batches import repeated_rows
+from ptr_hf.training.launch import check_alike, check_launch
+from ptr_hf.training.metrics import DynamicsRows, logged_bounds
+from ptr_hf.training.nonfinite import NonFiniteGuard
+from ptr_hf.training.opening import arguments_for_transformers, open_run, set_run_length
 from ptr_hf.training.plan import RunPlan
-from ptr_hf.training.policy_sources import ModelSource, resolve_policy
-from ptr_hf.training.processors import checked_preprocessor, observation_renames, policy_processors
+from ptr_hf.training.policy_sources import ModelSource
+from ptr_hf.training.publisher import RunPublisher
 from ptr_hf.training.reporting import check_reporting
-from ptr_hf.training.seeding import seeded
+from ptr_hf.training.resume import Resume
 from ptr_hf.training.sharding import prepare_sharding, share_weights
 
-logger = logging.getLogger(__name__)
 
-
-class PTRTrainer(GuardedTrainer):
+class PTRTrainer(Trainer):
     """Post-train a LeRobot policy with Posterior-Transition Reweighting.
 
     Args:
@@ -96,123 +75,10 @@ class PTRTrainer(GuardedTrainer):
         >>> trainer.train()
     """
 
+    args: PTRTrainingArguments
     optimizer: torch.optim.Optimizer | None
-
-    def __init__(
-        self,
-        model: ModelSource,
-        args: PTRTrainingArguments | None = None,
-        train_dataset: DataSource | None = None,
-        eval_dataset: DataSource | None = None,
-        *,
-        peft_config: PeftConfig | None = None,
-        eval_env: EnvironmentSource | None = None,
-        preprocessor: PolicyProcessorPipeline | None = None,
-        postprocessor: PolicyProcessorPipeline | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-    ) -> None:
-        args = args or PTRTrainingArguments(output_dir="ptr_output")
-        check_launch(args)
-        check_reporting(args)
-        if args.device.type == "cpu":
-            # there is no accelerator to pin memory for; PyTorch would warn about it
-            args.dataloader_pin_memory = False
-        given = {"train": train_dataset, "eval": eval_dataset}
-        metas: dict[str, Metadata] = {}
-        for name, source in given.items():
-            if source is not None:
-                widest = widest_vector(model, args.model_revision) if MixtureConfig.of(source) is not None else None
-                metas[name] = read_metadata(source, args, like=metas.get("train"), widest=widest)
-        meta = next(iter(metas.values()), None)
-        self._mixtures = {name: known for name, known in metas.items() if isinstance(known, MixtureMetadata)}
-        with seeded(args.seed):
-            policy = resolve_policy(model, args, meta, peft_config)
-        if isinstance(meta, MixtureMetadata):
-            policy.config.robots = list(meta.names)
-        self.random_weights = isinstance(model, PreTrainedConfig)
-        if args.gradient_checkpointing:
-            policy.gradient_checkpointing_enable()
-        if args.torch_compile:
-            policy.compile_base(**_compile_options(args))
-        layout = policy.config.layout
-        renames = observation_renames(policy.config, meta, args, preprocessor)
-        opened: dict[str, TrainingSet] = {}
-        for name, known in metas.items():
-            opened[name] = open_data(given[name], known, policy.config, args, name == "train", renames)
-        if "train" in metas:
-            self.training_data = described(train_dataset, metas["train"], args)
-            with seeded(args.seed):
-                policy.set_episodes(episode_table(policy.config, metas["train"], args), args.seed)
-            # one process inspects, the others find what it has written
-            with args.main_process_first(local=False, desc="weights"):
-                policy.set_weights(
-                    training_weights(
-                        policy.config,
-                        train_dataset,
-                        metas["train"],
-                        folder=Path(args.output_dir) / INSPECTION_FOLDER,
-                        revision=args.dataset_revision,
-                        seed=args.seed,
-                        console=PlainConsole() if args.process_index == 0 and not args.disable_tqdm else None,
-                    )
-                )
-        self.screen = Screen(layout, policy.config.input_features or {}, renames, substitute=policy.objective is None)
-        first = next(iter(opened.values()), None)
-        if preprocessor is not None:
-            preprocessor = checked_preprocessor(preprocessor, policy.config, meta, renames, first)
-        if preprocessor is None or postprocessor is None:
-            own = policy_processors(policy, meta, args, first, renames)
-            preprocessor = own[0] if preprocessor is None else preprocessor
-            postprocessor = own[1] if postprocessor is None else postprocessor
-        self.preprocessor, self.postprocessor = preprocessor, postprocessor
-        self.window = MetricsWindow(
-            policy.config,
-            sources=meta.names if isinstance(meta, MixtureMetadata) else (),
-            tasks=() if meta is None else instructions_of(meta),
-        )
-        if policy.frame_weights is not None:
-            self.window.weight_range = policy.frame_weights.range
-        # every process reads its own rows, of a stream too
-        args.accelerator_config.dispatch_batches = False
-        if args.ddp_broadcast_buffers is None and not has_batch_statistics(policy):
-            # queue, controller and memory are computed alike on every rank, so there is nothing to send
-            args.ddp_broadcast_buffers = False
-        # Accelerate would compile the whole step, which reads values out of modules; compile_base has done what can be
-        compiler, args.torch_compile_backend = args.torch_compile_backend, None
-        super().__init__(
-            model=policy,
-            args=args,
-            data_collator=collate_segments,
-            train_dataset=opened.get("train"),
-            eval_dataset=opened.get("eval"),
-            callbacks=[_AfterStep(), RunPlan(self), *callbacks],
-            optimizers=optimizers,
-        )
-        args.torch_compile_backend = compiler
-        prepare_sharding(self.accelerator, policy)
-        self.model_accepts_loss_kwargs = False
-        self.can_return_loss = True
-        if not args.disable_tqdm:
-            self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
-            self.add_callback(PTRProgressCallback())
-        policy.seed_draws(args.seed)
-        environment = args.eval_env if eval_env is None else eval_env
-        if environment is not None:
-            self.add_callback(
-                EvaluationCallback(
-                    self,
-                    environment,
-                    steps=args.eval_env_steps,
-                    episodes=args.eval_env_episodes,
-                    batch_size=args.eval_env_batch_size,
-                    seed=args.eval_env_seed,
-                    must_succeed=args.eval_env_must_succeed,
-                    robot=args.eval_env_robot,
-                )
-            )
-
-    # ---- the algorithm ---------------------------------------------------------------------------------------------
+    _mixture_sampler: MixtureSampler | None = None
+    _dynamics: DynamicsRows | None = None
 
     def compute_loss(
         self,
@@ -241,7 +107,99 @@ class PTRTrainer(GuardedTrainer):
             self.window.add(figures, output)
         return (loss, output) if return_outputs else loss
 
-    _mixture_sampler: MixtureSampler | None = None
+    def __init__(
+        self,
+        model: ModelSource,
+        args: PTRTrainingArguments | None = None,
+        train_dataset: DataSource | None = None,
+        eval_dataset: DataSource | None = None,
+        *,
+        peft_config: PeftConfig | None = None,
+        eval_env: EnvironmentSource | None = None,
+        preprocessor: PolicyProcessorPipeline | None = None,
+        postprocessor: PolicyProcessorPipeline | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+    ) -> None:
+        args = args or PTRTrainingArguments(output_dir="ptr_output")
+        check_launch(args)
+        check_reporting(args)
+        given = {"train": train_dataset, "eval": eval_dataset}
+        opened = open_run(model, args, given, peft_config, preprocessor, postprocessor)
+        self.training_data, self.screen, self.window = opened.described, opened.screen, opened.window
+        self.preprocessor, self.postprocessor = opened.preprocessor, opened.postprocessor
+        self.checkpoints = Checkpoints(self)
+        self.resume = Resume(self)
+        self.guard = NonFiniteGuard(self, opened.mixtures)
+        self.publisher = RunPublisher(self, random_weights=isinstance(model, PreTrainedConfig))
+        with arguments_for_transformers(args, opened.policy):
+            super().__init__(
+                model=opened.policy,
+                args=args,
+                data_collator=collate_segments,
+                train_dataset=opened.datasets.get("train"),
+                eval_dataset=opened.datasets.get("eval"),
+                callbacks=[AfterStep(), RunPlan(self), *callbacks],
+                optimizers=optimizers,
+            )
+        self.model_accepts_loss_kwargs = False
+        self.can_return_loss = True
+        prepare_sharding(self.accelerator, self.policy)
+        self.policy.seed_draws(args.seed)
+        self.guard.watch_losses(self.policy)
+        add_callbacks(self, args.eval_env if eval_env is None else eval_env)
+
+    @property
+    def policy(self) -> PTRPolicy:
+        """The policy in training, without Accelerate's wrappers."""
+        return self.accelerator.unwrap_model(self.model)
+
+    # ---- a run -------------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        resume_from_checkpoint: str | Path | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """As `transformers.Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; or True ("true" or "last" on a command line), the newest complete
+                one of `args.output_dir`.
+            trial, ignore_keys_for_eval: as there.
+
+        Raises:
+            ValueError: there is nothing to train on, no checkpoint that the run could be resumed from, it is past the last step
+                of this run, another run writes into `args.output_dir`, or the processes were not started alike. With
+                `nonfinite="stop"`, at the first log row after something was not finite.
+            FloatingPointError: gradients were not finite for many steps in a row.
+        """
+        if self.train_dataset is None:
+            raise ValueError("There is nothing to train on: give PTRTrainer a train_dataset.")
+        check_alike(self.args, self.policy, self.training_data, self.train_dataset)
+        share_weights(self.accelerator, self.policy)
+        set_run_length(self.policy, self.args, self.train_dataset)
+        with self.checkpoints.alone():
+            checkpoint = self.resume.begin(resume_from_checkpoint)
+            self.window.clear()
+            path = Path(self.args.output_dir) / DYNAMICS_FILE
+            self._dynamics = DynamicsRows(path, self.policy.config.preset, self.resume.step)
+            return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    def choose_checkpoint(self, asked: str | Path | bool | None) -> Path | None:
+        """The checkpoint that `resume_from_checkpoint` asks for, the same on every rank; it raises as `train` does."""
+        return self.resume.choose(asked)
+
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        """A run that was killed after its last step takes none more, which transformers' loop would."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        if self._mixture_sampler is not None:
+            # Accelerate cannot reach it under all of its wrappers
+            self._mixture_sampler.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -252,23 +210,27 @@ class PTRTrainer(GuardedTrainer):
             repeated = repeated_rows(batches[-1], self.accelerator)
             if repeated is not None:
                 batches[-1] = leave_out(batches[-1], repeated)
-                self.masked.discount(repeated)
+                self.guard.masked.discount(repeated)
         return batches, count
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """Move to the device, scale 8-bit frames to [0, 1] there, cut into rows, and run the policy's preprocessor.
-
-        Samples with values that are not finite are left out.
-        """
+        """Move to the device, scale 8-bit frames there, cut into rows, preprocess; leave samples out that are not finite."""
         if is_rows(inputs):
             return inputs
         batch, bad = self.screen.before(super()._prepare_inputs(inputs))
         rows, bad = self.screen.after(preprocess(batch, self.preprocessor, self.policy.config.layout), bad)
-        episodes = rows["episode_index"][: len(bad)]
-        self.nonfinite.add_frames("values" if self.policy.training else "evaluation", bad, episodes)
-        if self.policy.training and len(bad):
-            self.masked.add(batch["action_is_pad"].all(dim=1) | (bad != FINE))
+        self.guard.note(batch, rows, bad)
         return rows
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of a micro-batch; a loss that is not finite would stay in transformers' sum for ever."""
+        return super().training_step(*args, **kwargs).nan_to_num(0.0, 0.0, 0.0)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Any:
+        """The norm just before the optimiser's step, whose gradients are zeroed where it is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.guard.check_gradients(norm, model)
+        return norm
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
         """Accelerate wraps the forward in autocast itself, except under FSDP2."""
@@ -297,12 +259,6 @@ class PTRTrainer(GuardedTrainer):
         self._mixture_sampler = MixtureSampler(dataset.sizes, dataset.meta.shares, seed)
         return self._mixture_sampler
 
-    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
-        """Tell the sampler its epoch, which Accelerate cannot reach under all of its wrappers."""
-        if self._mixture_sampler is not None:
-            self._mixture_sampler.set_epoch(epoch)
-        super()._run_epoch(*args, epoch=epoch, **kwargs)
-
     def processors_for(self, robot: str) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
         """Pre- and postprocessor for one of the robots of a mixture.
 
@@ -320,70 +276,17 @@ class PTRTrainer(GuardedTrainer):
         A base group's own learning rate (ACT's backbone) is kept as a ratio to the policy's preset; `head_learning_rate` is
         the side pathway's as it stands.
         """
-        if self.optimizer is not None:
-            return self.optimizer
-        policy = self.policy
-        optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
-        preset = policy.config.get_optimizer_preset().lr
-        base, side = policy.base_groups(), policy.side_groups()
-        for group in base:
-            if group.get("lr") is not None:
-                group["lr"] = group["lr"] / preset * self.args.learning_rate
-        groups = [*base, *side]
-        for group in groups:
-            group["weight_decay"] = self.args.weight_decay
-        self.optimizer = optimizer_class([group for group in groups if group["params"]], **kwargs)
+        if self.optimizer is None:
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
+            preset = self.policy.config.get_optimizer_preset().lr
+            base, side = self.policy.base_groups(), self.policy.side_groups()
+            for group in base:
+                if group.get("lr") is not None:
+                    group["lr"] = group["lr"] / preset * self.args.learning_rate
+            for group in (*base, *side):
+                group["weight_decay"] = self.args.weight_decay
+            self.optimizer = optimizer_class([group for group in (*base, *side) if group["params"]], **kwargs)
         return self.optimizer
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.train`; `resume_from_checkpoint` takes a checkpoint folder or True."""
-        if self.train_dataset is None:
-            raise ValueError("There is nothing to train on: give PTRTrainer a train_dataset.")
-        if self.args.world_size > 1:
-            data = {"episodes": sum(part.episodes or 0 for part in self.training_data)}
-            if not isinstance(self.train_dataset, StreamingMixture):
-                data["training segments"] = len(self.train_dataset)
-            check_same_everywhere(run_facts(self.args, self.policy.config, self.policy, data))
-        share_weights(self.accelerator, self.policy)
-        steps = self.args.max_steps
-        if steps <= 0 and isinstance(self.train_dataset, StreamingMixture):
-            raise ValueError("A stream has no end, so the run needs one: set max_steps.")
-        if steps <= 0:
-            per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            steps = math.ceil(len(self.train_dataset) / per_step * self.args.num_train_epochs)
-        self.policy.set_run_length(steps)
-        objective = self.policy.objective
-        if objective is not None and objective.config.alpha > 0 and objective.warmup_steps >= steps:
-            logger.warning(
-                "The scorer's warm-up of %d steps is not shorter than the run of %d: every weight stays 1. Lower "
-                "scorer_warmup_steps, or train longer.",
-                objective.warmup_steps,
-                steps,
-            )
-        return super().train(*args, **kwargs)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Also keep the statistics that the run was started with, should those of the data have changed since."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        folder = Path(resume_from_checkpoint)
-        changed_weights = other_weights(self.policy.config.weights_record, read_config(folder).weights_record)
-        if changed_weights is not None:
-            logger.warning("%s", changed_weights)
-        pipelines = zip((self.preprocessor, self.postprocessor), PROCESSOR_FILES, strict=True)
-        changed = [keep_statistics(pipeline, folder, file) for pipeline, file in pipelines]
-        if any(changed):
-            logger.warning(
-                "The run keeps the statistics of %s, with which it was started, not the data's of now.", folder
-            )
-
-    def located(self, frame: BadFrame) -> BadFrame:
-        """A frame of a mixture by its source, episode and dataset index there."""
-        meta = self._mixtures.get("eval" if frame.kind == "evaluation" else "train")
-        if meta is None:
-            return frame
-        start = meta.episodes["dataset_from_index"][frame.episode]
-        names, episodes, _, indices = meta.located(np.array([frame.episode]), np.array([frame.index - start]))
-        return BadFrame(frame.kind, int(indices[0]), int(episodes[0]), str(names[0]))
 
     # ---- logs ------------------------------------------------------------------------------------------------------
 
@@ -394,53 +297,100 @@ class PTRTrainer(GuardedTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the method's metrics of the window, averaged over steps and ranks, and write `ptr_dynamics.parquet`."""
+        """Add the window's metrics over all ranks, and write `ptr_dynamics.parquet`; then say what was not finite, or stop."""
+        ending = "train_runtime" in logs
         if "loss" in logs and self.window:
-            objective = self.policy.objective
-            bounds = None
-            if objective is not None:
-                bounds = (objective.config.alpha, objective.config.weight_min, objective.config.weight_max)
-            if self.policy.frame_weights is not None:
-                bounds = (1.0, *self.policy.frame_weights.bounds)
-            metrics, histogram = self.window.flush(self.accelerator, bounds)
-            logs |= metrics | self.read_nonfinite()
-            if self.is_world_process_zero():
-                row = {name: value for name, value in logs.items() if name in DYNAMICS_COLUMNS}
-                self._log_dynamics({**row, **histogram, "step": self.state.global_step})
+            metrics, columns = self.window.flush(self.accelerator, logged_bounds(self.policy))
+            logs |= metrics | self.guard.read()
+            if self._dynamics is not None and self.is_world_process_zero():
+                self._dynamics.add(logs, columns | {"step": self.state.global_step})
+        elif ending or ("eval_runtime" in logs and not self.is_in_train):
+            self.guard.read()
         super().log(logs, start_time)
+        self.guard.report(stops=not ending)
 
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
 
-class _AfterStep(TrainerCallback):
-    """After every optimiser step, on every rank: moving average, queue, controller."""
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.checkpoints.save()
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Give every rank noise of its own: transformers seeds all alike, and they would draw the same for other samples."""
-        if args.world_size > 1:
-            set_seed(args.seed + args.world_size * state.global_step, device_specific=True)
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        self.checkpoints.remember_best()
+        return super()._determine_best_metric(metrics, trial)
 
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
-    ) -> None:
-        assert isinstance(model, PTRPolicy)
-        model.update()
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As transformers' Trainer; beside the policy of a trained run it leaves the model card and the report.
 
+        With `push_to_hub=True` it publishes too; what fails there is reported, not raised.
 
-class PTRProgressCallback(ProgressCallback):
-    """The progress bar, with the figures one watches beside it; the full row goes to `report_to`."""
+        Args:
+            output_dir: folder; by default `args.output_dir`.
+        """
+        super().save_model(output_dir, _internal_call=True)
+        if not _internal_call:
+            self.publisher.after_save(Path(output_dir or self.args.output_dir))
 
-    _SHOWN = (("loss_action", "action"), ("accuracy", "acc"), ("score", "T"), ("weight_mean", "w"))
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        self.checkpoints.write_policy(Path(output_dir or self.args.output_dir), state_dict)
 
-    def on_log(
-        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
-        """Show the latest window in the bar instead of printing rows."""
-        if state.is_world_process_zero and self.training_bar is not None and logs:
-            shown = {label: f"{logs[name]:.3f}" for name, label in self._SHOWN if name in logs}
-            if shown:
-                self.training_bar.set_postfix(shown)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.resume.load_policy(Path(resume_from_checkpoint))
 
+    def _load_best_model(self) -> None:
+        self.resume.load_best()
 
-def _compile_options(args: PTRTrainingArguments) -> dict[str, Any]:
-    """`torch.compile` options of the arguments; without them PyTorch's own defaults."""
-    options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
-    return {name: value for name, value in options.items() if value is not None}
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self.resume.load_optimizer(checkpoint, super()._load_optimizer_and_scheduler)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        self.resume.load_scaler(checkpoint, super()._load_scaler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        self.resume.load_random_streams(checkpoint, super()._load_rng_state)
+
+    # ---- the Hub ---------------------------------------------------------------------------------------------------
+
+    def init_hf_repo(self, token: str | None = None) -> None:
+        """Create the repo, or say at once that it cannot be: before training, nothing is lost by stopping.
+
+        Raises:
+            PushError: the Hub refuses (token, permission, name); one that does not answer is only warned about.
+        """
+        self.publisher.create_repo(token)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card with its pictures and the report to the output folder, where transformers would write its own."""
+        if self.is_world_process_zero():
+            self.publisher.write_card(Path(self.args.output_dir))
+
+    def push_to_hub(
+        self,
+        repo_id: str | None = None,
+        commit_message: str = "End of training",
+        *,
+        tags: str | Sequence[str] | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        **_: Any,
+    ) -> str | None:
+        """Save the policy, write its card and report, and push the whole folder in one commit.
+
+        Args:
+            repo_id: user/name; by default `args.hub_model_id`, or the name of `args.output_dir`.
+            commit_message: of the commit.
+            tags: git tags to set on the commit, e.g. "v1.0".
+            revision: branch; by default `args.hub_revision`, or main.
+            private: whether a new repo is private.
+            token: of the Hub; by default `args.hub_token`, or the one that `hf auth login` stored.
+
+        Returns:
+            the address of the commit on the main process, None on the others.
+
+        Raises:
+            PushError: it did not get through; the folder is complete, and the message has the command to push it.
+        """
+        return self.publisher.push(repo_id, commit_message, tags=tags, revision=revision, private=private, token=token)
+
+    def _finish_current_push(self) -> None:
+        self.publisher.finish()
