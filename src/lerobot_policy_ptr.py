@@ -2,5 +2,5 @@
 several robots, and the `ptr_metaworld` environment."""
 
 import ptr_hf.configuration_ptr
-import ptr_hf.data.benchmark_env
-import ptr_hf.data.mixture.processor  # noqa: F401
+import ptr_hf.data.mixture.processor
+import ptr_hf.envs.metaworld_config  # noqa: F401

@@ -25,6 +25,7 @@ CHECKED = (
     "method",
     "policies",
     "data",
+    "envs",
     "report",
     "modeling_ptr",
     "pathway",
@@ -34,7 +35,8 @@ CHECKED = (
     "training.policy_sources",
     "artifacts.checkpoint",
 )
-install_import_hook([f"ptr_hf.{name}" for name in CHECKED], "beartype.beartype")
+BENCHMARKS = ("benchmarks.corruption", "benchmarks.experts", "benchmarks.fast_writer")
+install_import_hook([*(f"ptr_hf.{name}" for name in CHECKED), *BENCHMARKS], "beartype.beartype")
 
 
 @pytest.fixture(scope="session")

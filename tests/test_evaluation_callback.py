@@ -22,9 +22,9 @@ from small_policies import tensors_equal
 from transformers import TrainerControl, TrainerState
 
 from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments
-from ptr_hf.data import benchmark_tasks
-from ptr_hf.data.benchmark_env import PTRMetaworldConfig
-from ptr_hf.data.benchmark_tasks import task_instruction
+from ptr_hf.envs import metaworld_tasks
+from ptr_hf.envs.metaworld_config import PTRMetaworldConfig
+from ptr_hf.envs.metaworld_tasks import task_instruction
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.training.evaluation import (
     EVALUATION_FILE,
@@ -102,7 +102,7 @@ def vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def wide_goals(monkeypatch: pytest.MonkeyPatch) -> None:
     """Goals so wide that an untrained policy reaches some of them."""
-    monkeypatch.setitem(benchmark_tasks.RADIUS, "reach", 0.25)
+    monkeypatch.setitem(metaworld_tasks.RADIUS, "reach", 0.25)
 
 
 def new_trainer(
@@ -154,7 +154,7 @@ def undisturbed(states: Path, vlm: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="module")
 def evaluated(states: Path, vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> PTRTrainer:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(benchmark_tasks.RADIUS, "reach", 0.25)
+        patch.setitem(metaworld_tasks.RADIUS, "reach", 0.25)
         trainer = new_trainer(tmp_path_factory.mktemp("runs") / "evaluated", states, vlm, ENVIRONMENT)
         trainer.train()
     trainer.save_model()

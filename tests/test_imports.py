@@ -1,12 +1,15 @@
 """What may import what: no circle of modules, and the folders that know little keep knowing little."""
 
 import ast
+import re
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 SOURCE = Path(__file__).parents[1] / "src"
+RECIPES = SOURCE.with_name("recipes")
 
 
 def modules() -> dict[str, Path]:
@@ -17,10 +20,11 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path, known: set[str]) -> set[str]:
-    """The modules of ours that a file imports when it is imported itself."""
+def imports(path: Path, known: set[str], later: bool = False) -> set[str]:
+    """The modules of ours that a file imports when it is imported itself, or also `later`, inside of functions."""
     found: set[str] = set()
-    for node in ast.parse(path.read_text()).body:
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree) if later else tree.body:
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             members = {f"{node.module}.{name.name}" for name in node.names}
             found |= (members & known) or {node.module}
@@ -50,8 +54,6 @@ ORDER = (
     *("method", "constants", "log_filters"),
 )
 """Folders and single modules; each imports what stands after it, and nothing before it."""
-STILL_UP = {("report", "hyperparameters"), ("report", "presets"), ("data", "envs")}
-"""Arrows that run back up: the benchmark's."""
 
 
 def test_arrows_point_down(graph: dict[str, set[str]]) -> None:
@@ -59,7 +61,7 @@ def test_arrows_point_down(graph: dict[str, set[str]]) -> None:
         (room(module), room(to)) for module, own in graph.items() for to in own if "" not in (room(module), room(to))
     }
     assert {name for arrow in arrows for name in arrow} <= set(ORDER)
-    assert {arrow for arrow in arrows if ORDER.index(arrow[1]) < ORDER.index(arrow[0])} <= STILL_UP
+    assert {arrow for arrow in arrows if ORDER.index(arrow[1]) < ORDER.index(arrow[0])} == set()
 
 
 def test_one_trainer() -> None:
@@ -84,3 +86,25 @@ def test_folders_that_know_little(graph: dict[str, set[str]], folder: str, may: 
 def test_folders_that_few_know(graph: dict[str, set[str]], folder: str, by: set[str]) -> None:
     importers = {room(module) for module, own in graph.items() if any(room(to) == folder for to in own)}
     assert importers - {folder} <= by
+
+
+def test_the_package_imports_no_recipe() -> None:
+    names = "|".join(["recipes", "benchmarks", *(path.stem for path in RECIPES.glob("*.py"))])
+    recipe = re.compile(rf"^\s*(?:from|import) (?:{names})\b", re.MULTILINE)
+    assert [path for path in SOURCE.rglob("*.py") if recipe.search(path.read_text())] == []
+
+
+def test_every_module_of_the_wheel_serves_a_user() -> None:
+    """What only a benchmark or a test needs stays outside: users start at these modules and at the scripts of recipes/."""
+    commands = tomllib.loads((SOURCE.parent / "pyproject.toml").read_text())["project"]["scripts"].values()
+    known = modules()
+    # LeRobot finds the processors of a policy by the name of their file
+    reached = {"ptr_hf", "ptr_hf.policies", "ptr_hf.method", "ptr_hf.policies.processor_smolvla_state"}
+    reached |= {entry.partition(":")[0] for entry in commands}
+    files = [*RECIPES.glob("*.py"), SOURCE / "lerobot_policy_ptr.py", *(known[name] for name in reached)]
+    while files:
+        found = imports(files.pop(), set(known), later=True)
+        found |= {name.rpartition(".")[0] for name in found} & known.keys()
+        files += [known[name] for name in found - reached]
+        reached |= found
+    assert sorted(known.keys() - reached) == []

@@ -22,8 +22,8 @@ from lerobot.utils.import_utils import register_third_party_plugins
 from torch import Tensor
 
 from ptr_hf import PTRConfig, PTRPolicy
-from ptr_hf.data import benchmark_tasks
-from ptr_hf.data.benchmark_tasks import BenchmarkScene, Track, task_instruction
+from ptr_hf.envs import metaworld_tasks
+from ptr_hf.envs.metaworld_tasks import BenchmarkScene, Track, task_instruction
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.training.rollouts import Rollouts, evaluate_success, shared_scene
 
@@ -157,7 +157,7 @@ def test_finished_episodes_leave_the_batch_unless_the_policy_may_remember(monkey
 def test_a_belief_is_carried_while_episodes_end_one_by_one(vlm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, pipelines = small_policy(vlm)
     policy = PTRPolicy(PTRConfig(device="cpu", preset="ptr", num_belief_tokens=2), base_policy=base)
-    monkeypatch.setitem(benchmark_tasks.RADIUS, "reach", 0.28)  # so near that some starts end at once, others later
+    monkeypatch.setitem(metaworld_tasks.RADIUS, "reach", 0.28)  # so near that some starts end at once, others later
     result = evaluate(policy, pipelines, max_steps=60)
     assert len(np.unique(result.steps)) > 2
     assert policy._belief_tokens is not None

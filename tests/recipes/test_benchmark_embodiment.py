@@ -14,16 +14,24 @@ from hypothesis.extra.numpy import arrays
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from scipy.spatial.transform import Rotation
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-import benchmark_embodiment as benchmark  # noqa: E402
-import embodiment_data as data  # noqa: E402
-from embodiment_arms import ARMS, EXPERT, MIRRORED, MISSES, ArmScene, Demonstration, EndEffector, Operator, record  # noqa: E402
-from embodiment_cameras import KEY, VIEWS, Camera  # noqa: E402
+from benchmarks.embodiment import benchmark, data
+from benchmarks.embodiment.arms import (
+    ARMS,
+    EXPERT,
+    MIRRORED,
+    MISSES,
+    ArmScene,
+    Demonstration,
+    EndEffector,
+    Operator,
+    record,
+)
+from benchmarks.embodiment.cameras import KEY, VIEWS, Camera
+from ptr_hf.data.demonstrations import load_truth
+from ptr_hf.data.mixture.action_space import ActionSpace, resolve_layout
+from ptr_hf.data.mixture.metadata import MixtureMetadata
 
-from ptr_hf.data.demonstrations import load_truth  # noqa: E402
-from ptr_hf.data.mixture.action_space import ActionSpace, resolve_layout  # noqa: E402
-from ptr_hf.data.mixture.metadata import MixtureMetadata  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 
 def row(
@@ -74,7 +82,13 @@ def test_a_single_seed_has_no_standard_error_and_is_paired_with_its_own(results:
 
 @pytest.mark.full
 def test_the_report_alone_prints_the_table(results: Path) -> None:
-    command = [sys.executable, str(ROOT / "recipes/benchmark_embodiment.py"), "--report", "--results", str(results)]
+    command = [
+        sys.executable,
+        str(ROOT / "recipes/benchmarks/embodiment/benchmark.py"),
+        "--report",
+        "--results",
+        str(results),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "200", "PATH": ""}, check=False)
     assert done.returncode == 0, done.stderr
     lines = [" ".join(line.replace("│", " ").split()) for line in done.stdout.splitlines()]

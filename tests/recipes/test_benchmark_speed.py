@@ -1,6 +1,5 @@
 """The speed benchmark counts what it claims to count; nothing here looks at a time."""
 
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,16 +7,12 @@ import pytest
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from transformers import HfArgumentParser
 
+from benchmarks.speed.benchmark import SpeedArguments
+from benchmarks.speed.frames import DecodedFrames, decoded_frames
+from benchmarks.speed.probes import Case, build_policy, training_run
 from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.demonstrations import bundled_demonstrations
 from ptr_hf.data.segments import SegmentLayout
-
-RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path.insert(0, str(RECIPES))
-
-from benchmark_speed import SpeedArguments  # noqa: E402
-from speed_frames import DecodedFrames, decoded_frames  # noqa: E402
-from speed_probes import Case, build_policy, training_run  # noqa: E402
 
 CHUNK = 16
 

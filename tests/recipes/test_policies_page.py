@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import policies_page
 from ptr_hf.policies import supported_policies
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-import report_policies  # noqa: E402
 
 
 def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -21,22 +20,22 @@ def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.full
 def test_the_committed_page_is_up_to_date() -> None:
-    done = run("report_policies.py", "--check", "true")
+    done = run("benchmarks/policies_page.py", "--check", "true")
     assert done.returncode == 0, done.stderr
 
 
 def test_the_committed_results_cover_every_policy_and_none_failed() -> None:
     found = json.loads((ROOT / "results" / "policies.json").read_text())
-    grouped = report_policies.by_type(found)
+    grouped = policies_page.by_type(found)
     assert tuple(sorted(grouped)) == supported_policies()
     for name, capabilities in grouped.items():
-        assert {*report_policies.COLUMNS, report_policies.TRAINING} == capabilities.keys(), name
+        assert {*policies_page.COLUMNS, policies_page.TRAINING} == capabilities.keys(), name
         assert not any(outcome["failed"] for outcomes in capabilities.values() for outcome in outcomes), name
 
 
 @pytest.mark.full
 def test_the_side_pathway_measures_the_same_again(tmp_path: Path) -> None:
-    done = run("measure_side_pathway.py", "--output", str(tmp_path / "again.json"))
+    done = run("benchmarks/scaling/side_pathway.py", "--output", str(tmp_path / "again.json"))
     assert done.returncode == 0, done.stderr
     assert "smolvla_base" in done.stdout
     committed = json.loads((ROOT / "results" / "side_pathway.json").read_text())
@@ -54,20 +53,20 @@ def test_the_side_pathway_measures_the_same_again(tmp_path: Path) -> None:
     ],
 )
 def test_a_cell_says_what_was_found(outcomes: list[dict[str, object]], cell: str) -> None:
-    assert report_policies.mark(outcomes) == cell
+    assert policies_page.mark(outcomes) == cell
 
 
 def test_a_page_without_marks_is_named() -> None:
     with pytest.raises(ValueError, match="begin memory"):
-        report_policies.filled("a page", {"memory": "|"})
+        policies_page.filled("a page", {"memory": "|"})
 
 
 @pytest.mark.full
 def test_an_outdated_page_fails_the_check(tmp_path: Path) -> None:
     page = tmp_path / "policies.md"
     page.write_text((ROOT / "docs" / "policies.md").read_text().replace("| `act` | yes |", "| `act` | no |"))
-    done = run("report_policies.py", "--check", "true", "--page", str(page))
+    done = run("benchmarks/policies_page.py", "--check", "true", "--page", str(page))
     assert done.returncode != 0
     assert "not up to date" in done.stderr
-    assert run("report_policies.py", "--page", str(page)).returncode == 0
+    assert run("benchmarks/policies_page.py", "--page", str(page)).returncode == 0
     assert page.read_text() == (ROOT / "docs" / "policies.md").read_text()

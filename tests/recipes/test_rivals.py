@@ -1,17 +1,13 @@
 """The comparison with public tools counts what it claims to; no tool is run here."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks import rivals
 from ptr_hf.data.corruption import CLEAN, TruthRecord
 from ptr_hf.data.demonstrations import Truth
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "benchmarks"))
-
-import rivals
 
 KINDS = ("noise", CLEAN, "delay", CLEAN, "delay")
 TRUTH = Truth(tuple(TruthRecord(episode, kind, "reach", "reach") for episode, kind in enumerate(KINDS)))

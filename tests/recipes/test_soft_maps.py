@@ -1,17 +1,11 @@
 """The maps that were tried on top of rejection change what they claim to; nothing is trained here."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks.corruption import soft_maps
 from ptr_hf.scoring.dataset_scores import DatasetScores
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "benchmarks"))
-
-import soft_maps
 
 QUESTIONS = (*soft_maps.LEARNED, "roughness")
 EPISODES, FRAMES = 16, 3

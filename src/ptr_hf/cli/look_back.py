@@ -162,7 +162,7 @@ def kinds(dataset: Path) -> dict[int, str]:
 def success(trainer: PTRTrainer, starts: int, seed: int) -> dict[str, float]:
     """How often a policy solves the benchmark's tasks in simulation, each from the same held-out starts."""
     # the extra `metaworld`, which only this needs
-    from ptr_hf.data.benchmark_tasks import STATE_TASKS
+    from ptr_hf.envs.metaworld_tasks import STATE_TASKS
     from ptr_hf.training.rollouts import evaluate_success
 
     first = FIRST_START + 1000 * seed

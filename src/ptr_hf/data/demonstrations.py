@@ -31,8 +31,8 @@ def bundled_demonstrations(split: Literal["train", "heldout", "lift", "states"] 
     """The folder of a LeRobotDataset shipped with the package: use it as ``LeRobotDataset(path.name, root=path)``.
 
     ``train`` holds scripted Meta-World demonstrations of which a known third is corrupted (``load_truth`` knows which);
-    ``heldout`` holds clean ones of the same tasks in other scenes. ``recipes/record_demonstrations.py`` makes both. ``lift``
-    is of another robot with another schema, camera and rate (a UR5e in robosuite, ``recipes/record_lift.py``), for mixtures.
+    ``heldout`` holds clean ones of the same tasks in other scenes. ``lift`` is of another robot with another schema, camera
+    and rate (a UR5e in robosuite), for mixtures. The recording scripts lie in ``recipes/benchmarks/``.
     ``states`` is the benchmark's condition *combined* (docs/corruption.md): eight Meta-World tasks on states without a camera,
     more than half of the episodes noisy, cut short or wrongly instructed, some of them several at once.
 
@@ -46,7 +46,7 @@ def bundled_demonstrations(split: Literal["train", "heldout", "lift", "states"] 
     if not (path / "meta" / "info.json").is_file():
         raise FileNotFoundError(
             f"The bundled demonstrations are missing from {path.name}; reinstall the package or record them with "
-            "`python recipes/record_demonstrations.py`."
+            "`python recipes/benchmarks/record_demonstrations.py`."
         )
     return path
 

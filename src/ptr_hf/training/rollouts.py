@@ -20,7 +20,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
 from tqdm import tqdm
 
-from ptr_hf.data.benchmark_tasks import EPISODE_STEPS, PUCK_TASKS, BenchmarkScene, Goals, Snapshot, Track
+from ptr_hf.envs.metaworld_tasks import EPISODE_STEPS, PUCK_TASKS, BenchmarkScene, Goals, Snapshot, Track
 from ptr_hf.modeling_ptr import PTRPolicy
 
 STATELESS = ("act", "smolvla", "smolvla_state")

@@ -1,0 +1,1 @@
+"""What a step costs: time, throughput, memory and decoded frames (docs/speed.md)."""

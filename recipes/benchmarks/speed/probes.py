@@ -1,0 +1,314 @@
+"""What `benchmark.py` beside this file measures with: policies, paired steps and whole training runs."""
+
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from subprocess import run
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from lerobot.configs.default import DatasetConfig
+from lerobot.configs.train import TrainPipelineConfig
+from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.scripts import lerobot_train
+from lerobot.utils.import_utils import get_safe_default_video_backend
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, LlamaConfig, TrainerCallback
+from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+
+from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments
+from ptr_hf.data.datasets import dataset_metadata, open_dataset
+from ptr_hf.data.segments import split_segment
+from ptr_hf.policies.tiny import tiny_act, tiny_smolvla, write_tiny_vlm
+from ptr_hf.processor_ptr import preprocess
+
+POLICIES = ("act", "smolvla", "smolvla_frozen", "smolvla_500m")
+MAX_GRAD_NORM = 10.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A policy and the shape of PTR's step on it.
+
+    Attributes:
+        policy: one of `POLICIES`.
+        segments: B, segments per step.
+        segment_length: T, chunks per segment.
+        belief_tokens: M.
+    """
+
+    policy: str
+    segments: int
+    segment_length: int
+    belief_tokens: int
+
+    @property
+    def chunks(self) -> int:
+        """Chunk rows per step, PTR's and SFT's."""
+        return self.segments * self.segment_length
+
+    @property
+    def label(self) -> str:
+        return f"{self.policy}, T={self.segment_length}, M={self.belief_tokens}, {self.chunks} chunks"
+
+
+# ---- policies ------------------------------------------------------------------------------------------------------
+
+
+def build_policy(name: str, meta: LeRobotDatasetMetadata, folder: Path, seed: int) -> PreTrainedPolicy:
+    """A policy with random weights; `smolvla_500m` has the sizes and the frozen parts of the released SmolVLA.
+
+    Raises:
+        ValueError: there is no policy of that name.
+    """
+    texts = list(meta.tasks.index)
+    if name == "act":
+        return tiny_act(meta.features, seed=seed)
+    if name in ("smolvla", "smolvla_frozen"):
+        vlm = write_tiny_vlm(folder / "tiny_vlm", texts=texts)
+        return tiny_smolvla(meta.features, vlm, freeze_vision_encoder=name == "smolvla_frozen", seed=seed)
+    if name == "smolvla_500m":
+        return tiny_smolvla(
+            meta.features,
+            write_real_vlm(folder / "vlm_500m", texts),
+            chunk_size=50,
+            num_steps=10,
+            num_vlm_layers=16,
+            freeze_vision_encoder=True,
+            train_expert_only=True,
+            seed=seed,
+        )
+    raise ValueError(f"There is no policy {name!r} in this benchmark; choose from {', '.join(POLICIES)}.")
+
+
+def write_real_vlm(folder: Path, texts: Sequence[str]) -> Path:
+    """SmolVLM2-500M's sizes (those of its published config.json) around a byte-level tokenizer, without weights."""
+    write_tiny_vlm(folder, image_size=512, patch_size=16, scale_factor=4, texts=texts)
+    config = AutoConfig.from_pretrained(folder)
+    config.text_config = LlamaConfig(
+        vocab_size=49_280,
+        hidden_size=960,
+        intermediate_size=2560,
+        num_hidden_layers=32,
+        num_attention_heads=15,
+        num_key_value_heads=5,
+        head_dim=64,
+        max_position_embeddings=8192,
+        pad_token_id=config.text_config.pad_token_id,
+        bos_token_id=config.text_config.bos_token_id,
+        eos_token_id=config.text_config.eos_token_id,
+    )
+    config.vision_config = SmolVLMVisionConfig(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        image_size=512,
+        patch_size=16,
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+# ---- paired steps --------------------------------------------------------------------------------------------------
+
+
+def paired_steps(case: Case, dataset: Path, pairs: int, seed: int, progress: Callable[[], Any]) -> dict[str, Any]:
+    """SFT and PTR steps by turns on the same policy, optimiser and chunks, so that the machine's noise meets both.
+
+    SFT is the base policy's own forward on the chunks as plain rows. PTR is `PTRPolicy.forward` on the segments, with the
+    objective, the metrics and `update()`. Both run backward, clipping and AdamW; loading and preprocessing lie outside.
+    """
+    torch.manual_seed(seed)
+    policy, segments = _policy_and_batch(case, dataset, seed)
+    chunks = split_segment(segments, policy.config.layout).chunks
+    optimizer = torch.optim.AdamW([value for value in policy.parameters() if value.requires_grad], lr=1e-5)
+
+    def step(model: PreTrainedPolicy, batch: dict[str, Any], after: Callable[[], Any]) -> tuple[float, float]:
+        start = time.process_time(), time.perf_counter()
+        loss, _ = model(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        after()
+        return time.process_time() - start[0], time.perf_counter() - start[1]
+
+    sides = {"sft": (policy.base, chunks, lambda: None), "ptr": (policy, segments, policy.update)}
+    times: dict[str, list[tuple[float, float]]] = {"sft": [], "ptr": []}
+    for pair in range(pairs + 1):
+        for side in ("sft", "ptr") if pair % 2 == 0 else ("ptr", "sft"):
+            times[side].append(step(*sides[side]))
+        progress()
+    # The first pair allocates memory and the optimiser's state.
+    result: dict[str, Any] = asdict(case) | {"chunks": case.chunks, "pairs": pairs}
+    for clock, name in enumerate(("cpu", "wall")):
+        sft, ptr = ([values[clock] for values in times[side][1:]] for side in ("sft", "ptr"))
+        result[f"sft_{name}_s"], result[f"ptr_{name}_s"] = statistics.median(sft), statistics.median(ptr)
+        result[f"ratio_{name}"] = spread([after / before for before, after in zip(sft, ptr, strict=True)])
+    return result
+
+
+def _policy_and_batch(case: Case, dataset: Path, seed: int) -> tuple[PTRPolicy, dict[str, Any]]:
+    """The case's policy with the paper's PTR around it, and a preprocessed batch of segments for it."""
+    meta = dataset_metadata(dataset)
+    with tempfile.TemporaryDirectory() as folder:
+        config = PTRConfig(
+            device="cpu",
+            preset="ptr",
+            segment_length=case.segment_length,
+            num_belief_tokens=case.belief_tokens,
+        )
+        policy = PTRPolicy(config, base_policy=build_policy(case.policy, meta, Path(folder), seed)).train()
+        preprocessor, _ = make_pre_post_processors(policy.config.base_config, dataset_stats=meta.stats)
+    opened = open_dataset(dataset, policy.config.layout)
+    generator = torch.Generator().manual_seed(seed)
+    loader: DataLoader = DataLoader(opened, batch_size=case.segments, shuffle=True, generator=generator)
+    return policy, preprocess(next(iter(loader)), preprocessor, policy.config.layout)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
+    return {"low": low, "median": median, "high": high}
+
+
+# ---- whole runs ----------------------------------------------------------------------------------------------------
+
+
+def training_run(
+    runner: str, case: Case, dataset: Path, steps: int, skip: int, threads: int, seed: int
+) -> dict[str, float]:
+    """One training run in a process of its own; the figures leave out its first `skip` steps.
+
+    Args:
+        runner: "lerobot-train" (the plain base policy in LeRobot's own loop), "sft" or "ptr" (`PTRTrainer`).
+        case: gives the policy and the number of chunks per step, the same for every runner.
+        dataset: folder of the demonstrations.
+        steps: optimiser steps.
+        skip: steps at the start that do not count.
+        threads: of torch.
+        seed: of weights and order.
+
+    Returns:
+        chunk samples per CPU-second and per second, data loading included, and the peak memory in MiB above that of the
+        imports.
+    """
+    request = asdict(case) | {"runner": runner, "dataset": str(dataset), "steps": steps, "skip": skip, "seed": seed}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        request["folder"] = folder
+        done = run(
+            [sys.executable, __file__, json.dumps(request)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        result = Path(folder) / "result.json"
+        if not result.is_file():
+            raise RuntimeError(f"The {runner} run of {case.label} failed:\n{done.stderr[-2000:]}")
+        return json.loads(result.read_text())
+
+
+def _run_requested(request: dict[str, Any]) -> None:
+    """The process of `training_run`."""
+    folder, runner, seed = Path(request["folder"]), request["runner"], request["seed"]
+    steps, dataset = request["steps"], Path(request["dataset"])
+    case = Case(*(request[name] for name in Case.__dataclass_fields__))
+    meta = dataset_metadata(dataset)
+    imports = peak_memory()
+    marks: list[tuple[float, float]] = []
+
+    def mark() -> None:
+        marks.append((time.process_time(), time.perf_counter()))
+
+    if runner == "lerobot-train":
+        config = TrainPipelineConfig(
+            dataset=DatasetConfig(
+                repo_id=dataset.name, root=str(dataset), video_backend=get_safe_default_video_backend()
+            ),
+            policy=build_policy(case.policy, meta, folder, seed).config,
+            output_dir=folder / "lerobot",
+            batch_size=case.chunks,
+            steps=steps,
+            num_workers=0,
+            log_freq=max(1, steps // 4),
+            env_eval_freq=0,
+            save_checkpoint=False,
+            seed=seed,
+        )
+        update_policy = lerobot_train.update_policy
+
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            result = update_policy(*args, **kwargs)
+            mark()
+            return result
+
+        with patch.object(lerobot_train, "update_policy", marked):
+            lerobot_train.train(config)
+    else:
+        shape: dict[str, Any] = {} if runner == "sft" else {"num_belief_tokens": case.belief_tokens}
+        length = 1 if runner == "sft" else case.segment_length
+        args = PTRTrainingArguments(
+            output_dir=str(folder / runner),
+            preset=runner,
+            segment_length=length,
+            **shape,
+            per_device_train_batch_size=case.chunks // length,
+            max_steps=steps,
+            logging_steps=max(1, steps // 4),
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=seed,
+        )
+        policy = build_policy(case.policy, meta, folder, seed)
+        PTRTrainer(policy, args, dataset, callbacks=[_Mark(mark)]).train()
+    (first_cpu, first_wall), (last_cpu, last_wall) = marks[request["skip"] - 1], marks[-1]
+    samples = case.chunks * (len(marks) - request["skip"])
+    result = {
+        "samples_per_cpu_s": samples / (last_cpu - first_cpu),
+        "samples_per_s": samples / (last_wall - first_wall),
+        "peak_mib": peak_memory() - imports,
+    }
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+class _Mark(TrainerCallback):
+    def __init__(self, mark: Callable[[], None]) -> None:
+        self._mark = mark
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        """After the step and `PTRPolicy.update()`."""
+        self._mark()
+
+
+def peak_memory() -> float:
+    """Largest resident memory of this process so far, in MiB."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Unlike ru_maxrss, this one does not start from the parent's peak.
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+
+
+if __name__ == "__main__":
+    _run_requested(json.loads(sys.argv[1]))
