@@ -167,7 +167,11 @@ class PTRTrainer(Trainer):
         Args:
             resume_from_checkpoint: a checkpoint's folder; or True ("true" or "last" on a command line), the newest complete
                 one of `args.output_dir`.
-            trial, ignore_keys_for_eval: as there.
+            trial: as there.
+            ignore_keys_for_eval: as there.
+
+        Returns:
+            transformers' `TrainOutput`: the last step, the mean loss, and the run's figures.
 
         Raises:
             ValueError: there is nothing to train on, no checkpoint that the run could be resumed from, it is past the last step
