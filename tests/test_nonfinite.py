@@ -26,6 +26,7 @@ from ptr_hf.report import DYNAMICS_FILE, read_dynamics
 from ptr_hf.training.nonfinite import NONFINITE_FILE, PATIENCE, NonFiniteWatch
 
 
+@pytest.mark.full
 class TestNamesAndCounts:
     @pytest.fixture(scope="class")
     def run(self, points: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[PTRTrainer, str]:

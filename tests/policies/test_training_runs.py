@@ -56,6 +56,7 @@ def base_losses(policy: PTRPolicy, root: Path) -> Tensor:
 
 
 @pytest.mark.capability("training")
+@pytest.mark.full
 @pytest.mark.parametrize(
     "family",
     [

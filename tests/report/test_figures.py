@@ -175,6 +175,7 @@ def test_running_mean_by_hand() -> None:
     np.testing.assert_allclose(running_mean(values, 3), [1.5, 3.0, 4.0, np.nan, 4.0])
 
 
+@pytest.mark.full
 def test_global_state_is_left_alone(dynamics: Dynamics, scores: ChunkScores, truth: dict[int, str]) -> None:
     before = dict(matplotlib.rcParams)
     for _ in range(2):

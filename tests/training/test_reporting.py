@@ -29,6 +29,7 @@ def test_a_service_that_cannot_take_the_logs(
         PTRTrainer("nobody/nothing", args, "nobody/nothing")
 
 
+@pytest.mark.full
 def test_wandb_without_a_network_needs_no_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     args = PTRTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="wandb")
