@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from report.synthetic_runs import ptr_rows, sft_rows
+from synthetic_runs import ptr_rows, sft_rows
 
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.publishing.model_card import BasePolicy, CardFacts, Evaluation, TrainingData, TrainingRun
