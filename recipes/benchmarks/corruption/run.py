@@ -190,7 +190,7 @@ def run(setting: Setting, cell: Cell, workspace: Path) -> dict[str, Any]:
     options = {"segment_length": 1} | cell.options
     args = PTRTrainingArguments(**_arguments(setting, folder, setting.steps, cell.seed), preset=cell.preset, **options)
     trainer = PTRTrainer(load_pretrained(setting, workspace), args, dataset)
-    truth = kinds(dataset)
+    truth = load_truth(dataset).kinds()
     quarter = _ScoreAt(setting.steps // 4, trainer, cell.seed)
     trainer.add_callback(quarter)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -208,14 +208,6 @@ def run(setting: Setting, cell: Cell, workspace: Path) -> dict[str, Any]:
         row |= inspected(DatasetScores.load(folder / INSPECTION_FOLDER), truth)
         row["ess"] = trainer.policy.config.weights_record["effective_sample_size"]
     return row | {"command": cell.command(setting)}
-
-
-def kinds(dataset: Path) -> dict[int, str]:
-    """What was done to every episode, several things joined by +."""
-    truth: dict[int, list[str]] = {}
-    for record in load_truth(dataset).records:
-        truth.setdefault(record.episode_index, []).append(record.kind)
-    return {episode: "+".join(done) for episode, done in truth.items()}
 
 
 def outcome(setting: Setting, trainer: PTRTrainer, seed: int) -> dict[str, Any]:

@@ -31,13 +31,13 @@ from benchmarks.corruption.run import (
     _be_quiet,
     condition_dataset,
     judged,
-    kinds,
     load_pretrained,
     outcome,
     prepare,
     scored,
 )
 from ptr_hf import PTRTrainer, PTRTrainingArguments
+from ptr_hf.data.demonstrations import load_truth
 from ptr_hf.data.in_memory import collate_segments
 from ptr_hf.scoring.consequence_from_action import ConsequenceFromAction
 from ptr_hf.scoring.crossfit import CrossFit, FitSettings, Reweigh
@@ -154,7 +154,7 @@ def losses(trainer: PTRTrainer, recordings: Recordings, seed: int) -> np.ndarray
 def loss(workspace: Path, condition: str, seed: int) -> None:
     """Print how the inspection detects with and without the loss of a policy after half of its steps."""
     dataset = condition_dataset(SETTING, workspace, condition, seed)
-    recordings, truth = read_recordings(str(dataset)), kinds(dataset)
+    recordings, truth = read_recordings(str(dataset)), load_truth(dataset).kinds()
     bad = np.array([truth[int(episode)] != "clean" for episode in recordings.episode_index])
     group = recordings.group("task")
     window = int(np.clip(round(recordings.fps * 0.5), 8, 32))
@@ -197,7 +197,7 @@ def loss(workspace: Path, condition: str, seed: int) -> None:
 def warm(workspace: Path, condition: str, seed: int, results: Path) -> None:
     """Fit the scorer of preset ptr alone, then train with it; adds the row ptr_warm."""
     dataset = condition_dataset(SETTING, workspace, condition, seed)
-    truth, folder = kinds(dataset), workspace / "runs" / f"ptr_warm_{condition}_{seed}"
+    truth, folder = load_truth(dataset).kinds(), workspace / "runs" / f"ptr_warm_{condition}_{seed}"
     set_seed(seed)
     still = _arguments(SETTING, folder.with_name(f"{folder.name}_scorer"), SETTING.steps, seed) | {"learning_rate": 0.0}
     args = PTRTrainingArguments(**still, preset="ptr", head_learning_rate=SETTING.learning_rate, segment_length=1)

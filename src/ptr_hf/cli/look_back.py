@@ -12,7 +12,6 @@ from rich.table import Table
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments, score_dataset
 from ptr_hf.cli.train_options import RecipeArguments
-from ptr_hf.data.demonstrations import load_truth
 from ptr_hf.hyperparameters import AUTO
 from ptr_hf.report import (
     DYNAMICS_FILE,
@@ -149,14 +148,6 @@ def reasons_table(scores: DatasetScores, truth: dict[int, str]) -> Table:
     bad = sum(truth[episode] != "clean" for episode in kept["episode_index"])
     table.add_row("nothing found: full weight", str(len(kept)), str(bad))
     return table
-
-
-def kinds(dataset: Path) -> dict[int, str]:
-    """What was done to every bundled episode, several things joined by +."""
-    found: dict[int, list[str]] = {}
-    for record in load_truth(dataset).records:
-        found.setdefault(record.episode_index, []).append(record.kind)
-    return {episode: "+".join(done) for episode, done in found.items()}
 
 
 def success(trainer: PTRTrainer, starts: int, seed: int) -> dict[str, float]:

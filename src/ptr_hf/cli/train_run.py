@@ -10,12 +10,12 @@ from transformers import set_seed
 from ptr_hf import PTRTrainer, PTRTrainingArguments
 from ptr_hf.cli import interrupts
 from ptr_hf.cli.base_policies import adapted_policy, new_policy, tiny_policy
-from ptr_hf.cli.look_back import comparison_table, kinds, look_back, reasons_table
+from ptr_hf.cli.look_back import comparison_table, look_back, reasons_table
 from ptr_hf.cli.refusals import refusals
 from ptr_hf.cli.train import PROGRAM
 from ptr_hf.cli.train_options import OPTIONS, parse_arguments, read_mixture
 from ptr_hf.data.datasets import dataset_metadata
-from ptr_hf.data.demonstrations import bundled_demonstrations
+from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
 from ptr_hf.data.mixture.config import MixtureConfig
 from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.hyperparameters import AUTO
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
         dataset = bundled_demonstrations("states" if demo == "states" else "train")
     if demo == "images" and heldout is None:
         heldout = bundled_demonstrations("heldout")
-    truth = None if demo is None else kinds(dataset)
+    truth = None if demo is None else load_truth(dataset).kinds()
     model: Any = recipe.policy_path
     with refusals(PROGRAM, OPTIONS):
         if recipe.eval_dataset is not None:

@@ -81,6 +81,13 @@ class Truth:
         flags[[record.episode_index for record in self.records if record.kind != CLEAN]] = True
         return flags
 
+    def kinds(self) -> dict[int, str]:
+        """What was done to every episode, several things joined by +."""
+        found: dict[int, list[str]] = {}
+        for record in self.records:
+            found.setdefault(record.episode_index, []).append(record.kind)
+        return {episode: "+".join(done) for episode, done in found.items()}
+
     def of_kind(self, kind: str) -> list[TruthRecord]:
         """The records of one kind, in the order of the episodes; ``clean`` gives the untouched ones."""
         return [record for record in self.records if record.kind == kind]
