@@ -1,5 +1,6 @@
 """Every shape written in a signature is checked while the tests run; small real datasets for all of them."""
 
+import logging
 import os
 import sys
 from collections.abc import Generator
@@ -37,6 +38,12 @@ CHECKED = (
 )
 BENCHMARKS = ("benchmarks.corruption", "benchmarks.experts", "benchmarks.fast_writer")
 install_import_hook([*(f"ptr_hf.{name}" for name in CHECKED), *BENCHMARKS], "beartype.beartype")
+
+
+@pytest.fixture(autouse=True)
+def root_log_level() -> None:
+    """LeRobot's commands, and importing its policy server, leave the root logger at DEBUG."""
+    logging.getLogger().setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session")

@@ -19,9 +19,8 @@ from pathlib import Path
 from ptr_hf.training.run_lock import RunLock
 
 assert RunLock(Path(sys.argv[1])).acquire() is None
-worker = os.fork()
-if worker:
-    print(worker, flush=True)
+if not os.fork():
+    print(os.getpid(), flush=True)  # by now it has let the lock go
 time.sleep(600)
 """
 
