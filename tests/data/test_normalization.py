@@ -89,19 +89,19 @@ class TestRightOnes:
             caplog.clear()
             found[OBS_STATE] |= {name: recorded[OBS_STATE][name] for name in ("q01", "q99")}
         assert all(np.array_equal(found[key][name], recorded[key][name]) for key in recorded for name in recorded[key])
-        assert not caplog.records
+        assert not [record for record in caplog.records if record.name.startswith("ptr_hf")]
 
     def test_those_of_bundled_demonstrations(self, caplog: pytest.LogCaptureFixture) -> None:
         for split in ("train", "heldout"):
             root = bundled_demonstrations(split)
             read(root, NormalizationMode.MEAN_STD)
-        assert not caplog.records
+        assert not [record for record in caplog.records if record.name.startswith("ptr_hf")]
 
     def test_an_outlier_does_not_make_them_foreign(
         self, points: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         read(spoiled(points, tmp_path / "huge", {("action", 40): 1e25}), NormalizationMode.MEAN_STD)
-        assert not caplog.records
+        assert not [record for record in caplog.records if record.name.startswith("ptr_hf")]
 
     @pytest.mark.parametrize("seed", range(3))
     def test_no_distribution_is_foreign_to_its_own(self, seed: int) -> None:
@@ -262,7 +262,7 @@ class TestConstants:
         assert back[2].tolist() == pytest.approx([0.7, 0.5], abs=1e-3), "the robot gets the value that was recorded"
         caplog.clear()
         assert harmless(pipeline) is pipeline
-        assert not caplog.records
+        assert not [record for record in caplog.records if record.name.startswith("ptr_hf")]
 
     def test_what_varies_is_left_alone(self, points: Path) -> None:
         features = {OBS_STATE: PolicyFeature(FeatureType.STATE, (4,)), ACTION: PolicyFeature(FeatureType.ACTION, (2,))}
