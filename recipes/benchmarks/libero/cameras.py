@@ -1,0 +1,58 @@
+"""LIBERO's two cameras, drawn as LeRobot's environment shows them, or faster. Needs a headless GL."""
+
+import os
+
+import numpy as np
+from jaxtyping import UInt8
+
+os.environ.setdefault("MUJOCO_GL", "egl")  # mujoco chooses its GL when it is first imported
+
+from benchmarks.libero.scene import LiberoScene
+
+CAMERAS = {"observation.images.image": "agentview", "observation.images.image2": "robot0_eye_in_hand"}
+"""Key of the public datasets -> LIBERO's name."""
+SIZE = 128
+"""Side of a picture in pixels."""
+
+Picture = UInt8[np.ndarray, "size size 3"]
+
+
+class Cameras:
+    """Draws a scene as it stands; a context manager.
+
+    Args:
+        scene: of a task.
+        size: side of a picture in pixels.
+        fast: without anti-aliasing, shadows and reflections, which cost half of the time or more.
+    """
+
+    def __init__(self, scene: LiberoScene, size: int = SIZE, fast: bool = True) -> None:
+        import mujoco
+
+        self.scene = scene
+        if fast:
+            scene.model.vis.quality.offsamples = 0
+        self._renderer = mujoco.Renderer(scene.model, size, size)
+        self._option = mujoco.MjvOption()
+        self._option.geomgroup[0] = 0  # what collides, which is not to be seen
+        if fast:
+            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+                self._renderer.scene.flags[flag] = False
+
+    def __enter__(self) -> "Cameras":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the renderer back."""
+        self._renderer.close()
+
+    def pictures(self) -> dict[str, Picture]:
+        """What both cameras see now, turned by 180° as LeRobot's datasets and environment have it."""
+        found = {}
+        for key, camera in CAMERAS.items():
+            self._renderer.update_scene(self.scene.data, camera=camera, scene_option=self._option)
+            found[key] = self._renderer.render()[:, ::-1].copy()
+        return found

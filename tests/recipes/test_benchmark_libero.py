@@ -1,0 +1,165 @@
+"""LIBERO's experts and recorder: plans and conventions; where LIBERO is installed also its scenes, starts and operators."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks.libero.experts import GAIN, KINDS, Operator, downward
+from benchmarks.libero.install_assets import install
+from benchmarks.libero.record_libero import kinds_of
+from benchmarks.libero.recordings import record
+from benchmarks.libero.scene import STEP_METRES, LiberoScene, narrow_side
+
+INSTALLED = importlib.util.find_spec("libero") is not None
+needs_libero = pytest.mark.skipif(not INSTALLED, reason="LIBERO has an environment of its own")
+
+
+@pytest.mark.skipif(INSTALLED, reason="LIBERO is installed here")
+def test_without_libero_the_setup_says_what_to_install() -> None:
+    with pytest.raises(FileNotFoundError, match=r"install recipes/benchmarks/libero/libero\.txt first"):
+        install()
+
+
+@given(per_task=st.integers(1, 60), share=st.floats(0.0, 1.0), kinds=st.lists(st.sampled_from(KINDS[1:]), unique=True))
+@settings(max_examples=60, deadline=None)
+def test_a_share_of_the_episodes_is_by_the_named_operators_in_turns(
+    per_task: int, share: float, kinds: list[str]
+) -> None:
+    given_to = kinds_of(per_task, list(kinds), share)
+    assert len(given_to) == per_task
+    counts = [given_to.count(kind) for kind in kinds]
+    assert sum(counts) == (round(share * per_task) if kinds else 0)
+    assert not counts or max(counts) - min(counts) <= 1
+    assert given_to.count("clean") == per_task - sum(counts)
+
+
+@given(angle=st.floats(-np.pi, np.pi), long=st.floats(0.03, 0.1), short=st.floats(0.01, 0.025))
+@settings(max_examples=40, deadline=None)
+def test_the_narrow_side_of_a_box_is_found(angle: float, long: float, short: float) -> None:
+    corners = np.array([[x, y, z] for x in (-long, long) for y in (-short, short) for z in (0.0, 0.02)])
+    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
+    found = narrow_side(corners @ turn.T)
+    assert abs(found @ turn[:, 1]) > np.cos(np.deg2rad(5.1))  # directions are tried in steps of 5 degrees
+
+
+def test_the_hand_points_down_and_opens_along_the_angle() -> None:
+    rotation = downward(0.3)
+    np.testing.assert_allclose(rotation.T @ rotation, np.eye(3), atol=1e-12)
+    assert np.linalg.det(rotation) == pytest.approx(1.0)
+    np.testing.assert_allclose(rotation[:, 2], [0, 0, -1])
+    np.testing.assert_allclose(rotation[:, 0], [np.cos(0.3), np.sin(0.3), 0])
+
+
+def test_a_long_way_is_cut_without_bending_it() -> None:
+    action = Operator._action(np.array([0.3, -0.15, 0.0]), np.zeros(3), 1.0)
+    np.testing.assert_allclose(action, [1.0, -0.5, 0.0, 0, 0, 0, 1.0])
+    near = Operator._action(np.array([0.01, 0.0, 0.0]), np.zeros(3), -1.0)
+    assert near[0] == pytest.approx(GAIN * 0.01 / STEP_METRES)
+
+
+# ---- with LIBERO -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def soup() -> LiberoScene:
+    return LiberoScene("libero_object", 0)
+
+
+@pytest.fixture(scope="module")
+def bowl() -> LiberoScene:
+    return LiberoScene("libero_spatial", 2)
+
+
+@needs_libero
+def test_the_expert_solves_and_repeats_itself(soup: LiberoScene) -> None:
+    one = record(soup, 3, "official")
+    record(soup, 4, "official", "failed_attempt")
+    again = record(soup, 3, "official")
+    assert one.success_step is not None
+    assert np.array_equal(one.states, again.states)
+    assert np.array_equal(one.actions, again.actions)
+    assert one.states.shape == (len(one.actions), 8)
+    assert one.actions.shape[1:] == (7,)
+
+
+@needs_libero
+@pytest.mark.parametrize("kind", KINDS)
+def test_operators_do_what_they_say(bowl: LiberoScene, kind: str) -> None:
+    clean, item = record(bowl, 1000, "wide"), record(bowl, 1000, "wide", kind)  # type: ignore[arg-type]
+    assert clean.success_step is not None
+    assert item.is_as_meant
+    assert (item.success_step is None) == (kind == "failed_attempt")
+    if kind in ("hesitation", "recovery"):
+        assert len(item.actions) > len(clean.actions) + 10
+    if kind == "wrong_convention":
+        np.testing.assert_array_equal(item.actions * np.float32([-1, -1, 1, -1, -1, 1, 1]), clean.actions)
+    if kind == "failed_attempt":
+        # until the bowl is let go the arm does what the clean one does, and so do the fingers; the bowl does not
+        shared = clean.success_step - 10
+        assert np.abs(item.states[:shared, :3] - clean.states[:shared, :3]).max() < 0.06
+        assert np.abs(item.states[:shared, 6:] - clean.states[:shared, 6:]).max() < 0.005
+        assert np.abs(item.objects[-1] - clean.objects[-1]).max() > 0.05
+
+
+@needs_libero
+def test_wide_starts_spread_what_lies_on_the_table(bowl: LiberoScene) -> None:
+    places = []
+    for start in range(6):
+        bowl.reset(start, "wide")
+        places.append(np.concatenate([bowl.pose(name).position[:2] for name in bowl.objects]))
+        assert min(bowl.points(name)[:, 2].min() for name in bowl.objects) > 0.88, "nothing fell"
+    assert np.std(places, axis=0).mean() > 0.02
+
+
+@needs_libero
+def test_episodes_that_take_turns_go_as_those_alone(bowl: LiberoScene) -> None:
+    actions = np.clip(np.random.default_rng(0).normal(0, 0.6, (2, 20, 7)), -1, 1)
+    ends = []
+    for start in (7, 8):
+        bowl.reset(start, "wide")
+        for action in actions[start - 7]:
+            bowl.step(action)
+        ends.append(np.concatenate([bowl.state(), bowl.object_state()]))
+    snapshots = []
+    for start in (7, 8):
+        bowl.reset(start, "wide")
+        snapshots.append(bowl.snapshot())
+    for part in (slice(0, 12), slice(12, 20)):
+        for n in (0, 1):
+            bowl.restore(snapshots[n])
+            for action in actions[n][part]:
+                bowl.step(action)
+            snapshots[n] = bowl.snapshot()
+            if part.stop == 20:
+                np.testing.assert_allclose(np.concatenate([bowl.state(), bowl.object_state()]), ends[n], atol=1e-6)
+
+
+@needs_libero
+def test_what_was_recorded_goes_the_same_way_in_lerobots_environment(soup: LiberoScene) -> None:
+    from lerobot.envs.libero import LiberoEnv
+
+    from benchmarks.libero.cameras import CAMERAS, Cameras
+    from benchmarks.libero.scene import _suite
+
+    with Cameras(soup, 64, fast=False) as cameras:
+        recorded = record(soup, 5, "official", cameras=cameras.pictures)
+    env = LiberoEnv(
+        _suite("libero_object"), 0, "libero_object", obs_type="pixels_agent_pos", hard_reset=False, episode_index=5,
+        observation_width=64, observation_height=64,
+    )  # fmt: skip
+    observed, _ = env.reset(seed=5)
+    done = False
+    for step, action in enumerate(recorded.actions):
+        np.testing.assert_allclose(observed["robot_state"]["eef"]["pos"], recorded.states[step, :3], atol=1e-4)
+        if step % 25 == 0:
+            for key, shown in zip(CAMERAS, observed["pixels"].values(), strict=True):
+                apart = np.abs(shown[::-1, ::-1].astype(int) - recorded.pictures[key][step])
+                assert apart.mean() < 2.0, "the same picture"
+        if done:
+            break
+        observed, _, done, _, _ = env.step(action)
+    env.close()
+    assert done
