@@ -16,7 +16,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from torch.utils.data import default_collate
 
-from ptr_hf import PTRConfig, PTRPolicy
+from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer
 from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.policies.tiny import tiny_act, tiny_smolvla, write_tiny_vlm
@@ -89,6 +89,11 @@ def observation(policy: PTRPolicy, root: Path, frames: Sequence[int]) -> dict[st
     keys = [key for key in items[0] if key.startswith("observation.") or key == "task"]
     preprocessor, _ = make_pre_post_processors(policy.config.base_config, dataset_stats=stats_of(root))
     return preprocessor(default_collate([{key: item[key] for key in keys} for item in items]))
+
+
+def save_alone(trainer: PTRTrainer) -> None:
+    """`save_model` without the card and the report, whose pictures take seconds to draw."""
+    trainer.save_model(_internal_call=True)
 
 
 def gradients(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -145,6 +145,11 @@ def training_rows(trainer: PTRTrainer) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def untrained(states: Path, vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> PTRTrainer:
+    return new_trainer(tmp_path_factory.mktemp("runs") / "untrained", states, vlm)
+
+
+@pytest.fixture(scope="module")
 def undisturbed(states: Path, vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> PTRTrainer:
     trainer = new_trainer(tmp_path_factory.mktemp("runs") / "alone", states, vlm)
     trainer.train()
@@ -157,7 +162,6 @@ def evaluated(states: Path, vlm: Path, tmp_path_factory: pytest.TempPathFactory)
         patch.setitem(metaworld_tasks.RADIUS, "reach", 0.25)
         trainer = new_trainer(tmp_path_factory.mktemp("runs") / "evaluated", states, vlm, ENVIRONMENT)
         trainer.train()
-    trainer.save_model()
     return trainer
 
 
@@ -173,6 +177,7 @@ def test_training_is_the_same_to_the_bit(undisturbed: PTRTrainer, evaluated: PTR
 def test_results_are_those_of_lerobots_own_loop(evaluated: PTRTrainer) -> None:
     """The checkpoint that training left, loaded and evaluated by hand on the same starts."""
     folder = Path(evaluated.args.output_dir)
+    evaluated.save_model()
     rows = read_evaluations(folder)
     assert [(row["step"], row["task"]) for row in rows] == [(step, task) for step in (2, 4) for task in TASKS]
     policy = PTRPolicy.from_pretrained(folder)
@@ -244,8 +249,8 @@ def test_a_simulator_that_fails_ends_the_training_where_that_was_asked(states: P
     assert trainer.state.global_step == 2
 
 
-def test_modes_and_random_streams_come_back_whatever_happens(undisturbed: PTRTrainer) -> None:
-    policy = undisturbed.policy.train()
+def test_modes_and_random_streams_come_back_whatever_happens(untrained: PTRTrainer) -> None:
+    policy = untrained.policy.train()
     frozen = next(policy.base.children()).eval()
     modes = [module.training for module in policy.modules()]
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].tolist()
@@ -270,15 +275,15 @@ def test_modes_and_random_streams_come_back_whatever_happens(undisturbed: PTRTra
     assert np.random.get_state()[1].tolist() == numpy_state
 
 
-def test_the_main_process_alone_evaluates(undisturbed: PTRTrainer, tmp_path: Path) -> None:
-    args = replace(undisturbed.args, output_dir=str(tmp_path))
-    callback = EvaluationCallback(undisturbed, "broken_for_tests", steps=2, must_succeed=True)
-    rows = len(undisturbed.state.log_history)
+def test_the_main_process_alone_evaluates(untrained: PTRTrainer, tmp_path: Path) -> None:
+    args = replace(untrained.args, output_dir=str(tmp_path))
+    callback = EvaluationCallback(untrained, "broken_for_tests", steps=2, must_succeed=True)
+    rows = len(untrained.state.log_history)
     for main in (False, True):
         state = TrainerState(global_step=2, is_world_process_zero=main)
         with pytest.raises(RuntimeError, match="simulator is gone") if main else nullcontext():
             callback.on_step_end(args, state, TrainerControl())
-    assert len(undisturbed.state.log_history) == rows
+    assert len(untrained.state.log_history) == rows
 
 
 def test_one_episode_has_no_standard_error() -> None:
@@ -286,12 +291,12 @@ def test_one_episode_has_no_standard_error() -> None:
     assert TaskResult("reach-left", (1, 2), (True, False)).standard_error == pytest.approx(0.5)
 
 
-def test_the_default_environment_shows_what_the_policy_observes(undisturbed: PTRTrainer) -> None:
-    found = resolve_environment("ptr_metaworld", undisturbed.policy)
+def test_the_default_environment_shows_what_the_policy_observes(untrained: PTRTrainer) -> None:
+    found = resolve_environment("ptr_metaworld", untrained.policy)
     assert isinstance(found, PTRMetaworldConfig)
     assert found.track == "state"
     given = PTRMetaworldConfig(track="pixels")
-    assert resolve_environment(given, undisturbed.policy) is given
+    assert resolve_environment(given, untrained.policy) is given
 
 
 @pytest.mark.parametrize(
@@ -304,14 +309,14 @@ def test_the_default_environment_shows_what_the_policy_observes(undisturbed: PTR
         ({"type": "isaaclab_arena", "hub_path": "lab/arena"}, "code from the Hub"),
     ],
 )
-def test_wrong_environments(undisturbed: PTRTrainer, source: EnvironmentSource, message: str) -> None:
+def test_wrong_environments(untrained: PTRTrainer, source: EnvironmentSource, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve_environment(source, undisturbed.policy)
+        resolve_environment(source, untrained.policy)
 
 
-def test_wrong_numbers(undisturbed: PTRTrainer) -> None:
+def test_wrong_numbers(untrained: PTRTrainer) -> None:
     with pytest.raises(ValueError, match="episodes=0"):
-        EvaluationCallback(undisturbed, episodes=0)
+        EvaluationCallback(untrained, episodes=0)
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

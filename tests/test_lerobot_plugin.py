@@ -32,7 +32,7 @@ from lerobot.transport import services_pb2, services_pb2_grpc
 from lerobot.transport.utils import send_bytes_in_chunks
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 from lerobot.utils.import_utils import register_third_party_plugins
-from small_policies import CHUNK, tensors_equal, vlm_folder
+from small_policies import CHUNK, save_alone, tensors_equal, vlm_folder
 from torch import Tensor
 
 from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments
@@ -65,7 +65,7 @@ def trained(folder: Path, root: Path, tokens: int, steps: int = 1) -> Path:
     features = LeRobotDatasetMetadata(root.name, root=root).features
     trainer = PTRTrainer(tiny_smolvla(features, vlm_folder(), chunk_size=CHUNK, num_steps=2), args, root)
     trainer.train()
-    trainer.save_model()
+    save_alone(trainer)
     return folder
 
 
@@ -154,6 +154,7 @@ class TestBelief:
         assert torch.equal(rollouts.actions(SEEDS[0]), first)
 
 
+@pytest.mark.full
 def test_lerobot_train_continues_a_checkpoint_under_ptr(of_robot: Path, front_camera: Path, tmp_path: Path) -> None:
     output, log, argv, handlers = tmp_path / "run", io.StringIO(), sys.argv, logging.getLogger().handlers[:]
     before = PTRPolicy.from_pretrained(of_robot)

@@ -13,7 +13,7 @@ from demonstrations import write_dataset
 from lerobot.configs import FeatureType, NormalizationMode
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import make_pre_post_processors
-from small_policies import CHUNK, vlm_folder
+from small_policies import CHUNK, save_alone, vlm_folder
 
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments, score_dataset
 from ptr_hf.constants import ACTION_DIM_PAD
@@ -79,7 +79,7 @@ def trained(content: dict[str, Any], folder: Path, family: str = "act", **settin
 class TestLoss:
     """A source's samples, normalised and traced, do not know who else is in the mixture."""
 
-    @pytest.mark.parametrize("family", ["act", "smolvla"])
+    @pytest.mark.parametrize("family", [pytest.param("act", marks=pytest.mark.full), "smolvla"])
     def test_of_one_source_is_bit_equal_alone_and_in_the_mixture(self, content: dict[str, Any], family: str) -> None:
         losses = {}
         for name, sources in (("together", content["sources"]), ("alone", content["sources"][:1])):
@@ -180,7 +180,7 @@ class TestTraining:
         sources = [{"dataset": str(points), "embodiment": POINT, "name": "points"}, ARM]
         folder = tmp_path_factory.mktemp("mixture")
         trainer = trained({"sources": sources, "action_space": "compact"}, folder, "smolvla")
-        trainer.save_model()
+        save_alone(trainer)
         return trainer
 
     @pytest.mark.full

@@ -253,7 +253,7 @@ class TestHostileNames:
         assert not any(target.startswith("http://evil") for target in targets)
         assert ModelCard(card.content).data.to_dict() == card.data.to_dict()
 
-    @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(name=st.text(alphabet=st.characters(), max_size=80))
     def test_any_text_survives(self, name: str) -> None:
         result = Evaluation(environment=name, task=name, episodes=3, success=1.0)
@@ -302,7 +302,14 @@ class TestPictures:
         assert "The dynamics of the training are not recorded here." in model_card(facts).text
 
 
-@pytest.mark.parametrize(("tokens", "peft"), [(0, False), (2, False), (0, True)], ids=["plain", "belief", "adapter"])
+@pytest.mark.parametrize(
+    ("tokens", "peft"),
+    [
+        pytest.param(0, False, id="plain"),
+        pytest.param(2, False, id="belief", marks=pytest.mark.full),
+        pytest.param(0, True, id="adapter", marks=pytest.mark.full),
+    ],
+)
 def test_the_lines_to_use_it_run(
     points: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, peft: bool
 ) -> None:

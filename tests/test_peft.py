@@ -12,7 +12,7 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import make_policy, make_pre_post_processors
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from small_policies import base_policy, observation, stats_of, tensors_equal, train_batch
+from small_policies import base_policy, observation, save_alone, stats_of, tensors_equal, train_batch
 
 from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments
 
@@ -62,7 +62,7 @@ def trained(points: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("runs") / "lora"
     trainer = PTRTrainer(str(base), arguments(folder), points, peft_config=lora())
     trainer.train()
-    trainer.save_model()
+    save_alone(trainer)
     return trainer
 
 

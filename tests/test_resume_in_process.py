@@ -109,7 +109,7 @@ class TestBitForBit:
             pytest.param(
                 "smolvla", [3], {"preset": "sft", "num_belief_tokens": 0, "max_steps": 8}, marks=pytest.mark.full
             ),
-            ("act", [3], {"max_steps": 4}),
+            pytest.param("act", [3], {"max_steps": 4}, marks=pytest.mark.full),
         ],
         ids=["accumulation over epochs", "weights per episode", "sft", "dropout of act"],
     )
@@ -145,19 +145,20 @@ class TestChoice:
         trainer(folder, points, max_steps=6).train()
         return folder
 
-    @pytest.mark.parametrize("asked", [True, "true", "True", "last"])
     def test_the_newest_that_is_whole(
-        self, points: Path, short: Path, tmp_path: Path, asked: str | bool, caplog: pytest.LogCaptureFixture
+        self, points: Path, short: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         shutil.copytree(short, tmp_path / "run")
         (tmp_path / "run" / "checkpoint-6" / "optimizer.pt").write_bytes(b"half")
         shutil.copytree(short / "checkpoint-3", tmp_path / "run" / "checkpoint-9")
         (tmp_path / "run" / "checkpoint-9" / "ptr_checkpoint.json").unlink()
         resumed = trainer(tmp_path / "run", points, max_steps=6)
-        assert resumed.choose_checkpoint(asked) == tmp_path / "run" / "checkpoint-3"
-        foreign, damaged = [record.message for record in caplog.records if "skipped" in record.message]
-        assert f"{tmp_path / 'run' / 'checkpoint-9'} is skipped: it has no ptr_checkpoint.json" in foreign
-        assert f"{tmp_path / 'run' / 'checkpoint-6'} is skipped: optimizer.pt has 4 bytes instead of" in damaged
+        for asked in (True, "true", "True", "last"):
+            caplog.clear()
+            assert resumed.choose_checkpoint(asked) == tmp_path / "run" / "checkpoint-3", asked
+            foreign, damaged = [record.message for record in caplog.records if "skipped" in record.message]
+            assert f"{tmp_path / 'run' / 'checkpoint-9'} is skipped: it has no ptr_checkpoint.json" in foreign
+            assert f"{tmp_path / 'run' / 'checkpoint-6'} is skipped: optimizer.pt has 4 bytes instead of" in damaged
 
     @pytest.mark.full
     def test_a_few_bytes_of_any_file(
@@ -181,6 +182,7 @@ class TestChoice:
             (newest / name).write_bytes(before)
         assert resumed.choose_checkpoint("last") == newest
 
+    @pytest.mark.full
     def test_of_an_earlier_version(
         self, points: Path, short: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -254,6 +256,7 @@ class TestChoice:
         with pytest.raises(ValueError, match=r"checkpoint-3 cannot be resumed from: scheduler.pt is missing"):
             started.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-3")
 
+    @pytest.mark.full
     def test_weights_alone_are_refused(self, points: Path, tmp_path: Path) -> None:
         trainer(tmp_path, points, max_steps=3, save_only_model=True).train()
         with pytest.raises(ValueError, match="save_only_model=True and holds no state of the optimiser"):

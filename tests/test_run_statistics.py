@@ -14,7 +14,7 @@ from bad_frames import arguments as arguments_of
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.act.configuration_act import ACTConfig
 from lerobot.policies.factory import make_pre_post_processors
-from small_policies import base_policy, ptr_policy, stats_of
+from small_policies import base_policy, ptr_policy, save_alone, stats_of
 
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments, score_dataset
 from ptr_hf.data.mixture.config import MixtureConfig
@@ -101,7 +101,7 @@ def checkpoint(points: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         base_policy("act", points), arguments(folder, max_steps=1, save_steps=1, save_strategy="steps"), points
     )
     trainer.train()
-    trainer.save_model()
+    save_alone(trainer)
     return folder
 
 

@@ -156,7 +156,7 @@ class TestActionLoss:
     def loss(self, policy: PTRPolicy, points: Path, **settings: Any) -> float:
         return action_loss(policy, points, preprocessor_of(policy, points), **settings)
 
-    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("family", ["smolvla", pytest.param("act", marks=pytest.mark.full)])
     def test_noise_is_paired_across_configurations(self, points: Path, family: str) -> None:
         reference = ptr_policy(family, points, num_belief_tokens=0, **SETTINGS)
         layout = reference.config.layout

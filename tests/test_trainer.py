@@ -80,7 +80,7 @@ def output_of(trainer: PTRTrainer) -> Path:
 
 
 class TestPlainPostTraining:
-    @pytest.mark.parametrize(("family", "steps"), [("smolvla", 20), pytest.param("act", 8, marks=pytest.mark.full)])
+    @pytest.mark.parametrize(("family", "steps"), [("smolvla", 8), pytest.param("act", 8, marks=pytest.mark.full)])
     def test_sft_equals_a_hand_written_loop_bit_for_bit(
         self, points: Path, family: str, steps: int, tmp_path: Path
     ) -> None:
@@ -302,7 +302,7 @@ class TestModels:
         [
             "folder of a LeRobot policy",
             pytest.param("path of a LeRobot policy", marks=pytest.mark.full),
-            "LeRobot policy",
+            pytest.param("LeRobot policy", marks=pytest.mark.full),
             pytest.param("PTRPolicy", marks=pytest.mark.full),
             "PTR checkpoint",
             pytest.param("loaded PTR checkpoint", marks=pytest.mark.full),

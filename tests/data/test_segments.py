@@ -64,6 +64,9 @@ LAYOUTS = {
     "two observation steps": layout(steps=(-1, 0)),
     "two observation steps, odd offset": layout(steps=(-1, 0), stride=3, offset=5),
 }
+FEW = ("offset is stride", "offset below stride", "no futures", "two observation steps, odd offset")
+"""Those that the default run reads; `-m full` reads the others."""
+EVERY_LAYOUT = [pytest.param(name, marks=() if name in FEW else pytest.mark.full) for name in LAYOUTS]
 
 
 def read(root: Path, layout: SegmentLayout, anchors: list[int], **settings: Any) -> tuple[dict[str, Any], Segment]:
@@ -117,7 +120,7 @@ def test_one_frame_more_than_chunks_when_the_offset_is_the_stride(segment_length
     assert offsets == [t * CHUNK for t in range(segment_length + 1)]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", EVERY_LAYOUT)
 def test_rows_are_the_hand_indexed_frames(points: Path, name: str) -> None:
     check_rows(points, LAYOUTS[name], [0, 5, 29, 31, 40, 60, 75, 93, 94, 105, 111])
 
@@ -155,7 +158,7 @@ def check_rows(root: Path, layout: SegmentLayout, anchors: list[int]) -> None:
     assert torch.equal(segment.chunk(0)["action"], segment.chunks["action"][: len(anchors)])
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", EVERY_LAYOUT)
 def test_validity_ends_exactly_with_the_episode(states: Path, name: str) -> None:
     layout_, anchors = LAYOUTS[name], list(range(sum(LENGTHS)))
     _, segment = read(states, layout_, anchors)
@@ -175,7 +178,9 @@ def test_validity_ends_exactly_with_the_episode(states: Path, name: str) -> None
         assert not all(future)
 
 
-@pytest.mark.parametrize("episodes", [[1], [3], [0, 2], [3, 1]])
+@pytest.mark.parametrize(
+    "episodes", [*(pytest.param(some, marks=pytest.mark.full) for some in ([1], [3], [0, 2])), [3, 1]]
+)
 def test_a_subset_of_episodes_reads_its_own_frames(points: Path, episodes: list[int]) -> None:
     """LeRobot once computed padding and frames of a subset from the wrong episode (huggingface/lerobot#2610)."""
     layout_, frames = layout(offset=6), frames_of(points)
@@ -219,7 +224,7 @@ def test_renamed_observations_keep_their_validity(points: Path) -> None:
     assert not [key for key in segment.chunks if key.startswith("observation.") and key.endswith("_is_pad")]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", EVERY_LAYOUT)
 def test_rows_are_a_plain_batch_and_hold_every_frame_once(points: Path, name: str) -> None:
     layout_, anchors = LAYOUTS[name], [0, 20, 28, 40]
     batch, segment = read(points, layout_, anchors)

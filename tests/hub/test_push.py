@@ -64,7 +64,7 @@ class TestPush:
     def test_a_run_is_published_whole_and_comes_back_to_the_bit(
         self, online: LoopbackHub, points: Path, tmp_path: Path
     ) -> None:
-        trainer = trainer_for(points, tmp_path / "run", "act")
+        trainer = trainer_for(points, tmp_path / "run", "act", hub_token=online.token)
         trainer.train()
         address = trainer.push_to_hub(tags=["v1"])
         assert address is not None
@@ -92,6 +92,12 @@ class TestPush:
         assert "not been evaluated" in card.text
         assert online.seen("/api/validate-yaml", "POST"), "the card is validated by the hub"
         assert [ref.name for ref in HfApi().list_repo_refs(REPO).tags] == ["v1"]
+        # no file holds the token
+        assert not [name for name, content in files.items() if online.token.encode() in content]
+        local = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+        assert local
+        assert not [path for path in local if online.token.encode() in path.read_bytes()]
+        assert online.leaks == []
 
     @pytest.mark.full
     def test_a_better_report_stays_and_no_path_goes_out(
@@ -130,16 +136,6 @@ class TestPush:
         with pytest.raises(PushError, match=r"notes\.txt is a symlink that leads out of the checkpoint's folder"):
             trainer.push_to_hub()
         assert "notes.txt" not in files_of(online)
-
-    def test_no_file_holds_the_token(self, online: LoopbackHub, points: Path, tmp_path: Path) -> None:
-        trainer = trainer_for(points, tmp_path / "run", hub_token=online.token)
-        trainer.train()
-        trainer.push_to_hub()
-        assert not [name for name, content in files_of(online).items() if online.token.encode() in content]
-        local = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-        assert local
-        assert not [path for path in local if online.token.encode() in path.read_bytes()]
-        assert online.leaks == []
 
     @pytest.mark.full
     def test_training_continues_from_the_hub(self, online: LoopbackHub, points: Path, tmp_path: Path) -> None:

@@ -68,8 +68,17 @@ def trajectory(policy: str, mode: str, folder: Path) -> dict[str, Any]:
     return {**found, "parameters": total}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("policy", "mode"),
+    [
+        ("act", "ptr"),
+        ("smolvla", "ptr"),
+        ("smolvla", "ptr_offline"),
+        ("smolvla_state", "ptr_offline"),
+        pytest.param("act", "ptr_offline", marks=pytest.mark.full),
+        pytest.param("smolvla_state", "ptr", marks=pytest.mark.full),
+    ],
+)
 def test_a_run_is_what_it_was(policy: str, mode: str, tmp_path: Path) -> None:
     expected = json.loads(RECORDED.read_text())[f"{policy} {mode}"]
     found = trajectory(policy, mode, tmp_path)

@@ -17,7 +17,7 @@ from ptr_hf.data.demonstrations import Truth, load_truth
 from ptr_hf.data.image_faults import frozen, shifted
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "corrupt_dataset.py"
-LENGTHS = (20, 25, 22, 24, 21, 23, 20, 26)
+LENGTHS = (10, 13, 11, 12, 11, 12, 10, 13)
 SHARES = ("--noise", "0.25", "--truncation", "0.25", "--wrong_instruction", "0.25")
 
 

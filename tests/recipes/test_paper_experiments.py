@@ -207,6 +207,11 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_stand_in(tmp_path_factory.mktemp("stand_ins") / "short", "libero", (8, 8), videos=False)
+
+
+@pytest.fixture(scope="module")
 def smolvla_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_smolvla_base(tmp_path_factory.mktemp("smolvla_base"))
 
@@ -379,9 +384,7 @@ def test_a_file_that_cannot_be_read_is_named(
 
 
 @pytest.mark.parametrize("override", ["freeze_vision_tower=false", "num_steps", "num_steps=four"])
-def test_an_override_that_does_not_fit_the_policy_is_refused(
-    override: str, datasets: dict[str, Path], smolvla_base: Path
-) -> None:
+def test_an_override_that_does_not_fit_the_policy_is_refused(override: str, short: Path, smolvla_base: Path) -> None:
     args = train_run.PTRTrainingArguments(output_dir="unused", use_cpu=True)
     with pytest.raises(ValueError, match=r"policy_overrides=.* do not fit the policy"):
-        train_run.adapted_policy(str(smolvla_base), [override], datasets["libero"], args)
+        train_run.adapted_policy(str(smolvla_base), [override], short, args)

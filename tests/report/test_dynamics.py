@@ -132,6 +132,7 @@ def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     assert seen == sorted(seen)
 
 
+@pytest.mark.full
 def test_a_killed_run_leaves_whole_rows(tmp_path: Path) -> None:
     path = tmp_path / "d.parquet"
     process = subprocess.Popen([sys.executable, "-c", APPEND_FOREVER, str(path)])

@@ -40,8 +40,13 @@ def trained(
     return trainer
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("family", ["smolvla", "act"])
+@pytest.mark.parametrize(
+    ("family", "accumulation"),
+    [
+        ("smolvla", 2),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in (("smolvla", 1), ("act", 1), ("act", 2))),
+    ],
+)
 def test_weights_of_1_train_sft_bit_for_bit(points: Path, tmp_path: Path, family: str, accumulation: int) -> None:
     ones = weights_file(tmp_path / "ones.parquet", np.ones(FRAMES))
     settings = {"family": family, "gradient_accumulation_steps": accumulation}
