@@ -9,7 +9,6 @@ negatives and the belief are on, and every step's gradient is compared, from par
 import json
 import math
 import os
-import socket
 import sys
 import tempfile
 import traceback
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 from demonstrations import write_dataset
+from meeting import meeting_place
 from safetensors.torch import load_file, save_file
 from small_policies import base_policy
 from torch import Tensor, nn
@@ -52,7 +52,8 @@ class Case:
 CASES = (
     Case("act", slow=True),
     Case("act", 2, slow=True),
-    Case("smolvla"),
+    # two processes are compared with accumulation
+    Case("smolvla", worlds=(1, 4)),
     Case("smolvla", 2, slow=True),
     Case("act", 2, {"shuffle_consequences": True}, (1, 2), slow=True),
     Case("act", 1, {"preset": "ptr_calibrated"}, (1, 2), slow=True),
@@ -157,19 +158,17 @@ def train(case: Case, world: int, points: Path, folder: Path) -> None:
 def run(case: Case, world: int, points: Path, folder: Path) -> list[dict[str, Tensor]]:
     """Fork the ranks of one run and read what they have seen."""
     folder.mkdir(parents=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    _store, place = meeting_place()
     ranks = []
     for rank in range(world):
         child = os.fork()
         if child == 0:
             code = 1
             try:
-                os.environ |= {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+                os.environ["ACCELERATE_USE_CPU"] = "true"
                 if world > 1:
                     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-                    os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                    os.environ |= {"LOCAL_WORLD_SIZE": str(world), **place}
                 train(case, world, points, folder)
                 code = 0
             except BaseException:

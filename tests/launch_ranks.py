@@ -5,7 +5,6 @@ Each rank writes what it was refused with, or its gradients of the first step an
 
 import json
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from meeting import meeting_place
 from safetensors.torch import save_file
 from small_policies import base_policy
 from torch import Tensor
@@ -107,9 +107,7 @@ def pretend_gpus(args: PTRTrainingArguments) -> PTRTrainingArguments:
 
 def in_ranks(name: str, work: Callable[[], None], environment: dict[str, str] | None = None) -> None:
     (folder / name).mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    _store, place = meeting_place()
     # a refused rank that left at once would take the meeting place from under one that is still arriving
     together = get_context("fork").Barrier(RANKS)
     children = []
@@ -120,7 +118,7 @@ def in_ranks(name: str, work: Callable[[], None], environment: dict[str, str] | 
                 os.environ |= {
                     **{"RANK": str(rank), "LOCAL_RANK": str(rank)},
                     **{"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)},
-                    **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"},
+                    **place,
                     **(environment or {}),
                 }
                 work()

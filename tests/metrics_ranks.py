@@ -2,12 +2,12 @@
 
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from meeting import meeting_place
 from metrics_rows import NAMES, TASKS, config_of, output_of
 
 from ptr_hf.training.metrics import MetricsWindow
@@ -26,16 +26,14 @@ def rank_of(number: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    _store, place = meeting_place()
     children = []
     for number in range(RANKS):
         child = os.fork()
         if child == 0:
             os.environ |= {
                 **{"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(RANKS)},
-                **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"},
+                **place,
                 "LOCAL_WORLD_SIZE": str(RANKS),
             }
             status = 1

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from meeting import meeting_place
 from safetensors.torch import save_file
 from small_policies import base_policy
 from torch import nn
@@ -18,7 +19,7 @@ from ptr_hf.training.nonfinite import Kind, NonFiniteWatch
 RANKS = 2
 
 
-def run(rank: int, points: Path, root: Path, folder: Path, port: str) -> None:
+def run(rank: int, points: Path, root: Path, folder: Path, place: dict[str, str]) -> None:
     """One rank."""
     torch.set_num_threads(1)
     os.environ |= {
@@ -26,10 +27,8 @@ def run(rank: int, points: Path, root: Path, folder: Path, port: str) -> None:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(RANKS),
         "LOCAL_WORLD_SIZE": str(RANKS),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
         "ACCELERATE_USE_CPU": "true",
-        "GLOO_SOCKET_IFNAME": "lo",
+        **place,
     }
     args = PTRTrainingArguments(
         preset="ptr",
@@ -86,12 +85,13 @@ def sharded_gradient_after_the_guard(watch: NonFiniteWatch) -> list[float]:
 
 
 if __name__ == "__main__":
-    points, root, folder, port = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
+    points, root, folder = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+    _store, place = meeting_place()
     workers = []
     for rank in range(RANKS):
         worker = os.fork()
         if worker == 0:
-            run(rank, points, root, folder, port)
+            run(rank, points, root, folder, place)
             os._exit(0)
         workers.append(worker)
     sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) != 0 for worker in workers))

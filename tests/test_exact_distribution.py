@@ -32,7 +32,6 @@ def rows_of(slow: bool) -> list[dict[str, Any]]:
     "case",
     [pytest.param(case, marks=pytest.mark.full if case.slow else (), id=case.name) for case in CASES],
 )
-@pytest.mark.timeout(900)
 def test_gradients_do_not_depend_on_the_number_of_processes(case: Case) -> None:
     rows = [row for row in rows_of(case.slow) if row["case"] == case.name]
     assert [row["processes"] for row in rows] == list(case.worlds)

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from _pytest.mark import ParameterSet
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
@@ -152,7 +151,7 @@ def test_ranks_whose_launcher_is_killed(points: Path, tmp_path: Path, options: l
         assert run.poll() is None, run.communicate()[0][-3000:]
         time.sleep(0.1)
     run.kill()
-    output, _ = run.communicate(timeout=120)
+    output, _ = run.communicate()
     assert f"The launcher of this run (process {run.pid}) was killed: rank 0" in output
 
 
@@ -224,10 +223,6 @@ def ranks_of(filled: Callable[..., Path], ranks: Path, case: str) -> Path:
     return ranks if case.startswith("smolvla") else filled("act", "frozen")
 
 
-def slow(*values: Any) -> ParameterSet:
-    return pytest.param(*values, marks=pytest.mark.full)
-
-
 def refusals(folder: Path) -> list[str]:
     return [(folder / f"refused-{rank}.txt").read_text() for rank in range(2)]
 
@@ -278,11 +273,12 @@ class TestRefusals:
             assert sentence in message
 
 
+@pytest.mark.full
 class TestFSDP2:
     """On CPU, with Accelerate's limit to GPUs lifted: its code, PyTorch's FSDP2 and gloo are the real ones."""
 
     # two micro-batches are summed before FSDP reduces them and after DDP does
-    @pytest.mark.parametrize(("case", "allowed"), [slow("act", 1e-6), ("smolvla", 0.0), slow("frozen", 0.0)])
+    @pytest.mark.parametrize(("case", "allowed"), [("act", 1e-6), ("smolvla", 0.0), ("frozen", 0.0)])
     def test_the_gradients_are_those_of_ddp(self, ranks_of: Path, case: str, allowed: float) -> None:
         sharded, copied = answers(ranks_of / f"{case}-fsdp"), answers(ranks_of / f"{case}-ddp")
         assert [(row["kind"], row["processes"]) for row in sharded] == [("FSDP", 2)] * 2
@@ -293,18 +289,18 @@ class TestFSDP2:
             name = f"gradients-{rank}.safetensors"
             assert difference(ranks_of / f"{case}-fsdp" / name, ranks_of / f"{case}-ddp" / name) <= allowed
 
-    @pytest.mark.parametrize("case", [slow("act-fsdp"), "smolvla-fsdp", slow("frozen-fsdp"), slow("act-ddp")])
+    @pytest.mark.parametrize("case", ["act-fsdp", "smolvla-fsdp", "frozen-fsdp", "act-ddp"])
     def test_that_the_ranks_hold_the_same(self, ranks_of: Path, case: str) -> None:
         """Weights, moving average, queue, controller: though they started from different ones."""
         folder = ranks_of / case
         assert difference(folder / "state-0.safetensors", folder / "state-1.safetensors") == 0.0
 
-    @pytest.mark.parametrize("case", [slow("act-fsdp"), "smolvla-fsdp"])
+    @pytest.mark.parametrize("case", ["act-fsdp", "smolvla-fsdp"])
     def test_resuming(self, ranks_of: Path, case: str) -> None:
         whole, resumed = ranks_of / case, ranks_of / f"{case}-resumed"
         assert difference(resumed / "state-0.safetensors", whole / "state-0.safetensors") == 0.0
 
-    @pytest.mark.parametrize("case", [slow("act-fsdp"), "smolvla-fsdp"])
+    @pytest.mark.parametrize("case", ["act-fsdp", "smolvla-fsdp"])
     def test_that_a_checkpoint_is_a_policy(self, ranks_of: Path, case: str) -> None:
         folder = ranks_of / case
         assert difference(folder / "loaded.safetensors", folder / "state-0.safetensors") == 0.0

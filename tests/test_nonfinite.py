@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -275,11 +274,8 @@ class TestMixedPrecision:
 def test_two_ranks_count_and_name_together(points: Path, tmp_path: Path) -> None:
     """They meet different numbers of bad samples, and one alone a NaN gradient; both log, write and step the same."""
     root = spoiled(points, tmp_path / "bad", {("action", FRAME): np.nan, ("observation.state", 90): np.inf})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    command = [sys.executable, str(Path(__file__).with_name("nonfinite_ranks.py")), points, root, tmp_path, port]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=300)
+    command = [sys.executable, str(Path(__file__).with_name("nonfinite_ranks.py")), points, root, tmp_path]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2)]
     assert ranks[0]["samples"] == ranks[1]["samples"]

@@ -22,7 +22,9 @@ def execute(folder: Path) -> nbformat.NotebookNode:
     """The notebook after a run in a fresh kernel whose working directory is `folder`."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     os.environ.setdefault("IPYTHONDIR", str(folder / ".ipython"))
-    client = NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(
+        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
     return client.execute()
 
 

@@ -67,18 +67,26 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture
-def impatient() -> Iterator[Callable[[float, str], None]]:
-    """Call with seconds and a pattern of paths: the client waits no longer for such an answer, by default for ever."""
+def impatient() -> Iterator[Callable[[str, int | None], None]]:
+    """Call with a pattern of paths and a number: the client gives up so many of these requests (None: all) after a second.
+
+    The hub has to leave those unanswered: it may take longer than that with an answer.
+    """
     import httpx
     from huggingface_hub import get_session
 
     client = get_session()
     hooks = client.event_hooks
 
-    def set_timeout(seconds: float, path_pattern: str) -> None:
+    def set_timeout(path_pattern: str, times: int | None) -> None:
+        seen = 0
+
         def limit(request: httpx.Request) -> None:
+            nonlocal seen
             # some calls ask for no timeout themselves, which a default of the client would not change
             if re.search(path_pattern, request.url.path):
+                seen += 1
+                seconds = 1 if times is None or seen <= times else 60
                 request.extensions["timeout"] = httpx.Timeout(60, read=seconds).as_dict()
 
         client.event_hooks = {**hooks, "request": [*hooks["request"], limit]}

@@ -224,11 +224,11 @@ class TestDuringTraining:
         points: Path,
         tmp_path: Path,
         waits: list[float],
-        impatient: Callable[..., None],
+        impatient: Callable[[str, int | None], None],
         caplog: pytest.LogCaptureFixture,
         kind: int | str,
     ) -> None:
-        impatient(0.5, r"/commit/")
+        impatient(r"/commit/", None if kind == "timeout" else 0)
         settings = {"push_to_hub": True, "hub_always_push": True, "save_strategy": "steps", "save_steps": 2}
         trainer = trainer_for(points, tmp_path / "run", **settings)
         online.fail(r"/commit/", "POST", times=None, kind=kind)
@@ -240,6 +240,7 @@ class TestDuringTraining:
         assert online.token not in caplog.text
         assert {"checkpoint-2", "checkpoint-4"} <= {path.name for path in (tmp_path / "run").iterdir()}
         online.heal()
+        impatient(r"/commit/", 0)
         trainer.push_to_hub()
         assert files_of(online).keys() >= COMPLETE
 

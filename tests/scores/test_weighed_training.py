@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from meeting import meeting_place
 from safetensors.torch import load_file
 from small_policies import base_policy, save_alone, tensors_equal
 
@@ -182,9 +182,7 @@ def test_the_dataset_decides_the_sizes_and_learned_heads_stay(points: Path, trut
 
 @pytest.mark.full
 def test_the_memory_is_the_same_on_both_ranks(points: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    _store, place = meeting_place()
     tests = Path(__file__).parents[1]
     processes = []
     for rank in range(2):
@@ -192,17 +190,15 @@ def test_the_memory_is_the_same_on_both_ranks(points: Path, tmp_path: Path) -> N
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(tests),
+            **place,
         }
         script = [sys.executable, str(Path(__file__).with_name("weighed_ranks.py")), str(points), str(tmp_path)]
         processes.append(subprocess.Popen(script, env=environment, stderr=subprocess.PIPE, text=True))
     try:
         for process in processes:
-            _, errors = process.communicate(timeout=280)
+            _, errors = process.communicate()
             assert process.returncode == 0, errors[-3000:]
     finally:
         for process in processes:
