@@ -6,6 +6,7 @@ import sys
 from collections.abc import Generator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,6 +39,11 @@ CHECKED = (
 )
 BENCHMARKS = ("benchmarks.corruption", "benchmarks.experts", "benchmarks.fast_writer")
 install_import_hook([*(f"ptr_hf.{name}" for name in CHECKED), *BENCHMARKS], "beartype.beartype")
+# no example has to be drawn or tried within some milliseconds
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 DEAREST = ("test_train_ptr.py", "test_exact_distribution.py")
 """Files with a test that takes longest: they come first, so that no worker is left with one at the end."""
 

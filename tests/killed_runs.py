@@ -21,7 +21,7 @@ from typing import Any
 
 from ptr_hf.training.checkpoint_files import PARTIAL, checkpoints
 
-PATIENCE = 120
+PATIENCE = 600
 """Seconds after which a process that should have done something is taken for stuck."""
 SETTINGS: dict[str, Any] = {
     "preset": "ptr",

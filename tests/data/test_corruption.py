@@ -27,7 +27,7 @@ def episode(length: int = 50, task: str = "push", seed: int = 0) -> Episode:
 @given(
     kind=st.sampled_from(KINDS), length=st.integers(10, 120), seed=st.integers(0, 2**32 - 1), data=st.integers(0, 1000)
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_only_the_named_labels_change(kind: str, length: int, seed: int, data: int) -> None:
     clean = episode(length, seed=data)
     before = {key: value.copy() for key, value in clean.frames.items()}
@@ -48,7 +48,7 @@ def test_only_the_named_labels_change(kind: str, length: int, seed: int, data: i
 
 
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_seed_decides_everything(kind: str, seed: int) -> None:
     first, values = corrupt(episode(), kind, seed, TASKS, episode(seed=1))
     second, again = corrupt(episode(), kind, seed, TASKS, episode(seed=1))
@@ -198,7 +198,7 @@ def test_an_episode_needs_streams_of_one_length() -> None:
 
 
 @given(per_task=st.integers(3, 30), tasks=st.integers(1, 6), seed=st.integers(0, 1000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_shares_hold_and_spread_over_the_tasks(per_task: int, tasks: int, seed: int) -> None:
     names = [f"task {index % tasks}" for index in range(per_task * tasks)]
     plan = CorruptionPlan({"noise": 0.25, "truncation": 0.2, "zeroed": 0.1}, seed)

@@ -19,7 +19,7 @@ from ptr_hf.method import (
     TransitionScorer,
 )
 
-property_test = settings(deadline=None, max_examples=40)
+property_test = settings(max_examples=40)
 
 
 def seeded(seed: int) -> torch.Generator:

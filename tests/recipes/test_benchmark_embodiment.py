@@ -132,7 +132,7 @@ unit = st.floats(-1.0, 1.0, width=32)
     position=arrays(np.float64, 3, elements=unit),
     turn=arrays(np.float64, 3, elements=st.floats(-3.0, 3.0)),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_what_is_written_down_is_what_is_carried_out(
     arm: object, action: np.ndarray, position: np.ndarray, turn: np.ndarray
 ) -> None:

@@ -23,7 +23,7 @@ def data(seed: int, slots: int, groups: int) -> tuple[torch.Tensor, torch.Tensor
     )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
     slots=st.integers(1, 40),
