@@ -245,6 +245,7 @@ class TestTraining:
         with pytest.raises(ValueError, match=r"is a mixture of points: give the same sources in the same order"):
             score_dataset(run.policy, single, preprocessor=run.preprocessor)
 
+    @pytest.mark.full
     def test_training_goes_on_from_the_checkpoint(self, run: PTRTrainer, tmp_path: Path) -> None:
         content = run.train_dataset.meta.config
         again = PTRTrainer(run.args.output_dir, arguments(tmp_path), content)

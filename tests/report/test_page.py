@@ -102,6 +102,7 @@ def test_names_from_a_dataset_are_text_and_never_markup(folder: Path) -> None:
     assert ['a"b', hostile] in page.rows["hyperparameters"]
 
 
+@pytest.mark.full
 def test_a_page_from_dynamics_alone(tmp_path: Path) -> None:
     DynamicsLog(tmp_path / "ptr_dynamics.parquet", run="sft").append(*sft_rows(rows=3))
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))

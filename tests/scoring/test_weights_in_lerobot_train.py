@@ -65,6 +65,7 @@ def test_a_file_weighs_the_chunks(points: Path, tmp_path: Path) -> None:
     assert loaded.config.weights_record["largest"] == pytest.approx(0.9)
 
 
+@pytest.mark.full
 def test_a_file_of_other_data_is_refused_before_training(points: Path, tmp_path: Path) -> None:
     path = tmp_path / "weights.csv"
     pd.DataFrame({"episode_index": range(5), "weight": [1.0] * 5}).to_csv(path, index=False)
