@@ -105,9 +105,9 @@ class EvaluationCallback(TrainerCallback):
                 f"An evaluation takes steps >= 0, episodes >= 1 and batch_size >= 1; got steps={steps}, "
                 f"episodes={episodes}, batch_size={batch_size}."
             )
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if trainer.is_fsdp_enabled:
             raise ValueError(
-                "A policy sharded by FSDP or DeepSpeed cannot be evaluated in one process while it trains: leave the "
+                "A policy sharded by FSDP cannot be evaluated in one process while it trains: leave the "
                 "environment out and run lerobot-eval on the checkpoints."
             )
         self.trainer = trainer
@@ -287,23 +287,14 @@ def run_episodes(
     results = []
     with tqdm(total=episodes * len(tasks), desc="evaluation", unit="episode", leave=False, disable=not progress) as bar:
         for task, env in tasks:
-            seeds: list[int] = []
-            solved: list[bool] = []
-            while len(seeds) < episodes:
-                # LeRobot's own bars, one a rollout, would fill the screen; its errors are raised, not printed
-                with redirect_stderr(io.StringIO()):
-                    found = eval_policy(
-                        env,
-                        policy,
-                        *environment_pipelines,
-                        *pipelines,
-                        n_episodes=min(env.num_envs, episodes - len(seeds)),
-                        start_seed=seed + len(seeds),
-                    )["per_episode"]
-                seeds += [int(episode["seed"]) for episode in found]
-                solved += [bool(episode["success"]) for episode in found]
-                bar.update(len(found))
-            results.append(TaskResult(task, tuple(seeds), tuple(solved)))
+            # LeRobot's own bars, one a rollout, would fill the screen; its errors are raised, not printed
+            with redirect_stderr(io.StringIO()):
+                found = eval_policy(
+                    env, policy, *environment_pipelines, *pipelines, n_episodes=episodes, start_seed=seed
+                )["per_episode"]
+            seeds = tuple(int(episode["seed"]) for episode in found)
+            results.append(TaskResult(task, seeds, tuple(bool(episode["success"]) for episode in found)))
+            bar.update(len(found))
             bar.set_postfix(success=f"{np.mean([result.success for result in results]):.1%}")
     return results
 

@@ -19,7 +19,6 @@ from accelerate.utils import DistributedType, gather_object
 from lerobot.configs import PreTrainedConfig
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.publishing.card_facts import TrainingData
@@ -52,8 +51,8 @@ def check_launch(args: TrainingArguments) -> None:
 
     Raises:
         ValueError: one process where several were asked for, several that do not know of each other, several GPUs without a
-            launcher, ranks that could hold different numbers of rows or rows without their text, or ZeRO-3; the sentence has
-            the right command.
+            launcher, ranks that could hold different numbers of rows or rows without their text, or DeepSpeed; the sentence
+            has the right command.
     """
     watch_launcher(is_launcher)
     script = Path(sys.argv[0]).name or "train.py"
@@ -63,9 +62,9 @@ def check_launch(args: TrainingArguments) -> None:
             f"with `accelerate launch --multi_gpu --num_processes {args.n_gpu} {script} ...`, or show one GPU with "
             "CUDA_VISIBLE_DEVICES=0."
         )
-    if is_deepspeed_zero3_enabled():
+    if args.deepspeed_plugin is not None:
         raise ValueError(
-            "PTR does not run under DeepSpeed's ZeRO-3, which takes a policy's weights apart while it is built: use FSDP2, "
+            "PTR does not run under DeepSpeed, whose checkpoints are pickles: use FSDP2, which shards as much, "
             f"`accelerate launch --config_file recipes/accelerate/fsdp2.yaml {script} ...`."
         )
     state = args.distributed_state
@@ -117,12 +116,10 @@ def check_alike(
     everyone: list[Mapping[str, Any]] = gather_object([facts])
     differences = []
     for name in sorted(set().union(*everyone)):
-        holders: dict[str, list[int]] = {}
-        for rank, held in enumerate(everyone):
-            holders.setdefault(repr(held[name]) if name in held else "nothing", []).append(rank)
-        if len(holders) > 1:
-            values = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in holders.items())
-            differences.append(f"{name}: {values}")
+        held = [repr(own[name]) if name in own else "nothing" for own in everyone]
+        if len(set(held)) > 1:
+            ranks = {value: [rank for rank, own in enumerate(held) if own == value] for value in held}
+            differences.append(f"{name}: " + ", ".join(f"{value} on {_ranks(own)}" for value, own in ranks.items()))
     if differences:
         more = f" (and {len(differences) - SHOWN} more)" if len(differences) > SHOWN else ""
         raise ValueError(
@@ -143,12 +140,8 @@ def _facts(args: TrainingArguments, policy: PTRPolicy) -> dict[str, Any]:
         "names, shapes and types of parameters": names.hexdigest()[:12],
     }
     settings = _plain("policy", draccus.encode(policy.config, PreTrainedConfig)) | _plain("", args.to_dict())
-    return facts | {name: value for name, value in settings.items() if not _may_differ(name)}
-
-
-def _may_differ(name: str) -> bool:
-    last = name.rsplit(".", 1)[-1]
-    return last in MAY_DIFFER or last.endswith("_token")
+    shared = {name: value for name, value in settings.items() if name.rsplit(".", 1)[-1] not in MAY_DIFFER}
+    return facts | {name: value for name, value in shared.items() if not name.endswith("_token")}
 
 
 def _plain(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

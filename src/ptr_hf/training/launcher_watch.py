@@ -20,50 +20,42 @@ ELASTIC = "TORCHELASTIC_RUN_ID"
 
 
 @cache
-def watch_launcher(is_launcher: Callable[[Sequence[str]], bool]) -> bool:
+def watch_launcher(is_launcher: Callable[[Sequence[str]], bool]) -> None:
     """End this process as soon as its launcher has ended; once a process, and not at all where there is no launcher.
 
     A shell, nohup, cron or a cluster's scheduler is none: those may end before what they have started.
 
     Args:
         is_launcher: whether a command line is a launcher's.
-
-    Returns:
-        whether there is one, which is watched from now on.
     """
-    ancestors = _ancestors()
-    launchers = [place for place, process in enumerate(ancestors) if is_launcher(_command(process))]
+    ancestors = psutil.Process().parents()
     # torchrun under another name, or a notebook that launches its processes itself: then it is the parent
-    length = launchers[0] + 1 if launchers else int(ELASTIC in os.environ)
-    chain = [process.pid for process in ancestors[:length]]
-    if chain:
-        threading.Thread(target=_watch, args=(chain,), name="launcher watch", daemon=True).start()
-    return bool(chain)
+    parent = ancestors[0] if ancestors and ELASTIC in os.environ else None
+    launcher = next((process for process in ancestors if is_launcher(_command(process))), parent)
+    if launcher is not None:
+        threading.Thread(target=_end_with, args=(launcher,), name="launcher watch", daemon=True).start()
 
 
-def _watch(chain: list[int]) -> None:
+def _end_with(launcher: psutil.Process) -> None:
     """A thread, since a rank that waits for others in a collective runs nothing else."""
-    looks = 0
-    # twice, because a process table that changes may be misread
-    while looks < 2:
+    while _runs(launcher):
         time.sleep(INTERVAL)
-        # whoever loses its parent gets another one
-        looks = looks + 1 if [process.pid for process in _ancestors()[: len(chain)]] != chain else 0
     rank = os.environ.get("RANK", "0")
     with suppress(OSError):
         sys.stderr.write(
-            f"The launcher of this run (process {chain[-1]}) was killed: rank {rank} (process {os.getpid()}) ends without "
+            f"The launcher of this run (process {launcher.pid}) was killed: rank {rank} (process {os.getpid()}) ends without "
             "writing anything more. Start the run again with --resume_from_checkpoint last.\n"
         )
         sys.stderr.flush()
     os._exit(1)
 
 
-def _ancestors() -> list[psutil.Process]:
+def _runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended, as one has that its own parent has not yet waited for."""
     try:
-        return list(psutil.Process().parents())
-    except psutil.Error:
-        return []
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _command(process: psutil.Process) -> list[str]:

@@ -81,10 +81,6 @@ class Resume(TrainerCallback):
                 )
         if self._manifest is not None and self._manifest.layout != trainer.checkpoints.layout.layout:
             self._report_other_layout(self._manifest)
-        if self._checkpoint is not None and trainer.is_deepspeed_enabled:
-            self._warn(
-                f"DeepSpeed opens its files in {self._checkpoint} with pickle, which can run code: trust who wrote them."
-            )
         return str(self._checkpoint) if self._checkpoint else None
 
     # ---- choosing ----------------------------------------------------------------------------------------------------
@@ -207,7 +203,7 @@ class Resume(TrainerCallback):
         if checkpoint is None:
             return
         trainer, folder = self._trainer, Path(checkpoint)
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        if trainer.is_fsdp_enabled:
             with reading(folder / f"optimizer.bin or {SCHEDULER_NAME}"):
                 otherwise(checkpoint)
             return

@@ -6,7 +6,6 @@ memory are buffers, which are replicated.
 """
 
 import copy
-import logging
 from functools import cache
 from pathlib import Path
 
@@ -21,20 +20,15 @@ from ptr_hf.artifacts.checkpoint import load_weights
 from ptr_hf.method.chunks import ObjectiveOutput, Weighing
 from ptr_hf.modeling_ptr import PTRPolicy
 
-logger = logging.getLogger(__name__)
-
 CONFIG = "recipes/accelerate/fsdp2.yaml"
 
 
 def prepare_sharding(accelerator: Accelerator, policy: PTRPolicy) -> None:
-    """Make ready for FSDP2 or DeepSpeed where the launch asks for one of them; nothing to do otherwise.
+    """Make ready for FSDP2 where the launch asks for it; nothing to do otherwise.
 
     Raises:
         ValueError: it was asked for in a way that would be ignored, fail or change the gradients.
     """
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        _check_deepspeed(accelerator)
-        return
     if not accelerator.is_fsdp2:
         if accelerator.distributed_type == DistributedType.FSDP or parse_flag_from_env("ACCELERATE_USE_FSDP"):
             raise ValueError(
@@ -70,21 +64,6 @@ def _show_outputs() -> None:
 
     for output in (ObjectiveOutput, Weighing):
         register_dataclass(output)
-
-
-def _check_deepspeed(accelerator: Accelerator) -> None:
-    config = accelerator.state.deepspeed_plugin.deepspeed_config
-    lowered = [name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled") is True]
-    if lowered:
-        raise ValueError(
-            f"PTR under DeepSpeed has not been tried with {lowered[0]}: train in float32, or use FSDP2, which runs in bf16, with "
-            f"`accelerate launch --config_file {CONFIG} ...`."
-        )
-    if accelerator.is_main_process:
-        logger.warning(
-            f"DeepSpeed is not among the tests of this project; FSDP2 ({CONFIG}) shards as much and is. ZeRO-2 was compared to "
-            "DDP by hand, see docs/distributed.md."
-        )
 
 
 @torch.no_grad()
