@@ -5,7 +5,7 @@ import math
 import os
 import stat
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,36 +73,30 @@ def _sum(path: Path, start: int) -> int:
 # ---- trainer_state.json --------------------------------------------------------------------------------------------
 
 
-def _count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _amount(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value >= 0
-
-
-def _rows(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(row, dict) for row in value)
-
-
-def _or_none(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or check(value)
-
-
-_FIELDS: dict[str, Callable[[Any], bool]] = {
-    "global_step": _count,
-    "max_steps": _count,
-    "epoch": _amount,
-    "log_history": _rows,
-    "total_flos": _amount,
-    "num_input_tokens_seen": _count,
-    "train_batch_size": _or_none(_count),
-    "best_metric": _or_none(lambda value: type(value) in (int, float)),
-    "best_global_step": _or_none(_count),
-    "best_model_checkpoint": _or_none(lambda value: isinstance(value, str)),
-    "stateful_callbacks": lambda value: isinstance(value, dict),
+_NONE = type(None)
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "global_step": (int,),
+    "max_steps": (int,),
+    "epoch": (int, float),
+    "log_history": (list,),
+    "total_flos": (int, float),
+    "num_input_tokens_seen": (int,),
+    "train_batch_size": (int, _NONE),
+    "best_metric": (int, float, _NONE),
+    "best_global_step": (int, _NONE),
+    "best_model_checkpoint": (str, _NONE),
+    "stateful_callbacks": (dict,),
 }
 """What a resumed run goes by. transformers would take the default of a field that is missing, and any value of another type."""
+
+
+def _can_be(name: str, value: Any) -> bool:
+    """Whether a field is of its type; all numbers but the metric are counts or amounts."""
+    if type(value) not in _FIELDS[name]:
+        return False
+    if isinstance(value, list):
+        return all(isinstance(row, dict) for row in value)
+    return name == "best_metric" or not isinstance(value, int | float) or (math.isfinite(value) and value >= 0)
 
 
 def check_trainer_state(path: Path, step: int) -> None:
@@ -126,10 +120,10 @@ def check_trainer_state(path: Path, step: int) -> None:
         ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__} instead of an object.")
-    for name, is_right in _FIELDS.items():
+    for name in _FIELDS:
         if name not in content:
             raise ValueError(f"{path} is damaged or was edited: it lacks {name}.")
-        if not is_right(content[name]):
+        if not _can_be(name, content[name]):
             raise ValueError(f"{path} is damaged or was edited: {name} cannot be {_short(content[name])}.")
     try:
         state = TrainerState(**content)

@@ -26,7 +26,7 @@ from ptr_hf.training.nonfinite_record import (
     BadFrame,
     Kind,
     NonFiniteRecord,
-    NonFiniteWindow,
+    by_kind,
     describe,
 )
 
@@ -58,7 +58,7 @@ class NonFiniteGuard(TrainerCallback):
         self.watch = NonFiniteWatch()
         self.masked = MaskedSegments()
         self._record: NonFiniteRecord | None = None
-        self._found: NonFiniteWindow | None = None
+        self._found: tuple[Counter[BadFrame], list[bool]] | None = None
         self._many_masked: str | None = None
 
     def watch_losses(self, policy: nn.Module) -> None:
@@ -85,7 +85,7 @@ class NonFiniteGuard(TrainerCallback):
         if training and len(bad):
             self.masked.add(batch["action_is_pad"].all(dim=1) | (bad != FINE))
 
-    def check_gradients(self, norm: Tensor | float | None, model: nn.Module) -> None:
+    def check_gradients(self, norm: Tensor | float, model: nn.Module) -> None:
         """Zero the gradients of a step whose norm is not finite."""
         self.watch.guard(norm, model.parameters(), scaled=self._trainer.accelerator.scaler is not None)
 
@@ -95,10 +95,12 @@ class NonFiniteGuard(TrainerCallback):
         Returns:
             figures for the log row.
         """
-        self._found = self.watch.flush(self._trainer.accelerator)
+        noted, steps = self.watch.flush(self._trainer.accelerator)
         self._many_masked = self.masked.read(self._trainer.accelerator, self._trainer.state.global_step)
-        self._found.frames = Counter({self._located(frame): times for frame, times in self._found.frames.items()})
-        return self._found.metrics
+        frames = Counter({self._located(frame): times for frame, times in noted.items()})
+        self._found = frames, steps
+        samples = sum(times for frame, times in frames.items() if frame.kind != "evaluation")
+        return {"nonfinite_samples": float(samples), "nonfinite_gradients": float(steps.count(False))}
 
     def report(self, stops: bool) -> None:
         """Say what the last `read` found, and end training if it has to.
@@ -113,11 +115,12 @@ class NonFiniteGuard(TrainerCallback):
         found, self._found = self._found, None
         if found is None:
             return
-        sentences = [describe(kind, frames) for kind, frames in self._kept(found).items()]
-        lost = found.steps.count(False)
+        frames, steps = found
+        lost = steps.count(False)
+        sentences = [describe(kind, new) for kind, new in self._kept(frames, lost).items()]
         if lost:
             sentences.append(
-                f"{lost} of the {len(found.steps)} steps up to step {self._trainer.state.global_step} had a gradient that is not "
+                f"{lost} of the {len(steps)} steps up to step {self._trainer.state.global_step} had a gradient that is not "
                 "finite; they were left out. If this goes on, lower learning_rate or look for values that are far too large."
             )
         if self._many_masked is not None:
@@ -126,7 +129,7 @@ class NonFiniteGuard(TrainerCallback):
             for sentence in sentences:
                 logger.warning("%s", sentence)
         if stops:
-            self._end_if_broken(found)
+            self._end_if_broken(frames, steps)
 
     def _located(self, frame: BadFrame) -> BadFrame:
         """The frame as a user finds it: in the dataset of a mixture that it was recorded in."""
@@ -137,17 +140,17 @@ class NonFiniteGuard(TrainerCallback):
         names, episodes, _, indices = meta.located(np.array([frame.episode]), np.array([frame.index - start]))
         return BadFrame(frame.kind, int(indices[0]), int(episodes[0]), str(names[0]))
 
-    def _kept(self, found: NonFiniteWindow) -> dict[Kind, list[BadFrame]]:
+    def _kept(self, frames: Counter[BadFrame], lost: int) -> dict[Kind, list[BadFrame]]:
         """Add a window to the file; what is new of it."""
         trainer = self._trainer
         if self._record is None:
             path = Path(trainer.args.output_dir) / NONFINITE_FILE
             self._record = NonFiniteRecord(path, trainer.resume.step > 0, trainer.is_world_process_zero())
-        return self._record.add(found)
+        return self._record.add(frames, lost)
 
-    def _end_if_broken(self, found: NonFiniteWindow) -> None:
+    def _end_if_broken(self, found: Counter[BadFrame], steps: list[bool]) -> None:
         step, streak = self._trainer.state.global_step, self.watch.streak
-        if streak >= max(PATIENCE, len(found.steps)) and not self._scale_can_fall:
+        if streak >= max(PATIENCE, len(steps)) and not self._scale_can_fall:
             output = Path(self._trainer.args.output_dir)
             before = [folder for folder in checkpoints(output) if step_of(folder) <= step - streak]
             good = [folder for folder in before if fault(folder, contents=False) is None]
@@ -157,11 +160,10 @@ class NonFiniteGuard(TrainerCallback):
                 f"broken, and training cannot go on. Before that, {back}. Resume from there with a lower learning_rate, or look "
                 f"into {NONFINITE_FILE}."
             )
-        frames = [frame for frame in found.frames if frame.kind != "evaluation"]
-        if self._trainer.args.nonfinite == "stop" and (frames or False in found.steps):
+        frames = [frame for frame in found if frame.kind != "evaluation"]
+        if self._trainer.args.nonfinite == "stop" and (frames or False in steps):
             self._trainer.checkpoints.save()
-            kinds = dict.fromkeys(frame.kind for frame in frames)
-            named = [describe(kind, sorted(frame for frame in frames if frame.kind == kind)) for kind in kinds]
+            named = [describe(kind, own) for kind, own in by_kind(frames).items()]
             raise ValueError(
                 f'Training stops at step {step}, as nonfinite="stop" asks; its checkpoint is written. '
                 + " ".join(named or ["The gradient of a step was not finite."])
@@ -209,19 +211,17 @@ class NonFiniteWatch:
         self.add_frames("loss", torch.where(bad, rows["index"][:count], FINE), rows["episode_index"][:count])
 
     @torch.no_grad()
-    def guard(self, norm: Tensor | float | None, parameters: Iterable[nn.Parameter], scaled: bool = False) -> None:
+    def guard(self, norm: Tensor | float, parameters: Iterable[nn.Parameter], scaled: bool = False) -> None:
         """Zero every gradient of a step whose norm is not finite, without looking at it: the parameters stay finite.
 
         The optimiser still steps, by its momentum and weight decay.
 
         Args:
-            norm: of the gradients, the same on every rank; None where DeepSpeed keeps it to itself.
+            norm: of the gradients, the same on every rank.
             parameters: those in training; under FSDP2 their gradients are sharded.
             scaled: AMP's scaler is at work: it finds overflows in the course of things, skips such steps itself and lowers
                 its scale, so they are nobody's fault and nothing is zeroed or counted.
         """
-        if norm is None:
-            return
         norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
         finite = norm.detach().isfinite()
         self._steps.append(finite)
@@ -246,8 +246,13 @@ class NonFiniteWatch:
         self._frames, self._steps = [state[_FRAMES]], list(state[_STEPS].unbind())
         self.streak = int(state[_STREAK])
 
-    def flush(self, accelerator: Accelerator) -> NonFiniteWindow:
-        """Read what was collected, on every rank the same, and start anew; a collective."""
+    def flush(self, accelerator: Accelerator) -> tuple[Counter[BadFrame], list[bool]]:
+        """Read what was collected, on every rank the same, and start anew; a collective.
+
+        Returns:
+            how often each bad frame was met, of a sample its first; and of every optimiser step whether its gradient was finite,
+            where AMP's scaler does not look after them.
+        """
         device = accelerator.device
         noted = torch.cat(self._frames) if self._frames else torch.empty(0, 3, dtype=torch.int64, device=device)
         noted = noted[noted[:, 1] != FINE]
@@ -261,9 +266,8 @@ class NonFiniteWatch:
         steps: list[bool] = torch.stack(self._steps).tolist() if self._steps else []
         finite = [place for place, good in enumerate(reversed(steps)) if good]
         self.streak = finite[0] if finite else self.streak + len(steps)
-        window = NonFiniteWindow(frames, [] if self._scaled else steps)
         self._frames, self._steps = [], []
-        return window
+        return frames, [] if self._scaled else steps
 
 
 def _note_losses(watch: NonFiniteWatch, _policy: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

@@ -3,8 +3,8 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -41,25 +41,6 @@ class BadFrame:
     source: str = ""
 
 
-@dataclass
-class NonFiniteWindow:
-    """What a logging window held, over all ranks.
-
-    Attributes:
-        frames: how often each bad frame was met; of a sample its first.
-        steps: per optimiser step whether its gradient was finite; of steps that AMP's scaler looks after nothing.
-    """
-
-    frames: Counter[BadFrame] = field(default_factory=Counter)
-    steps: list[bool] = field(default_factory=list)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """For the log row."""
-        samples = sum(times for frame, times in self.frames.items() if frame.kind != "evaluation")
-        return {"nonfinite_samples": float(samples), "nonfinite_gradients": float(self.steps.count(False))}
-
-
 class NonFiniteRecord:
     """Every bad frame of a run, in `ptr_nonfinite.json`; each is warned about once.
 
@@ -84,25 +65,21 @@ class NonFiniteRecord:
         """Go on with the file that is there; one that cannot be read is put aside."""
         try:
             kept = json.loads(self._path.read_text(encoding="utf-8"))
-            frames = Counter(
-                {BadFrame(**{"source": "", **row}): times for row, times in map(_taken_apart, kept["frames"])}
-            )
-            if not all(type(number) is int for number in (kept["gradients"], *frames.values())):
-                raise ValueError("it has counts that are no numbers")
+            frames = Counter({_frame(row): int(row["times"]) for row in kept["frames"]})
+            gradients = int(kept["gradients"])
         # JSON of another kind has other types where these keys are
         except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
             if self._writes:
                 put_aside(self._path, error)
             return
-        self.frames, self.gradients = frames, kept["gradients"]
+        self.frames, self.gradients = frames, gradients
 
-    def add(self, window: NonFiniteWindow) -> dict[Kind, list[BadFrame]]:
-        """Keep a window's frames and write the file; returns those that are new, by kind."""
-        gradients = window.steps.count(False)
-        if not window.frames and not gradients:
+    def add(self, frames: Counter[BadFrame], gradients: int) -> dict[Kind, list[BadFrame]]:
+        """Keep a window's frames and number of bad gradients, and write the file; returns the frames that are new, by kind."""
+        if not frames and not gradients:
             return {}
-        new = sorted(window.frames.keys() - self.frames.keys())
-        self.frames += window.frames
+        new = sorted(frames.keys() - self.frames.keys())
+        self.frames += frames
         self.gradients += gradients
         if self._writes:
             rows = [{**asdict(frame), "times": times} for frame, times in sorted(self.frames.items())]
@@ -112,16 +89,17 @@ class NonFiniteRecord:
                     temporary.write_text(text + "\n", encoding="utf-8")
             except OSError as error:
                 logger.error(f"{self._path} could not be written ({error}); the next one found is written with these.")
-        return {kind: frames for kind in KINDS if (frames := [frame for frame in new if frame.kind == kind])}
+        return by_kind(new)
 
 
-def _taken_apart(row: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """A row of the file as the fields of a frame, and how often it was met."""
-    fields = {name: value for name, value in row.items() if name != "times"}
-    numbers = all(type(fields[name]) is int for name in ("index", "episode"))
-    if fields["kind"] not in KINDS or not numbers or type(fields.get("source", "")) is not str:
-        raise ValueError("it has a frame without kind, index and episode")
-    return fields, row["times"]
+def by_kind(frames: Iterable[BadFrame]) -> dict[Kind, list[BadFrame]]:
+    """Frames in order, by what was not finite."""
+    return {kind: found for kind in KINDS if (found := sorted(frame for frame in frames if frame.kind == kind))}
+
+
+def _frame(row: dict[str, Any]) -> BadFrame:
+    kind = KINDS[KINDS.index(row["kind"])]
+    return BadFrame(kind, int(row["index"]), int(row["episode"]), str(row.get("source", "")))
 
 
 def describe(kind: Kind, frames: Sequence[BadFrame]) -> str:

@@ -6,7 +6,6 @@ simulator serves all episodes of a scene; and an episode stops when it is solved
 """
 
 import atexit
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -34,8 +33,6 @@ class Rollouts:
     seeds: tuple[int, ...]
     success: Bool[np.ndarray, "tasks seeds"]
     steps: Int[np.ndarray, "tasks seeds"]
-    policy_seconds: float
-    simulator_seconds: float
 
     @property
     def mean(self) -> float:
@@ -46,18 +43,6 @@ class Rollouts:
     def by_task(self) -> dict[str, float]:
         """Success rate of every task."""
         return dict(zip(self.tasks, self.success.mean(1).tolist(), strict=True))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, for a JSON file."""
-        return {
-            "tasks": list(self.tasks),
-            "seeds": list(self.seeds),
-            "success": self.success.tolist(),
-            "steps": self.steps.tolist(),
-            "mean": self.mean,
-            "policy_seconds": self.policy_seconds,
-            "simulator_seconds": self.simulator_seconds,
-        }
 
 
 def shared_scene(task: str, track: Track, goals: Goals = "train") -> BenchmarkScene:
@@ -146,27 +131,20 @@ def evaluate_success(
     keep_rows = _keeps_rows(policy)
     pairs = [(task, start) for task in tasks for start in seeds]
     finished: list[_Episode] = []
-    seconds = {"policy": 0.0, "simulator": 0.0}
     was_training = policy.training
     policy.eval()
     with torch.random.fork_rng(), tqdm(total=len(pairs), desc="rollouts", unit="episode", disable=not progress) as bar:
         torch.manual_seed(seed)
         for first in range(0, len(pairs), batch_size):
-            mark = time.perf_counter()
             episodes = [_Episode.begin(task, start, track, goals) for task, start in pairs[first : first + batch_size]]
-            seconds["simulator"] += time.perf_counter() - mark
             policy.reset()
             running = episodes
             while running:
                 rows = episodes if keep_rows else running
-                mark = time.perf_counter()
                 chunks = _predict(policy, preprocessor, postprocessor, rows)[:, :steps]
-                seconds["policy"] += time.perf_counter() - mark
-                mark = time.perf_counter()
                 for episode, actions in zip(rows, chunks, strict=True):
                     if not episode.done:
                         episode.execute(actions, max_steps)
-                seconds["simulator"] += time.perf_counter() - mark
                 left = [episode for episode in running if not episode.done]
                 bar.update(len(running) - len(left))
                 running = left
@@ -179,8 +157,6 @@ def evaluate_success(
         tuple(seeds),
         np.array([episode.snapshot.success for episode in finished]).reshape(shape),
         np.array([episode.snapshot.steps for episode in finished]).reshape(shape),
-        seconds["policy"],
-        seconds["simulator"],
     )
 
 
