@@ -266,7 +266,8 @@ class PTRPolicy(PreTrainedPolicy):
                 weighed = self._weighed(plain)
                 return (weighed, {}) if reduction == "none" else self._reduced(weighed)
             if ACTION_DIM_PAD not in plain:
-                return self.base(plain)
+                with self.adapter.features_scope(plain):
+                    return self.base(plain)
             # LeRobot's own loss would count the dimensions that a robot does not have
             loss, valid = self.adapter.trace(plain).loss, ~plain[ACTION + PAD_SUFFIX].all(dim=1)
             return (loss * valid).sum() / valid.sum().clamp(min=1), {}

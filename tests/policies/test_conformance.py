@@ -14,6 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from ptr_hf.policies import AdapterBase, PolicyTrace, make_adapter
+from ptr_hf.policies.base import features_key, view_key
 
 Batch = dict[str, Any]
 Recorder = Callable[[str, object], None]
@@ -348,6 +349,34 @@ def test_views_equal_no_views_with_the_tower_run_once(policy: PreTrainedPolicy, 
             assert torch.equal(picked.features[key], value[[3, 0]])
         with pytest.raises(ValueError, match="4 rows and the batch 2"):
             adapter.trace(chunks[0], views=views)
+
+
+@pytest.mark.full
+def test_features_in_the_place_of_pictures(policy: PreTrainedPolicy, batch: Batch, family: Family) -> None:
+    """Trace and LeRobot's own loss are the same, bit for bit, and the tower does not run."""
+    adapter = make_adapter(policy)
+    if not adapter.reads_features or not family.cameras:
+        pytest.skip("reads no features")
+    policy.requires_grad_(False).eval()
+    views = adapter.encode_views(batch, 1)
+    stored = {key: value for key, value in batch.items() if key not in family.cameras}
+    for key in set(family.cameras) & views.features.keys():
+        stored |= {features_key(key): views.features[key], view_key(key): views.tower[key].mean(dim=1)}
+    found, expected = (seeded(lambda given=given: adapter.trace(given)) for given in (stored, batch))
+    assert torch.equal(found.loss, expected.loss)
+    # what a padded context position holds is nobody's business
+    assert torch.equal(found.context[found.context_mask], expected.context[expected.context_mask])
+    kept = adapter.encode_views(stored, 1)
+    for key, value in kept.tower.items():
+        torch.testing.assert_close(value[:, 0], views.tower[key].mean(dim=1), rtol=0, atol=0)
+
+    def own_loss(given: Batch) -> Tensor:
+        with adapter.features_scope(given):
+            return policy(given)[0]
+
+    assert torch.equal(seeded(lambda: own_loss(stored)), seeded(lambda: own_loss(batch)))
+    assert family.tower is not None
+    assert calls_of(policy.get_submodule(family.tower), lambda: own_loss(stored)) == 0
 
 
 @pytest.mark.capability("tower reuse")

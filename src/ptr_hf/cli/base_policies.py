@@ -16,10 +16,11 @@ from torch import nn
 from ptr_hf import PTRTrainingArguments
 from ptr_hf.artifacts.checkpoint import is_ptr_source, widest_vector
 from ptr_hf.configuration_ptr import chunk_settings
+from ptr_hf.constants import CAMERA_MASK_SUFFIX
 from ptr_hf.data.fit import renamed_features
 from ptr_hf.data.mixture.dataset import Mixture
 from ptr_hf.data.mixture.metadata import MixtureMetadata
-from ptr_hf.data.segments import CAMERA_MASK_SUFFIX, SegmentLayout
+from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.files.base_source import check_base
 from ptr_hf.policies import supported_policies
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm

@@ -12,7 +12,7 @@ HELP_FILE = Path(__file__).parent / "train_help.txt"
 GROUPS: dict[str, tuple[str, ...]] = {
     "what is trained on what": (
         *("policy_path", "policy_type", "policy_overrides", "use_peft"),
-        *("dataset", "mixture", "rename_map", "statistics", "in_memory"),
+        *("dataset", "mixture", "rename_map", "statistics", "in_memory", "cache_features"),
     ),
     "the run": (
         *("output_dir", "config", "max_steps", "num_train_epochs", "per_device_train_batch_size"),

@@ -1,12 +1,25 @@
 """Files of a dataset that were cut off or damaged: found cheaply, and named."""
 
+import hashlib
 import json
 from pathlib import Path
 
 import av
 import pyarrow as pa
 import pyarrow.parquet as pq
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.video_utils import get_video_duration_in_s
+
+
+def files_digest(dataset: LeRobotDataset) -> str:
+    """A digest of a dataset's frames: its data and video files by name, size and time, its revision and its episodes."""
+    root = Path(dataset.root)
+    digest = hashlib.sha256(f"{dataset.revision} {dataset.episodes}".encode())
+    files = [path for part in ("data", "videos") for path in sorted((root / part).rglob("*")) if path.is_file()]
+    for path in files:
+        about = path.stat()
+        digest.update(f"{path.relative_to(root)} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def video_seconds(path: Path) -> float:

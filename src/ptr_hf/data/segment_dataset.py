@@ -1,5 +1,7 @@
 """A LeRobotDataset that reads segments: every chunk with the instruction, and whatever else, of its own first frame."""
 
+import copy
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -11,8 +13,9 @@ from lerobot.datasets.language import is_language_column
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
 
-from ptr_hf.data.readable import ReadableDataset
-from ptr_hf.data.segments import ACTION, CHUNK_PREFIX, OBSERVATION_PREFIX, SegmentLayout
+from ptr_hf.data.feature_store import FeatureStore
+from ptr_hf.data.readable import ReadableDataset, as_unreadable
+from ptr_hf.data.segments import ACTION, CHUNK_PREFIX, OBSERVATION_PREFIX, PAD_SUFFIX, SegmentLayout
 
 TASK = "task"
 TASK_INDEX = "task_index"
@@ -35,6 +38,8 @@ class SegmentDataset(ReadableDataset):
     def __init__(self, repo_id: str, *, layout: SegmentLayout, frame_stride: int = 1, **settings: Any) -> None:
         super().__init__(repo_id, **settings)
         self.layout = layout
+        self._stride = frame_stride
+        self._features: FeatureStore | None = None
         self._steps = [start * frame_stride for start in layout.chunk_starts]
         self._first, self._last = episode_bounds(self)
         self._columns = self.hf_dataset.select_columns(chunk_columns(self.meta.features, layout))
@@ -42,15 +47,47 @@ class SegmentDataset(ReadableDataset):
     def __getitem__(self, idx: int | slice) -> Any:
         """LeRobot's item, or a list of them, with the columns of every chunk."""
         item = super().__getitem__(idx)
-        if isinstance(idx, slice) or not self._columns.column_names:
+        if isinstance(idx, slice):
             return item
         place = int(idx) % len(self)
+        if self._features is not None:
+            item = self._with_features(item, place, self._features)
+        if not self._columns.column_names:
+            return item
         rows = [min(place + step, int(self._last[place])) for step in self._steps]
         for key, values in self._columns[rows].items():
             item[CHUNK_PREFIX + key] = torch.stack(values) if isinstance(values[0], Tensor) else values
         tasks = item[CHUNK_PREFIX + TASK_INDEX].tolist()
         item[CHUNK_PREFIX + TASK] = [self.meta.tasks.iloc[task].name for task in tasks]
         return item
+
+    def use_features(self, store: FeatureStore) -> None:
+        """Read what is stored of every frame in the place of pictures: nothing is decoded any more.
+
+        Args:
+            store: one row a frame of this dataset, in its order; NaN where the frame could not be read.
+        """
+        self._features = store
+        meta = copy.copy(self.meta)
+        kept = {key: feature for key, feature in meta.features.items() if key not in meta.camera_keys}
+        self.drop(meta.camera_keys)
+        meta.info = dataclasses.replace(meta.info, features=kept)
+        self.reader._meta = meta
+        if self.reader.delta_indices is not None:
+            self.reader.delta_indices = {key: steps for key, steps in self.reader.delta_indices.items() if key in kept}
+
+    def _with_features(self, item: dict[str, Any], place: int, store: FeatureStore) -> dict[str, Any]:
+        offsets = self.layout.observation_offsets
+        first, last = int(self._first[place]), int(self._last[place])
+        rows = [min(max(place + step * self._stride, first), last) for step in offsets or [0]]
+        found = store.read(rows)
+        if any(not value.isfinite().all() for value in found.values()):
+            found = {key: value.nan_to_num(0.0, 0.0, 0.0) for key, value in found.items()}
+            item[ACTION], item[ACTION + PAD_SUFFIX] = as_unreadable(item[ACTION], self.reader.delta_indices[ACTION], 0)
+        if offsets is None:
+            return item | {key: value[0] for key, value in found.items()}
+        beyond = torch.tensor([not first <= place + step * self._stride <= last for step in offsets])
+        return item | found | {key + PAD_SUFFIX: beyond for key in found}
 
     def drop(self, keys: Collection[str]) -> None:
         """Read these columns no more."""

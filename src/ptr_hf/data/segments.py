@@ -14,14 +14,12 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from ptr_hf.constants import ACTION
+from ptr_hf.constants import ACTION, CAMERA_MASK_SUFFIX
 
 OBSERVATION_PREFIX = "observation."
 IMAGE_PREFIX = "observation.image"
 LANGUAGE_PREFIX = "observation.language"
 PAD_SUFFIX = "_is_pad"
-CAMERA_MASK_SUFFIX = "_padding_mask"
-"""LeRobot's suffix for the mask of a camera: True in the rows that have it."""
 OBS_SOURCE = "observation.source"
 """Number of the dataset of a mixture that a sample is from; the embodiment's processor takes it out again."""
 SOURCE_INDEX = "source_index"

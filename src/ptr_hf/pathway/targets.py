@@ -5,9 +5,11 @@ from jaxtyping import Bool, Float, Shaped
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor, nn
 
-from ptr_hf.data.segments import CAMERA_MASK_SUFFIX, Segment, SegmentLayout
+from ptr_hf.constants import CAMERA_MASK_SUFFIX
+from ptr_hf.data.segments import Segment, SegmentLayout
 from ptr_hf.method import ConsequenceEncoder, Samples
 from ptr_hf.policies import AdapterBase, Views
+from ptr_hf.policies.base import view_key
 
 
 @torch.no_grad()
@@ -58,8 +60,9 @@ def consequence_targets(
         assert tower is not None
         features = []
         for key in cameras:
-            images = torch.cat([_view(segment, key, kind, number) for kind, number in unseen])
-            features.append(adapter.encode_image(tower, key, images))
+            kept = view_key(key)
+            shown = torch.cat([_view(segment, kept if kept in segment.futures else key, *view) for view in unseen])
+            features.append(shown.unsqueeze(1) if kept in segment.futures else adapter.encode_image(tower, key, shown))
         encoded = encoder.embed(features, camera_mask(segment, cameras, unseen))
         encoded = encoded.unflatten(0, (len(unseen), size))
         embeddings |= dict(zip(unseen, encoded.unbind(0), strict=True))
@@ -103,7 +106,7 @@ def samples_of(
 
 def recorded_cameras(segment: Segment, adapter: AdapterBase) -> list[str]:
     """The policy's cameras that the data has: one that the robot lacks is skipped, as the policy itself does."""
-    return [key for key in adapter.target_keys() if key in segment.futures]
+    return [key for key in adapter.target_keys() if key in segment.futures or view_key(key) in segment.futures]
 
 
 def camera_mask(

@@ -11,7 +11,7 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_STATE
 from peft import PeftModel
 from torch import Tensor, nn
 
-from ptr_hf.constants import ACTION_DIM_PAD, EMPTY_CAMERA
+from ptr_hf.constants import ACTION_DIM_PAD, CAMERA_MASK_SUFFIX, EMPTY_CAMERA, FEATURES_PREFIX, VIEW_PREFIX
 from ptr_hf.policies.batches import all_true, refuse_stacked_frames, require_keys, unused_dims, without_unused
 from ptr_hf.policies.hooks import Capture, captured_output, preserved_modes
 from ptr_hf.policies.tower import VisionTower
@@ -32,6 +32,7 @@ class AdapterBase(ABC):
         masks_action_dims: whether batches may mark action dimensions as unused (`action_dim_is_pad`). Then those entries enter
             neither the model nor the loss, whatever was recorded or drawn in them.
         needs_every_camera: whether a batch must have all of the policy's cameras, and not just one of them.
+        reads_features: whether a batch may hold what the tower makes of pictures in their place, as `features_key` names it.
         image_ndim: axes of a batch of one camera's images.
         targets: what a training batch has besides observations.
     """
@@ -40,6 +41,7 @@ class AdapterBase(ABC):
     preprocesses_rows = False
     masks_action_dims = False
     needs_every_camera = True
+    reads_features = False
     image_ndim = 4
     targets: tuple[str, ...] = (ACTION,)
 
@@ -89,12 +91,14 @@ class AdapterBase(ABC):
         belief_mask: BeliefMask | None = None,
         views: Views | None = None,
     ) -> PolicyTrace:
-        """Exactly one forward of the base policy; with `views` the vision tower does not run again.
+        """Exactly one forward of the base policy; with `views`, or features in the batch, the vision tower does not run.
 
         Raises:
             ValueError: the batch lacks a key the policy reads, stacks frames, has other rows than `views`, or marks unused action
                 dimensions where the family cannot leave them out.
         """
+        if views is None and self._holds_features(batch):
+            views = self._kept_views(batch)
         self.check(batch, training=True, with_images=views is None)
         return self._trace(batch, self.belief_scope(belief, belief_mask), views)
 
@@ -171,13 +175,15 @@ class AdapterBase(ABC):
     def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
         """The policy's own vision tower on all rows, one call per camera, with gradients where it trains.
 
-        With `layer` the hidden states after that many tower layers are captured too: the consequence target of a
-        frozen tower for free (METHOD.md, section 3).
+        Features that the batch holds are taken as they are. With `layer` the hidden states after that many tower layers are
+        captured too: the consequence target of a frozen tower for free (METHOD.md, section 3).
 
         Raises:
             ValueError: `layer` is given while the tower trains, or is out of range.
         """
         self._check_layer_states(layer)
+        if self._holds_features(batch):
+            return self._kept_views(batch)
         self._check_images(batch)
         views, targets = Views(features={}, masks={}), self.target_keys()
         for key, image, real in self._images_of(batch):
@@ -285,6 +291,30 @@ class AdapterBase(ABC):
         for key in self.target_keys() if self.base.config.image_features else ():
             yield key, batch[key], torch.ones(len(batch[key]), dtype=torch.bool, device=batch[key].device)
 
+    def features_scope(self, batch: Batch) -> AbstractContextManager[None]:
+        """While open, the policy's own `forward` takes the features that `batch` holds in the place of pictures."""
+        return nullcontext()
+
+    def _holds_features(self, batch: Batch) -> bool:
+        return self.reads_features and any(features_key(key) in batch for key in self.target_keys())
+
+    def _kept_views(self, batch: Batch) -> Views:
+        """The features that a batch holds in the place of pictures."""
+        views = Views(features={}, masks={})
+        for key in self.target_keys():
+            features = batch.get(features_key(key))
+            if features is None:
+                continue
+            real = batch.get(key + CAMERA_MASK_SUFFIX)
+            everywhere = torch.ones(len(features), dtype=torch.bool, device=features.device)
+            # with several observation steps, the policies that read features look at the last one
+            views.features[key] = features[:, -1] if features.ndim > 3 else features
+            views.masks[key] = everywhere if real is None else real.bool()
+            if view_key(key) in batch:
+                mean = batch[view_key(key)]
+                views.tower[key] = mean[:, -1:] if mean.ndim > 2 else mean.unsqueeze(1)
+        return views
+
     @abstractmethod
     def _embed_image(self, key: str, image: Float[Tensor, "rows *shape"]) -> Float[Tensor, "rows *features"]:
         """What the policy makes of one camera's prepared images, by one pass of its tower."""
@@ -320,6 +350,16 @@ class AdapterBase(ABC):
             yield
         finally:
             self._belief_open = False
+
+
+def features_key(camera: str) -> str:
+    """Under which a batch holds what the tower makes of a camera's pictures (rows, *features)."""
+    return FEATURES_PREFIX + camera.removeprefix("observation.")
+
+
+def view_key(camera: str) -> str:
+    """Under which it holds the mean token of the layer at which consequences are compared (rows, target_dim)."""
+    return VIEW_PREFIX + camera.removeprefix("observation.")
 
 
 def unwrap(policy: nn.Module) -> Any:

@@ -38,6 +38,9 @@ class FlowVLAAdapter(AdapterBase):
 
     masks_action_dims = True
     needs_every_camera = False
+    reads_features = True
+    preparation = "prepare_images"
+    """The policy's own method that prepares its cameras."""
 
     def __init__(self, policy: nn.Module) -> None:
         super().__init__(policy)
@@ -118,6 +121,20 @@ class FlowVLAAdapter(AdapterBase):
         names = cameras + [f"{EMPTY_CAMERA}{index}" for index in range(len(images) - len(cameras))]
         return zip(names, images, masks, strict=True)
 
+    def _kept_views(self, batch: Batch) -> Views:
+        """The features that a batch holds, and as many blank cameras as the policy fills in: no token of theirs is read."""
+        views = super()._kept_views(batch)
+        features = next(iter(views.features.values()))
+        missing = len(self.base.config.image_features) - len(views.features)
+        for index in range(self._blank_cameras(missing)):
+            views.features[f"{EMPTY_CAMERA}{index}"] = torch.zeros_like(features)
+            views.masks[f"{EMPTY_CAMERA}{index}"] = torch.zeros(len(features), dtype=torch.bool, device=features.device)
+        return views
+
+    def _blank_cameras(self, missing: int) -> int:
+        """How many of the cameras that a batch lacks the policy fills in."""
+        return missing
+
     def _tower_tokens(
         self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
     ) -> Float[Tensor, "batch patches target_dim"]:
@@ -176,6 +193,17 @@ class FlowVLAAdapter(AdapterBase):
     def _embedded(self, features: list[Float[Tensor, "batch patches context_dim"]]) -> AbstractContextManager[None]:
         """While open, images that the model is given are embedded already."""
         return patched(self._experts, "embed_image", _identity)
+
+    @contextmanager
+    def features_scope(self, batch: Batch) -> Iterator[None]:
+        """See `AdapterBase.features_scope`."""
+        if not self._holds_features(batch):
+            yield
+            return
+        views = self._kept_views(batch)
+        prepared = list(views.features.values()), list(views.masks.values())
+        with patched(self.base, self.preparation, lambda *_: prepared), self._embedded(prepared[0]):
+            yield
 
     def _embed_image(self, key: str, image: Float[Tensor, "batch 3 _ _"]) -> Float[Tensor, "batch patches context_dim"]:
         return self._experts.embed_image(image)

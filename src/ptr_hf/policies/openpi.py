@@ -9,6 +9,7 @@ from jaxtyping import Float
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS
 from torch import Tensor
 
+from ptr_hf.constants import CAMERA_MASK_SUFFIX
 from ptr_hf.policies.flow_vla import FlowVLAAdapter, Images
 from ptr_hf.policies.hooks import Capture, captured_output, patched
 from ptr_hf.policies.trace import Batch, Belief, RolloutTrace
@@ -24,6 +25,8 @@ class OpenPIAdapter(FlowVLAAdapter):
     With gradient checkpointing the policy runs its layers again during backward, after the hooks are gone. Image
     embeddings that were given are therefore not recomputed: `encode_views` checkpoints them itself.
     """
+
+    preparation = "_preprocess_images"
 
     @property
     def context_dim(self) -> int:
@@ -75,7 +78,7 @@ class OpenPIAdapter(FlowVLAAdapter):
         images, masks = prepare(batch)
         present = [key for key in self.base.config.image_features if key in batch]
         for index, key in enumerate(present):
-            real = batch.get(f"{key}_padding_mask")
+            real = batch.get(key + CAMERA_MASK_SUFFIX)
             if real is not None:
                 masks[index] = masks[index] & real.bool()
         return images, masks

@@ -43,6 +43,7 @@ class PI0FastAdapter(OpenPIAdapter):
     """
 
     family = "pi0_fast"
+    reads_features = False
     preprocesses_rows = True
     masks_action_dims = False
     targets = (ACTION_TOKENS, ACTION_TOKEN_MASK)

@@ -61,6 +61,9 @@ class SmolVLAAdapter(FlowVLAAdapter):
     def _images(self, batch: Batch) -> Images:
         return self.base.prepare_images(batch)
 
+    def _blank_cameras(self, missing: int) -> int:
+        return min(missing, int(self.base.config.empty_cameras))
+
     def _losses(
         self, images: Images, batch: Batch, action: Float[Tensor, "batch steps dim"]
     ) -> Float[Tensor, "batch steps padded_dim"]:

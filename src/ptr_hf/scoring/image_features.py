@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
+from ptr_hf.data.dataset_files import files_digest
 from ptr_hf.data.datasets import dataset_metadata, episode_spans, open_dataset
 from ptr_hf.data.picture_statistics import ONE_FRAME, is_depth
 from ptr_hf.data.pictures import pictures
@@ -116,15 +117,8 @@ def _folder() -> Path:
 
 
 def _key(dataset: LeRobotDataset, cameras: Sequence[str], encoder: ImageEncoder, rows: np.ndarray) -> str:
-    """A digest of what is encoded: the files by name, size and time, the frames' places in them, cameras and encoder."""
-    root = Path(dataset.root)
-    digest = hashlib.sha256(f"{encoder.digest} {list(cameras)} {dataset.revision}".encode())
-    for episode, _, _ in episode_spans(dataset):
-        digest.update(str(episode).encode())
-    files = [path for part in ("data", "videos") for path in sorted((root / part).rglob("*")) if path.is_file()]
-    for path in files:
-        about = path.stat()
-        digest.update(f"{path.relative_to(root)} {about.st_size} {about.st_mtime_ns}\n".encode())
+    """A digest of what is encoded: the dataset's files, the frames' places in them, cameras and encoder."""
+    digest = hashlib.sha256(f"{encoder.digest} {list(cameras)} {files_digest(dataset)}".encode())
     digest.update(rows.tobytes())
     return digest.hexdigest()
 

@@ -90,6 +90,16 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
     frames_cache: str | None = field(
         default=None, metadata={"help": "Folder where in_memory keeps decoded videos for the next run."}
     )
+    cache_features: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for what a frozen vision tower makes of every frame, or auto for the Hugging Face cache. With it, "
+            "computed before the first step, training decodes no video and runs no tower. Default: no cache."
+        },
+    )
+    cache_dtype: Literal["bfloat16", "float32"] = field(
+        default="bfloat16", metadata={"help": "What cache_features keeps numbers in; float32 takes twice the disk."}
+    )
     truth: str | None = field(
         default=None,
         metadata={"help": "Truth sidecar of the training data, for score=oracle. Default: the one beside its folder."},

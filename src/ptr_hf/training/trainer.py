@@ -33,6 +33,7 @@ from ptr_hf.training.callbacks import AfterStep, add_callbacks
 from ptr_hf.training.checkpoints import Checkpoints
 from ptr_hf.training.data_sources import DataSource
 from ptr_hf.training.evaluation import EnvironmentSource
+from ptr_hf.training.feature_cache import FeatureCache, check_cacheable
 from ptr_hf.training.global_batches import repeated_rows
 from ptr_hf.training.launch import check_alike, check_launch
 from ptr_hf.training.metrics import DynamicsRows, logged_bounds
@@ -146,6 +147,8 @@ class PTRTrainer(Trainer):
         self.can_return_loss = True
         prepare_sharding(self.accelerator, self.policy)
         self.policy.seed_draws(args.seed)
+        if args.cache_features and self.train_dataset is not None:
+            check_cacheable(self.policy, self.train_dataset, args)
         self.guard.watch_losses(self.policy)
         add_callbacks(self, args.eval_env if eval_env is None else eval_env)
 
@@ -187,6 +190,8 @@ class PTRTrainer(Trainer):
         with self.checkpoints.alone():
             checkpoint = self.resume.begin(resume_from_checkpoint)
             self.window.clear()
+            if self.args.cache_features:
+                FeatureCache(self).begin()
             path = Path(self.args.output_dir) / DYNAMICS_FILE
             self._dynamics = DynamicsRows(path, self.policy.config.preset, self.resume.step)
             return super().train(checkpoint, trial, ignore_keys_for_eval)

@@ -17,11 +17,11 @@ from lerobot.processor import PolicyProcessorPipeline, ProcessorStep, ProcessorS
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
-from ptr_hf.constants import ACTION_DIM_PAD
+from ptr_hf.constants import ACTION_DIM_PAD, CAMERA_MASK_SUFFIX
 from ptr_hf.data.mixture.action_space import from_slots, to_slots, unused_slots
 from ptr_hf.data.mixture.dataset import resized
 from ptr_hf.data.mixture.metadata import MixtureMetadata
-from ptr_hf.data.segments import CAMERA_MASK_SUFFIX, OBS_SOURCE, SOURCE_INDEX
+from ptr_hf.data.segments import OBS_SOURCE, SOURCE_INDEX
 
 OBSERVATION_STEP = "ptr_embodiment_observation"
 ACTION_STEP = "ptr_embodiment_action"
