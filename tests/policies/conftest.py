@@ -11,9 +11,7 @@ from policy_families import FAMILIES
 _BUILT: dict[str, PreTrainedPolicy] = {}
 
 ON_EVERY_FAMILY = {
-    "test_trace_has_the_promised_shapes",
     "test_trace_without_belief_is_the_base_loss_and_gradient",
-    "test_trace_is_one_forward_of_the_base_policy",
     "test_belief_changes_the_trace_and_gets_gradients_row_by_row",
     "test_masked_belief_is_no_belief",
     "test_views_equal_no_views_with_the_tower_run_once",
@@ -46,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             "test_it_counts_as_one_that_is_left_out_by_a_mask": name == "smolvla",
         }.get(item.originalname, name in NEAREST)
         # the others of a family are named after it and a hyphen
-        here |= item.originalname in ON_EVERY_FAMILY and "-" not in name
+        here |= item.originalname in ON_EVERY_FAMILY and "-" not in name and not item.callspec.params.get("per_token")
         if not here and item.originalname != ON_EVERY_POLICY:
             item.add_marker(pytest.mark.full)
 
