@@ -32,6 +32,7 @@ NOTHING = {
         "policy_overrides",
         "mixture",
         "rename_map",
+        "cache_features",
         "config",
         "resume_from_checkpoint",
         "eval_env",

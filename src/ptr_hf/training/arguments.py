@@ -94,7 +94,7 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
         default=None,
         metadata={
             "help": "Folder for what a frozen vision tower makes of every frame, or auto for the Hugging Face cache. With it, "
-            "computed before the first step, training decodes no video and runs no tower. Default: no cache."
+            "computed before the first step, training decodes no video and runs no tower."
         },
     )
     cache_dtype: Literal["bfloat16", "float32"] = field(
