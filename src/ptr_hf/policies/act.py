@@ -1,7 +1,7 @@
 """ACT: a transformer that regresses the action chunk from camera, state and latent tokens."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from lerobot.utils.constants import ACTION, OBS_ENV_STATE, OBS_IMAGES, OBS_STATE
 from torch import Tensor, nn
 
 from ptr_hf.constants import ACTION_PAD
-from ptr_hf.policies.base import AdapterBase
+from ptr_hf.policies.base import AdapterBase, part
 from ptr_hf.policies.batches import (
     action_mask,
     all_true,
@@ -21,8 +21,6 @@ from ptr_hf.policies.batches import (
 )
 from ptr_hf.policies.hooks import (
     Call,
-    Capture,
-    captured_input,
     captured_output,
     edited_call,
     patched,
@@ -52,15 +50,10 @@ class ACTAdapter(AdapterBase):
 
     family = "act"
     masks_action_dims = True
+    # ACT has one width
+    context_dim = action_dim = part("config.dim_model")
+    _action_out = part("model.action_head")
     _reads_context = True
-
-    @property
-    def context_dim(self) -> int:
-        """Width of H_t: ACT has one width."""
-        return int(self.base.config.dim_model)
-
-    action_dim = context_dim
-    """Width of A_t: ACT has one width."""
 
     @property
     def tower(self) -> VisionTower:
@@ -120,20 +113,16 @@ class ACTAdapter(AdapterBase):
         finally:
             self._reads_context = True
 
-    @contextmanager
-    def belief_scope(self, belief: Belief | None, mask: BeliefMask | None = None) -> Iterator[None]:
-        """Append the belief tokens to what the encoder reads and the decoder attends to while the scope is open."""
-        model = self.base.model
-        with ExitStack() as scope:
-            scope.enter_context(self.exclusive())
-            if belief is not None:
-                injection = _BeliefInjection(belief, mask)
-                scope.enter_context(edited_call(model.encoder, injection.encoder))
-                scope.enter_context(edited_call(model.decoder, injection.decoder))
-                if mask is not None:
-                    for layer in model.decoder.layers:
-                        scope.enter_context(edited_call(layer.multihead_attn, injection.cross_attention))
-            yield
+    def _enter_belief(self, scope: ExitStack, belief: Belief | None, mask: BeliefMask | None) -> None:
+        """Append the belief tokens to what the encoder reads and the decoder attends to."""
+        if belief is None:
+            return
+        model, injection = self.base.model, _BeliefInjection(belief, mask)
+        scope.enter_context(edited_call(model.encoder, injection.encoder))
+        scope.enter_context(edited_call(model.decoder, injection.decoder))
+        if mask is not None:
+            for layer in model.decoder.layers:
+                scope.enter_context(edited_call(layer.multihead_attn, injection.cross_attention))
 
     def compilable(self) -> Iterable[nn.Module]:
         """The backbone's residual blocks and the encoder's layers; decoder layers take a belief's mask by a hook."""
@@ -149,17 +138,8 @@ class ACTAdapter(AdapterBase):
     def _embed_image(self, key: str, image: Float[Tensor, "rows 3 _ _"]) -> Float[Tensor, "rows channels _ _"]:
         return self.base.model.backbone(image)["feature_map"]
 
-    def _tokens(self, states: Float[Tensor, "rows channels _ _"], rows: int) -> Float[Tensor, "rows patches channels"]:
-        return flatten_map(states)
-
-    def _tower_tokens(
-        self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
-    ) -> Float[Tensor, "batch patches target_dim"]:
-        encoded = tower(image.to(next(tower.parameters()).dtype))
-        return flatten_map(encoded) if self.base.config.image_features else encoded.unsqueeze(1)
-
-    def _captured_hidden(self, keep: str = "first") -> AbstractContextManager[Capture]:
-        return captured_input(self.base.model.action_head, keep)
+    def _tokens(self, states: Float[Tensor, "rows *state"], rows: int) -> Float[Tensor, "rows patches channels"]:
+        return flatten_map(states) if self.base.config.image_features else states.unsqueeze(1)
 
     def _prior_context(
         self, tokens: Float[Tensor, "context batch dim"], position: Float[Tensor, "context 1 dim"]
@@ -173,14 +153,11 @@ class ACTAdapter(AdapterBase):
             return model.encoder(torch.cat([prior, tokens[1:]]), pos_embed=position)
 
     def _enter_images(self, scope: ExitStack, inputs: Batch, views: Views | None) -> None:
-        if not self.base.config.image_features:
-            return
-        if views is None:
-            inputs[OBS_IMAGES] = [inputs[key] for key in self.base.config.image_features]
-            return
-        inputs[OBS_IMAGES] = [views.features[key] for key in self.base.config.image_features]
-        views.check_rows(len(inputs[ACTION]))
-        scope.enter_context(patched(self.base.model.backbone, "forward", _as_feature_map))
+        cameras = self.base.config.image_features
+        if cameras:
+            inputs[OBS_IMAGES] = [(inputs if views is None else views.features)[key] for key in cameras]
+        if cameras and views is not None:
+            scope.enter_context(patched(self.base.model.backbone, "forward", _as_feature_map))
 
     def _action_tokens(
         self, action: Float[Tensor, "batch steps dim"], batch: Batch

@@ -2,7 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -13,9 +14,14 @@ from torch import Tensor, nn
 
 from ptr_hf.constants import ACTION_DIM_PAD, CAMERA_MASK_SUFFIX, EMPTY_CAMERA, FEATURES_PREFIX, VIEW_PREFIX
 from ptr_hf.policies.batches import all_true, refuse_stacked_frames, require_keys, unused_dims, without_unused
-from ptr_hf.policies.hooks import Capture, captured_output, preserved_modes
+from ptr_hf.policies.hooks import Capture, captured_input, captured_output, preserved_modes
 from ptr_hf.policies.tower import VisionTower
 from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, RolloutTrace, Views
+
+
+def part(path: str) -> Any:
+    """A property of an adapter: what lies at a dotted path inside the LeRobot policy."""
+    return property(lambda adapter: attrgetter(path)(adapter.base))
 
 
 class AdapterBase(ABC):
@@ -44,6 +50,8 @@ class AdapterBase(ABC):
     reads_features = False
     image_ndim = 4
     targets: tuple[str, ...] = (ACTION,)
+    _action_out: Any
+    """The module whose input is C_t."""
 
     def __init__(self, policy: nn.Module) -> None:
         self.policy = policy
@@ -100,6 +108,8 @@ class AdapterBase(ABC):
         if views is None and self._holds_features(batch):
             views = self._kept_views(batch)
         self.check(batch, training=True, with_images=views is None)
+        if views is not None:
+            views.check_rows(len(batch[self.targets[0]]))
         return self._trace(batch, self.belief_scope(belief, belief_mask), views)
 
     @abstractmethod
@@ -153,9 +163,28 @@ class AdapterBase(ABC):
     def observe(self, batch: Batch) -> None:  # noqa: B027
         """Take in one environment step's observation, for a policy that reads several; called before each action."""
 
+    @contextmanager
+    def belief_scope(self, belief: Belief | None, mask: BeliefMask | None = None) -> Iterator[Any]:
+        """While open, the policy reads the belief tokens in training and in sampling; `None` changes nothing.
+
+        Raises:
+            RuntimeError: a scope is open already.
+        """
+        if self._belief_open:
+            raise RuntimeError(
+                "A belief scope is already open on this policy: close it first, or pass the belief to trace/rollout "
+                "instead of opening a scope around them."
+            )
+        self._belief_open = True
+        try:
+            with ExitStack() as scope:
+                yield self._enter_belief(scope, belief, mask)
+        finally:
+            self._belief_open = False
+
     @abstractmethod
-    def belief_scope(self, belief: Belief | None, mask: BeliefMask | None = None) -> AbstractContextManager[Any]:
-        """While open, the policy reads the belief tokens in training and in sampling; `None` changes nothing."""
+    def _enter_belief(self, scope: ExitStack, belief: Belief | None, mask: BeliefMask | None) -> Any:
+        """Let the policy read the belief until the scope closes; returns what `_trace` reads of it."""
 
     @contextmanager
     def action_scope(self, batch: Batch) -> Iterator[None]:
@@ -278,9 +307,9 @@ class AdapterBase(ABC):
         """While open, every chunk that the model reads has zeros in the unused dimensions; a head may read none."""
         return nullcontext()
 
-    @abstractmethod
     def _captured_hidden(self, keep: str = "first") -> AbstractContextManager[Capture]:
         """Capture C_t."""
+        return captured_input(self._action_out, keep)
 
     @abstractmethod
     def _action_tokens(self, action: Float[Tensor, "batch steps dim"], batch: Batch) -> Float[Tensor, "batch steps _"]:
@@ -327,29 +356,20 @@ class AdapterBase(ABC):
         """The last of the policy's observation steps."""
         return batch[key]
 
-    @abstractmethod
     def _tower_tokens(
         self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
     ) -> Float[Tensor, "batch patches target_dim"]:
         """See `encode_image`."""
+        states = tower(self._prepared(key, image).to(next(tower.parameters()).dtype))
+        return self._tokens(states if isinstance(states, Tensor) else states.last_hidden_state, len(image))
+
+    def _prepared(self, key: str, image: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *input"]:
+        """What a truncated tower reads of one camera's images, in the policy's own preparation."""
+        return image
 
     def _tokens(self, states: Float[Tensor, "*states"], rows: int) -> Float[Tensor, "rows patches target_dim"]:
         """A layer's hidden states as tokens."""
         return states
-
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Refuse a belief scope inside another."""
-        if self._belief_open:
-            raise RuntimeError(
-                "A belief scope is already open on this policy: close it first, or pass the belief to trace/rollout "
-                "instead of opening a scope around them."
-            )
-        self._belief_open = True
-        try:
-            yield
-        finally:
-            self._belief_open = False
 
 
 def features_key(camera: str) -> str:

@@ -27,7 +27,6 @@ from ptr_hf.policies.batches import (
 from ptr_hf.policies.hooks import (
     Call,
     Capture,
-    captured_input,
     captured_result,
     edited_call,
     patched,
@@ -55,6 +54,10 @@ class ConditionedAdapter(AdapterBase):
     state_target = OBS_ENV_STATE
     """The consequence target of a policy without cameras."""
     masks_action_dims = True
+    _denoiser: Any
+    """The network that predicts noise, sample or velocity."""
+    _sampler: Any
+    """The module whose `conditional_sample` denoises a whole chunk."""
 
     @property
     def chunk_size(self) -> int:
@@ -71,7 +74,6 @@ class ConditionedAdapter(AdapterBase):
         with ExitStack() as scope:
             scope.enter_context(self.action_scope(batch))
             if views is not None:
-                views.check_rows(len(action))
                 # the policy stacks its cameras' features as it stacks their images
                 inputs |= views.features
                 self._enter_views(scope)
@@ -161,12 +163,12 @@ class ConditionedAdapter(AdapterBase):
     def _tower_tokens(
         self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
     ) -> Float[Tensor, "batch patches target_dim"]:
-        """Tower tokens of images that are resized and centre-cropped as the policy does in eval mode."""
+        """Of images that are resized and centre-cropped as the policy does in eval mode."""
         if not self._cameras:
             return image.unsqueeze(1)
         truncated = tower.get_submodule(str(self._encoders.index(self._encoder(key))))
-        pixels = self._prepared(self._encoder(key), image)
-        return self._cells(self._run_tower(truncated, pixels.to(next(truncated.parameters()).dtype)))
+        states = truncated(self._prepared(key, image).to(next(truncated.parameters()).dtype))
+        return self._cells(states if isinstance(states, Tensor) else states.last_hidden_state)
 
     def check(self, batch: Batch, *, training: bool, with_images: bool = True) -> None:
         """Refuse a batch that the policy cannot read."""
@@ -190,9 +192,6 @@ class ConditionedAdapter(AdapterBase):
 
     def _present(self, batch: Batch, key: str) -> Float[Tensor, "batch *shape"]:
         return self._frames(batch, self._steps)[key][:, -1]
-
-    def _captured_hidden(self, keep: str = "first") -> AbstractContextManager[Capture]:
-        return captured_input(self._head, keep)
 
     def _encoder(self, key: str) -> Any:
         """A camera's."""
@@ -248,11 +247,10 @@ class ConditionedAdapter(AdapterBase):
                 for queue in queues.values():
                     queue.clear()
 
-    @contextmanager
-    def belief_scope(self, belief: Belief | None, mask: BeliefMask | None = None) -> Iterator[Capture]:
-        """Add the readable belief tokens' mean to the conditioning of every denoiser call while the scope is open.
+    def _enter_belief(self, scope: ExitStack, belief: Belief | None, mask: BeliefMask | None) -> Capture:
+        """Add the readable belief tokens' mean to the conditioning of every denoiser call.
 
-        Yields the conditioning as the policy makes it, from the first denoiser call.
+        Returns the conditioning as the policy makes it, from the first denoiser call.
         """
         own, steps = Capture(), self._steps
         shift = None if belief is None else _readable_mean(belief, mask).repeat(1, steps)
@@ -269,8 +267,8 @@ class ConditionedAdapter(AdapterBase):
                 )
             return args, {**kwargs, self.condition: conditioning + shift.to(conditioning.dtype)}
 
-        with self.exclusive(), edited_call(self._denoiser, edit):
-            yield own
+        scope.enter_context(edited_call(self._denoiser, edit))
+        return own
 
     @contextmanager
     def _masked_chunks(self, unused: Bool[Tensor, "batch dims"]) -> Iterator[None]:
@@ -288,23 +286,16 @@ class ConditionedAdapter(AdapterBase):
 
     @property
     @abstractmethod
-    def _denoiser(self) -> Any:
-        """The network that predicts noise, sample or velocity."""
+    def _image_encoder(self) -> Any:
+        """The image encoder of all cameras, or a list of theirs."""
 
     @property
-    @abstractmethod
-    def _sampler(self) -> Any:
-        """The module whose `conditional_sample` denoises a whole chunk."""
-
-    @property
-    @abstractmethod
-    def _head(self) -> Any:
-        """The denoiser's last module, whose input is C_t."""
-
-    @property
-    @abstractmethod
     def _encoders(self) -> list[Any]:
         """The image encoders: one for all cameras, or one each."""
+        if not self._cameras:
+            return []
+        encoder = self._image_encoder
+        return list(encoder) if isinstance(encoder, nn.ModuleList) else [encoder]
 
     def _steps_first(self, hidden: Float[Tensor, "batch _ _"]) -> Float[Tensor, "batch steps dim"]:
         """C_t with the steps before the width."""
@@ -313,10 +304,6 @@ class ConditionedAdapter(AdapterBase):
     @abstractmethod
     def _tower_in(self, encoder: Any) -> VisionTower:
         """An encoder's vision tower."""
-
-    def _run_tower(self, tower: nn.Module, pixels: Float[Tensor, "batch _ _ _"]) -> Float[Tensor, "batch *state"]:
-        """States of a truncated tower."""
-        return tower(pixels)
 
     def _cells(self, state: Float[Tensor, "batch *state"]) -> Float[Tensor, "batch patches dim"]:
         """A tower's states as tokens."""
@@ -329,10 +316,6 @@ class ConditionedAdapter(AdapterBase):
     def _from_features(self, features: Float[Tensor, "rows dim 1 1"]) -> Float[Tensor, "rows dim *ones"]:
         """What an encoder returns when it is given its own features."""
         return features
-
-    @abstractmethod
-    def _prepared(self, encoder: Any, image: Float[Tensor, "batch _ _ _"]) -> Float[Tensor, "batch _ _ _"]:
-        """One camera's images, resized and centre-cropped."""
 
     @abstractmethod
     def _crops_at_random(self, encoder: Any) -> bool:

@@ -9,6 +9,7 @@ from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from ptr_hf.policies.base import part
 from ptr_hf.policies.conditioned import ConditionedAdapter
 from ptr_hf.policies.tower import VisionTower, flatten_map, resnet_tower
 from ptr_hf.policies.trace import Batch
@@ -29,6 +30,10 @@ class DiffusionAdapter(ConditionedAdapter):
     """
 
     family = "diffusion"
+    _denoiser = part("diffusion.unet")
+    _sampler = part("diffusion")
+    _action_out = part("diffusion.unet.final_conv")
+    _image_encoder = part("diffusion.rgb_encoder")
 
     def __init__(self, policy: nn.Module) -> None:
         super().__init__(policy)
@@ -57,25 +62,6 @@ class DiffusionAdapter(ConditionedAdapter):
         return (module for module in self.base.diffusion.modules() if isinstance(module, kinds))
 
     @property
-    def _denoiser(self) -> Any:
-        return self.base.diffusion.unet
-
-    @property
-    def _sampler(self) -> Any:
-        return self.base.diffusion
-
-    @property
-    def _head(self) -> Any:
-        return self._denoiser.final_conv
-
-    @property
-    def _encoders(self) -> list[Any]:
-        if not self._cameras:
-            return []
-        encoder = self.base.diffusion.rgb_encoder
-        return list(encoder) if self.base.config.use_separate_rgb_encoder_per_camera else [encoder]
-
-    @property
     def observations(self) -> tuple[str, ...]:
         """The states that the policy's config names."""
         return (OBS_STATE, OBS_ENV_STATE) if self.base.config.env_state_feature else (OBS_STATE,)
@@ -102,9 +88,8 @@ class DiffusionAdapter(ConditionedAdapter):
     def _from_features(self, features: Float[Tensor, "rows dim 1 1"]) -> Float[Tensor, "rows dim"]:
         return features.flatten(1)
 
-    def _prepared(
-        self, encoder: Any, image: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels rows columns"]:
+    def _prepared(self, key: str, image: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *input"]:
+        encoder = self._encoder(key)
         image = image if encoder.resize is None else encoder.resize(image)
         return encoder.center_crop(image) if encoder.do_crop else image
 

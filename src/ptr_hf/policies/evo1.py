@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ptr_hf.constants import ACTION_DIM_PAD, EMPTY_CAMERA
-from ptr_hf.policies.base import AdapterBase
+from ptr_hf.policies.base import AdapterBase, part
 from ptr_hf.policies.batches import (
     action_mask,
     all_true,
@@ -48,6 +48,11 @@ class Evo1Adapter(AdapterBase):
     family = "evo1"
     preprocesses_rows = True
     masks_action_dims = True
+    observations = (OBS_STATE,)
+    # the action head has one width, which is the language model's
+    context_dim = action_dim = part("config.embed_dim")
+    _embedder = part("model.embedder")
+    _vlm = part("model.embedder.model")
 
     def __init__(self, policy: nn.Module) -> None:
         super().__init__(policy)
@@ -55,22 +60,9 @@ class Evo1Adapter(AdapterBase):
             raise ValueError("PTR needs to know an EVO1 policy's cameras: name them in its config's input_features.")
 
     @property
-    def context_dim(self) -> int:
-        """Width of H_t: the language model's, which is the action head's."""
-        return int(self.base.config.embed_dim)
-
-    action_dim = context_dim
-    """Width of A_t and C_t: the action head has one width."""
-
-    @property
     def tower(self) -> VisionTower:
         """The InternViT without its final norm."""
         return transformer_tower(self._vlm.vision_tower, ("embeddings",), "encoder.layer", ("layernorm",))
-
-    @property
-    def observations(self) -> tuple[str, ...]:
-        """The state."""
-        return (OBS_STATE,)
 
     def _trace(self, batch: Batch, belief: AbstractContextManager[Any], views: Views | None) -> PolicyTrace:
         """One forward of `Evo1Policy.model`, without the waits of the policy's own logging."""
@@ -81,7 +73,7 @@ class Evo1Adapter(AdapterBase):
             if views is None:
                 images, image_masks = policy._collect_image_batches(batch)
             else:
-                images, image_masks = self._enter_views(scope, views, action.shape[0])
+                images, image_masks = self._enter_views(scope, views)
             state, _ = policy._prepare_state(batch)
             target, entries = policy._prepare_actions(batch)
             first = scope.enter_context(belief)
@@ -141,58 +133,22 @@ class Evo1Adapter(AdapterBase):
         with patched(policy, "_prepare_inference_action_mask", prepare_inference_action_mask):
             yield
 
-    @contextmanager
-    def belief_scope(self, belief: Belief | None, mask: BeliefMask | None = None) -> Iterator[int]:
-        """Prepend the belief tokens to what the language model reads while the scope is open; yields how many there are.
+    def _enter_belief(self, scope: ExitStack, belief: Belief | None, mask: BeliefMask | None) -> int:
+        """Prepend the belief to the language model's sequence, and say in the head's mask which of it is readable.
+
+        Returns how many tokens there are.
 
         Raises:
             ValueError: the policy pools its context into one token.
         """
-        with ExitStack() as scope:
-            scope.enter_context(self.exclusive())
-            if belief is not None:
-                if self.base.config.return_cls_only:
-                    raise ValueError(
-                        "A context that return_cls_only=True pools into one token has no place for a belief: set "
-                        "return_cls_only=False, or num_belief_tokens=0."
-                    )
-                self._inject(scope, belief, mask)
-            yield 0 if belief is None else belief.shape[1]
-
-    def _images_of(self, batch: Batch) -> Iterable[tuple[str, Tensor, Bool[Tensor, " rows"]]]:
-        images, masks = self.base._collect_image_batches(batch)
-        keys = [key for key in self.base.config.image_features if key in batch]
-        return zip(keys, images, masks[:, : len(keys)].unbind(1), strict=True)
-
-    def _embed_image(self, key: str, image: Float[Tensor, "rows 3 _ _"]) -> Float[Tensor, "rows patches dim"]:
-        with self.base._maybe_autocast():
-            return self._vlm.get_image_features(pixel_values=self._pixels(image)).pooler_output
-
-    def _tower_tokens(
-        self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
-    ) -> Float[Tensor, "batch patches target_dim"]:
-        """Of images in [0, 1], resized and normalised by the policy's own function."""
-        return tower(pixel_values=self._pixels(image).to(next(tower.parameters()).dtype)).last_hidden_state
-
-    def _captured_hidden(self, keep: str = "first") -> AbstractContextManager[Capture]:
-        return captured_output(self.base.model.action_head.norm_out, keep)
-
-    @property
-    def _embedder(self) -> Any:
-        return self.base.model.embedder
-
-    @property
-    def _vlm(self) -> Any:
-        return self._embedder.model
-
-    def _pixels(self, image: Float[Tensor, "batch 3 _ _"]) -> Float[Tensor, "batch 3 size size"]:
-        embedder = self._embedder
-        mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=embedder.device)
-        return _batched_pixel_values([image], 1, embedder.image_size, mean, std, embedder.model_dtype, embedder.device)
-
-    def _inject(self, scope: ExitStack, belief: Belief, mask: BeliefMask | None) -> None:
-        """Prepend the belief to the language model's sequence, and say in the head's mask which of it is readable."""
+        if belief is None:
+            return 0
         policy = self.base
+        if policy.config.return_cls_only:
+            raise ValueError(
+                "A context that return_cls_only=True pools into one token has no place for a belief: set "
+                "return_cls_only=False, or num_belief_tokens=0."
+            )
         original = policy._compute_fused_tokens
         readable = belief_token_mask(belief, mask)
 
@@ -211,14 +167,35 @@ class Evo1Adapter(AdapterBase):
 
         scope.enter_context(edited_call(self._vlm.language_model, prepend))
         scope.enter_context(patched(policy, "_compute_fused_tokens", compute_fused_tokens))
+        return belief.shape[1]
+
+    def _images_of(self, batch: Batch) -> Iterable[tuple[str, Tensor, Bool[Tensor, " rows"]]]:
+        images, masks = self.base._collect_image_batches(batch)
+        keys = [key for key in self.base.config.image_features if key in batch]
+        return zip(keys, images, masks[:, : len(keys)].unbind(1), strict=True)
+
+    def _embed_image(self, key: str, image: Float[Tensor, "rows 3 _ _"]) -> Float[Tensor, "rows patches dim"]:
+        with self.base._maybe_autocast():
+            return self._vlm.get_image_features(pixel_values=self._pixels(image)).pooler_output
+
+    def _prepared(self, key: str, image: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *input"]:
+        return self._pixels(image)
+
+    def _captured_hidden(self, keep: str = "first") -> AbstractContextManager[Capture]:
+        return captured_output(self.base.model.action_head.norm_out, keep)
+
+    def _pixels(self, image: Float[Tensor, "batch 3 _ _"]) -> Float[Tensor, "batch 3 size size"]:
+        embedder = self._embedder
+        mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=embedder.device)
+        return _batched_pixel_values([image], 1, embedder.image_size, mean, std, embedder.model_dtype, embedder.device)
 
     def _enter_views(
-        self, scope: ExitStack, views: Views, rows: int
+        self, scope: ExitStack, views: Views
     ) -> tuple[list[Float[Tensor, "batch patches dim"]], Bool[Tensor, "batch views"]]:
         """Let the embedder take features for images, and the vision tower return them as they are."""
         embedder, count = self._embedder, self.base.config.max_views
-        views.check_rows(rows)
         masks = torch.stack(list(views.masks.values()), dim=1)
+        rows = len(masks)
         masks = torch.cat([masks, masks.new_zeros(rows, count - masks.shape[1])], dim=1)
 
         def fused_embedding(

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LAN
 from torch import Tensor, nn
 
 from ptr_hf.constants import EMPTY_CAMERA
-from ptr_hf.policies.base import AdapterBase
+from ptr_hf.policies.base import AdapterBase, part
 from ptr_hf.policies.batches import action_mask, belief_token_mask, per_sample_mean, unused_dims, without_unused
-from ptr_hf.policies.hooks import Capture, captured_input, patched
+from ptr_hf.policies.hooks import captured_output, patched
 from ptr_hf.policies.tower import VisionTower, transformer_tower
 from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, Views
 
@@ -32,6 +33,9 @@ class FlowVLAAdapter(AdapterBase):
     The policies' own `forward` waits for the device to log, and pi0's averages over padded steps; their models and
     helpers are called instead.
 
+    Attributes:
+        language_models: where the backbone's language model and the action expert lie.
+
     Raises:
         ValueError: the policy compiles its forward, which hides the modules that PTR reads.
     """
@@ -41,6 +45,13 @@ class FlowVLAAdapter(AdapterBase):
     reads_features = True
     preparation = "prepare_images"
     """The policy's own method that prepares its cameras."""
+    observations: tuple[str, ...] = (OBS_STATE, OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
+    language_models: tuple[str, ...]
+    _experts: Any
+    """The module that holds both language models and embeds images."""
+    _vision: Any
+    """The SigLIP transformer."""
+    _action_out = part("model.action_out_proj")
 
     def __init__(self, policy: nn.Module) -> None:
         super().__init__(policy)
@@ -50,9 +61,14 @@ class FlowVLAAdapter(AdapterBase):
             )
 
     @property
-    def observations(self) -> tuple[str, ...]:
-        """State and instruction."""
-        return (OBS_STATE, OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
+    def context_dim(self) -> int:
+        """Width of H_t: the language model's hidden size."""
+        return int(self._language_model.config.hidden_size)
+
+    @property
+    def action_dim(self) -> int:
+        """Width of A_t: the action expert's hidden size."""
+        return int(self.base.get_submodule(self.language_models[-1]).config.hidden_size)
 
     @property
     def tower(self) -> VisionTower:
@@ -60,18 +76,8 @@ class FlowVLAAdapter(AdapterBase):
         return transformer_tower(self._vision, ("embeddings",), "encoder.layers", ("post_layernorm",))
 
     @property
-    @abstractmethod
-    def _experts(self) -> Any:
-        """The module that holds both language models and embeds images."""
-
-    @property
-    @abstractmethod
-    def _vision(self) -> Any:
-        """The SigLIP transformer."""
-
-    @abstractmethod
-    def _captured_context(self) -> AbstractContextManager[Capture]:
-        """Capture the language model's final norm over the whole prefix."""
+    def _language_model(self) -> Any:
+        return self.base.get_submodule(self.language_models[0])
 
     @abstractmethod
     def _images(self, batch: Batch) -> Images:
@@ -89,9 +95,9 @@ class FlowVLAAdapter(AdapterBase):
         action = without_unused(self._action(batch[ACTION]), unused)
         with ExitStack() as scope:
             scope.enter_context(self.action_scope(batch))
-            images = self._enter_images(scope, batch, views, rows=action.shape[0])
+            images = self._enter_images(scope, batch, views)
             prefix_pad = scope.enter_context(belief)
-            context = scope.enter_context(self._captured_context())
+            context = scope.enter_context(captured_output(self._language_model.norm))
             hidden = scope.enter_context(self._captured_hidden())
             losses = self._losses(images, batch, action)
         mask = action_mask(batch, action)
@@ -108,12 +114,11 @@ class FlowVLAAdapter(AdapterBase):
         """Attention and MLP of the vision layers, and the MLPs of both language models."""
         for layer in self._vision.encoder.layers:
             yield from (layer.self_attn, layer.mlp)
-        for layer in self._language_layers():
-            yield layer.mlp
+        yield from self._language_mlps()
 
-    @abstractmethod
-    def _language_layers(self) -> Iterable[Any]:
-        """Layers of the backbone's language model and of the action expert."""
+    def _language_mlps(self) -> Iterable[nn.Module]:
+        models: list[Any] = [self.base.get_submodule(path) for path in self.language_models]
+        return (layer.mlp for layer in chain.from_iterable(model.layers for model in models))
 
     def _images_of(self, batch: Batch) -> Iterable[tuple[str, Tensor, Bool[Tensor, " rows"]]]:
         images, masks = self._images(batch)
@@ -135,20 +140,13 @@ class FlowVLAAdapter(AdapterBase):
         """How many of the cameras that a batch lacks the policy fills in."""
         return missing
 
-    def _tower_tokens(
-        self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
-    ) -> Float[Tensor, "batch patches target_dim"]:
-        pixels = self._images({key: image})[0][0]
-        return tower(pixel_values=pixels.to(next(tower.parameters()).dtype)).last_hidden_state
+    def _prepared(self, key: str, image: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *input"]:
+        return self._images({key: image})[0][0]
 
-    def _captured_hidden(self, keep: str = "first") -> AbstractContextManager[Capture]:
-        return captured_input(self.base.model.action_out_proj, keep)
-
-    @contextmanager
-    def belief_scope(
-        self, belief: Belief | None, mask: BeliefMask | None = None
-    ) -> Iterator[list[Bool[Tensor, "batch prefix"]]]:
-        """Prepend the belief in `embed_prefix`, which training and sampling share; yields the belief-free pad masks."""
+    def _enter_belief(
+        self, scope: ExitStack, belief: Belief | None, mask: BeliefMask | None
+    ) -> list[Bool[Tensor, "batch prefix"]]:
+        """Prepend the belief in `embed_prefix`, which training and sampling share; returns the belief-free pad masks."""
         model = self.base.model
         original = model.embed_prefix
         pads: list[Tensor] = []
@@ -165,8 +163,8 @@ class FlowVLAAdapter(AdapterBase):
                 torch.cat([torch.zeros_like(readable), attention], dim=1),
             )
 
-        with self.exclusive(), patched(model, "embed_prefix", embed_prefix):
-            yield pads
+        scope.enter_context(patched(model, "embed_prefix", embed_prefix))
+        return pads
 
     @contextmanager
     def _masked_chunks(self, unused: Bool[Tensor, "batch dims"]) -> Iterator[None]:
@@ -181,14 +179,13 @@ class FlowVLAAdapter(AdapterBase):
         with patched(model, "embed_suffix", embed_suffix):
             yield
 
-    def _enter_images(self, scope: ExitStack, batch: Batch, views: Views | None, rows: int) -> Images:
+    def _enter_images(self, scope: ExitStack, batch: Batch, views: Views | None) -> Images:
         """The batch's images, or the views' embeddings with what makes the model take them in the images' place."""
         if views is None:
             return self._images(batch)
-        features, masks = list(views.features.values()), list(views.masks.values())
-        views.check_rows(rows)
+        features = list(views.features.values())
         scope.enter_context(self._embedded(features))
-        return features, masks
+        return features, list(views.masks.values())
 
     def _embedded(self, features: list[Float[Tensor, "batch patches context_dim"]]) -> AbstractContextManager[None]:
         """While open, images that the model is given are embedded already."""

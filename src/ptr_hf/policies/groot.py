@@ -1,19 +1,19 @@
 """GR00T N1.7: a Qwen3-VL whose prompt a flow-matching transformer attends to."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from lerobot.utils.constants import ACTION
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
+from ptr_hf.policies.base import part
 from ptr_hf.policies.batches import action_mask, all_true, per_sample_mean, refuse_stacked_frames, require_keys
-from ptr_hf.policies.hooks import Capture, captured_input, captured_output, patched, preserved_modes, recorded_results
+from ptr_hf.policies.hooks import captured_output, preserved_modes, recorded_results
 from ptr_hf.policies.qwen3vl import Qwen3VLAdapter
-from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, RolloutTrace, Views
+from ptr_hf.policies.trace import Batch, Belief, PolicyTrace, RolloutTrace, Views
 
 PIXELS = "observation.pixel_values"
 """Where the patches of a row's images lie, (rows, images, height, width, pixels of a patch), all cameras together."""
@@ -37,11 +37,11 @@ class GrootAdapter(Qwen3VLAdapter):
     family = "groot"
     preprocesses_rows = True
     image_ndim = 5
-
-    @property
-    def observations(self) -> tuple[str, ...]:
-        """State, prompt, and which robot it is."""
-        return (STATE, PROMPT, PROMPT_MASK, "embodiment_id")
+    observations = (STATE, PROMPT, PROMPT_MASK, "embodiment_id")
+    hidden_dim = part("_groot_model.action_head.hidden_size")
+    _qwen = part("_groot_model.backbone.model.model")
+    _head = part("_groot_model.action_head")
+    _action_out = part("_groot_model.action_head.action_decoder")
 
     def arrange(self, batch: Batch) -> Batch:
         """What the preprocessor returned, with the packed patches by row under `observation.pixel_values`.
@@ -61,16 +61,6 @@ class GrootAdapter(Qwen3VLAdapter):
         return {PIXELS: pixels, **{key: value for key, value in batch.items() if key not in (PACKED, GRID)}}
 
     @property
-    def action_dim(self) -> int:
-        """Width of A_t: the action head's input width."""
-        return int(self._head.input_embedding_dim)
-
-    @property
-    def hidden_dim(self) -> int:
-        """Width of C_t: the action head's output width."""
-        return int(self._head.hidden_size)
-
-    @property
     def chunk_size(self) -> int:
         """Steps in one action chunk: the recorded ones, of the model's longer horizon."""
         return len(self.base.config.action_delta_indices)
@@ -80,14 +70,13 @@ class GrootAdapter(Qwen3VLAdapter):
 
         `GrootPolicy.forward` waits for the device to log; its model is called as it does, under the same autocast.
         """
-        rows = len(batch[PROMPT])
         action = batch[ACTION][:, : self.chunk_size, : self._robot_dim]
         mask = action_mask(batch, action)
         padded = self._padded(action * mask.unsqueeze(-1))
         counted = self._padded(mask.unsqueeze(-1).expand_as(action).to(action.dtype))
         with ExitStack() as scope:
             inputs = {**batch, ACTION: padded, "action_mask": counted}
-            inputs |= self._packed(batch[PIXELS]) if views is None else self._enter_views(scope, views, rows)
+            inputs |= self._packed(batch[PIXELS]) if views is None else self._enter_views(scope, views)
             scope.enter_context(belief)
             context = scope.enter_context(captured_output(self._head.vl_self_attention))
             hidden = scope.enter_context(self._captured_hidden())
@@ -135,52 +124,13 @@ class GrootAdapter(Qwen3VLAdapter):
             )
         super().gradient_checkpointing_enable()
 
-    @contextmanager
-    def belief_scope(self, belief: Belief | None, mask: BeliefMask | None = None) -> Iterator[None]:
-        """Prepend the belief tokens to every prompt that the backbone reads while the scope is open."""
-        backbone = self.base._groot_model.backbone
-        original = backbone._last_decoder_layer_output
-        tokens = 0 if belief is None else belief.shape[1]
-
-        def states(model_input: Any) -> Tensor:
-            return original(model_input)[:, tokens:]
-
-        with self.exclusive(), self._prepended(belief, mask), patched(backbone, "_last_decoder_layer_output", states):
-            yield
-
     def target_keys(self) -> tuple[str, ...]:
         """All cameras together."""
         return (PIXELS,)
 
-    def _embed_image(self, key: str, image: Float[Tensor, "rows images _ _ pixels"]) -> Float[Tensor, "rows *features"]:
-        packed = self._packed(image)
-        with self._autocast():
-            return self._encode(packed[PACKED], packed[GRID], len(image))
-
-    def _tower_tokens(
-        self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
-    ) -> Float[Tensor, "batch patches target_dim"]:
-        """Of a row's images (batch, images, height, width, pixels), one image after the other."""
-        packed = self._packed(image)
-        with self._autocast():
-            pixels = packed[PACKED].to(next(tower.parameters()).dtype)
-            states = tower(pixels, grid_thw=packed[GRID]).last_hidden_state
-        return self._tokens(states, len(image))
-
-    def _captured_hidden(self, keep: str = "first") -> AbstractContextManager[Capture]:
-        return captured_input(self._head.action_decoder, keep)
-
     @property
-    def _qwen(self) -> Any:
-        return self.base._groot_model.backbone.model.model
-
-    @property
-    def _head(self) -> Any:
-        return self.base._groot_model.action_head
-
-    @property
-    def _head_blocks(self) -> Iterable[nn.Module]:
-        return self._head.model.transformer_blocks
+    def _last_layer(self) -> tuple[Any, str]:
+        return self.base._groot_model.backbone, "_last_decoder_layer_output"
 
     @property
     def _robot_dim(self) -> int:
@@ -190,17 +140,19 @@ class GrootAdapter(Qwen3VLAdapter):
         device = next(self.base.parameters()).device.type
         return torch.autocast(device, dtype=torch.bfloat16, enabled=self.base.config.use_bf16)
 
-    def _packed(self, pixels: Float[Tensor, "rows images height width pixels"]) -> dict[str, Tensor]:
-        rows, images, height, width = pixels.shape[:4]
-        return {PACKED: pixels.flatten(0, 3), GRID: _grid(rows * images, height, width, pixels.device)}
+    def _patches(self, image: Float[Tensor, "rows images height width pixels"]) -> tuple[Tensor, Tensor]:
+        rows, images, height, width = image.shape[:4]
+        return image.flatten(0, 3), _grid(rows * images, height, width, image.device)
 
-    def _enter_views(self, scope: ExitStack, views: Views, rows: int) -> dict[str, Tensor]:
+    def _packed(self, pixels: Float[Tensor, "rows images height width pixels"]) -> dict[str, Tensor]:
+        return dict(zip((PACKED, GRID), self._patches(pixels), strict=True))
+
+    def _enter_views(self, scope: ExitStack, views: Views) -> dict[str, Tensor]:
         """Give the features in the tower's place; returns the grids alone, which place the images' tokens."""
-        views.check_rows(rows)
         features = views.features[PIXELS]
-        scope.enter_context(self._given([features]))
+        self._give(scope, [features])
         side = self._qwen.visual.spatial_merge_size
-        images, height, width = features.shape[2:5]
+        rows, _, images, height, width = features.shape[:5]
         grid = _grid(rows * images, side * height, side * width, features.device)
         return {PACKED: features.new_zeros(0), GRID: grid}
 

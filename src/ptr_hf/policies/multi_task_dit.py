@@ -8,7 +8,7 @@ from jaxtyping import Float, Float32
 from lerobot.utils.constants import OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
-from ptr_hf.policies.base import AdapterBase
+from ptr_hf.policies.base import AdapterBase, part
 from ptr_hf.policies.batches import require_keys
 from ptr_hf.policies.conditioned import ConditionedAdapter
 from ptr_hf.policies.hooks import patched
@@ -33,16 +33,16 @@ class MultiTaskDiTAdapter(ConditionedAdapter):
     family = "multi_task_dit"
     condition = "conditioning_vec"
     state_target = OBS_STATE
+    observations = (OBS_STATE,)
+    action_dim = part("config.hidden_dim")
+    _denoiser = part("noise_predictor")
+    _sampler = part("objective")
+    _action_out = part("noise_predictor.output_proj")
 
     @property
     def context_dim(self) -> int:
         """Width of one observation step's conditioning: state, every camera's class token, instruction."""
         return int(self._denoiser.conditioning_dim) // self._steps
-
-    @property
-    def action_dim(self) -> int:
-        """Width of A_t: the transformer's."""
-        return int(self.base.config.hidden_dim)
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the CLIP vision layers in the backward pass; the transformer has no such switch."""
@@ -60,29 +60,10 @@ class MultiTaskDiTAdapter(ConditionedAdapter):
                 yield from (layer.self_attn, layer.mlp)
 
     @property
-    def _denoiser(self) -> Any:
-        return self.base.noise_predictor
-
-    @property
-    def _sampler(self) -> Any:
-        return self.base.objective
-
-    @property
-    def _head(self) -> Any:
-        return self._denoiser.output_proj
-
-    @property
-    def _encoders(self) -> list[Any]:
+    def _image_encoder(self) -> Any:
         observation = self.base.observation_encoder
-        if not self._cameras:
-            return []
         separate = self.base.config.use_separate_rgb_encoder_per_camera
-        return list(observation.vision_encoders) if separate else [observation.vision_encoder]
-
-    @property
-    def observations(self) -> tuple[str, ...]:
-        """The state."""
-        return (OBS_STATE,)
+        return observation.vision_encoders if separate else observation.vision_encoder
 
     def _frames(
         self, batch: Batch, steps: int, with_images: bool = True
@@ -105,19 +86,12 @@ class MultiTaskDiTAdapter(ConditionedAdapter):
         stem = ("embeddings", "pre_layrnorm")
         return transformer_tower(encoder.model.vision_model, stem, "encoder.layers", ("post_layernorm",))
 
-    def _run_tower(
-        self, tower: nn.Module, pixels: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch patches dim"]:
-        return tower(pixel_values=pixels).last_hidden_state
-
     def _encode(
         self, encoder: Any, images: Float[Tensor, "rows channels height width"]
     ) -> Float[Tensor, "rows dim 1 1"]:
         return encoder(self.base.observation_encoder._apply_preprocessing(images))
 
-    def _prepared(
-        self, encoder: Any, image: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch channels rows columns"]:
+    def _prepared(self, key: str, image: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *input"]:
         observation = self.base.observation_encoder
         image = observation.resize(image) if observation.do_resize else image
         return observation.center_crop(image) if observation.do_crop else image

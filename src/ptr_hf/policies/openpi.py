@@ -1,6 +1,6 @@
 """pi0 and pi0.5: a PaliGemma backbone whose keys and values condition a flow-matching Gemma expert."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
@@ -10,8 +10,9 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LAN
 from torch import Tensor
 
 from ptr_hf.constants import CAMERA_MASK_SUFFIX
+from ptr_hf.policies.base import part
 from ptr_hf.policies.flow_vla import FlowVLAAdapter, Images
-from ptr_hf.policies.hooks import Capture, captured_output, patched
+from ptr_hf.policies.hooks import patched
 from ptr_hf.policies.trace import Batch, Belief, RolloutTrace
 
 
@@ -27,16 +28,12 @@ class OpenPIAdapter(FlowVLAAdapter):
     """
 
     preparation = "_preprocess_images"
-
-    @property
-    def context_dim(self) -> int:
-        """Width of H_t: the language model's hidden size."""
-        return int(self._language_model.config.hidden_size)
-
-    @property
-    def action_dim(self) -> int:
-        """Width of A_t: the action expert's hidden size."""
-        return int(self._experts.gemma_expert.config.hidden_size)
+    language_models: tuple[str, ...] = (
+        "model.paligemma_with_expert.paligemma.model.language_model",
+        "model.paligemma_with_expert.gemma_expert.model",
+    )
+    _experts = part("model.paligemma_with_expert")
+    _vision = part("model.paligemma_with_expert.paligemma.model.vision_tower.vision_model")
 
     def rollout(self, batch: Batch, belief: Belief | None = None, **kwargs: Any) -> RolloutTrace:
         """Sample a chunk under the belief; `kwargs` (noise, num_steps, real-time chunking) go to the policy."""
@@ -46,25 +43,6 @@ class OpenPIAdapter(FlowVLAAdapter):
     def gradient_checkpointing_enable(self) -> None:
         """The policy's own, of vision tower, language model and expert."""
         self.base.model.gradient_checkpointing_enable()
-
-    @property
-    def _experts(self) -> Any:
-        return self.base.model.paligemma_with_expert
-
-    def _language_layers(self) -> Iterable[Any]:
-        yield from self._language_model.layers
-        yield from self._experts.gemma_expert.model.layers
-
-    @property
-    def _vision(self) -> Any:
-        return self._experts.paligemma.model.vision_tower.vision_model
-
-    @property
-    def _language_model(self) -> Any:
-        return self._experts.paligemma.model.language_model
-
-    def _captured_context(self) -> AbstractContextManager[Capture]:
-        return captured_output(self._language_model.norm)
 
     def _images(self, batch: Batch) -> Images:
         return self._masked_images(self.base._preprocess_images, batch)
@@ -128,8 +106,4 @@ class PI05Adapter(OpenPIAdapter):
 
     family = "pi05"
     preprocesses_rows = True
-
-    @property
-    def observations(self) -> tuple[str, ...]:
-        """The instruction."""
-        return (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
+    observations = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)

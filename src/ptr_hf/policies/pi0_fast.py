@@ -1,6 +1,6 @@
 """pi0-FAST: a PaliGemma that writes the action chunk as text, one FAST token after another."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from ptr_hf.constants import ACTION_PAD
 from ptr_hf.policies.batches import belief_token_mask, per_sample_mean
-from ptr_hf.policies.hooks import captured_result, patched, preserved_modes
+from ptr_hf.policies.hooks import captured_output, captured_result, patched, preserved_modes
 from ptr_hf.policies.openpi import OpenPIAdapter
 from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, RolloutTrace, Views
 
@@ -46,28 +46,17 @@ class PI0FastAdapter(OpenPIAdapter):
     reads_features = False
     preprocesses_rows = True
     masks_action_dims = False
+    observations = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
     targets = (ACTION_TOKENS, ACTION_TOKEN_MASK)
-
-    @property
-    def observations(self) -> tuple[str, ...]:
-        """The instruction."""
-        return (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)
-
-    @property
-    def action_dim(self) -> int:
-        """Width of A_t: the language model's hidden size."""
-        return self.context_dim
-
-    def _language_layers(self) -> Iterable[Any]:
-        yield from self._language_model.layers
+    language_models = OpenPIAdapter.language_models[:1]
 
     def _trace(self, batch: Batch, belief: AbstractContextManager[Any], views: Views | None) -> PolicyTrace:
         """One forward of the next-token loss."""
         tokens = batch[ACTION_TOKENS]
         with ExitStack() as scope:
-            images = self._enter_images(scope, batch, views, rows=tokens.shape[0])
+            images = self._enter_images(scope, batch, views)
             prefix_pad = scope.enter_context(belief)
-            hidden = scope.enter_context(self._captured_context())
+            hidden = scope.enter_context(captured_output(self._language_model.norm))
             losses = scope.enter_context(captured_result(functional.cross_entropy))
             self.base.model.forward(
                 *images,
@@ -129,10 +118,9 @@ class PI0FastAdapter(OpenPIAdapter):
         ended = tokens == tokenizer.convert_tokens_to_ids(END_OF_ACTION)
         return tokens, ended.cumsum(dim=1) - ended.long() == 0
 
-    @contextmanager
-    def belief_scope(
-        self, belief: Belief | None, mask: BeliefMask | None = None
-    ) -> Iterator[list[Bool[Tensor, "batch sequence"]]]:
+    def _enter_belief(
+        self, scope: ExitStack, belief: Belief | None, mask: BeliefMask | None
+    ) -> list[Bool[Tensor, "batch sequence"]]:
         """Prepend the belief in `embed_prefix_fast`, whose attention mask is spelled out pair by pair."""
         model = self.base.model
         original = model.embed_prefix_fast
@@ -157,8 +145,8 @@ class PI0FastAdapter(OpenPIAdapter):
                 action_tokens,
             )
 
-        with self.exclusive(), patched(model, "embed_prefix_fast", embed_prefix):
-            yield pads
+        scope.enter_context(patched(model, "embed_prefix_fast", embed_prefix))
+        return pads
 
 
 def _token_mask(batch: Batch) -> Bool[Tensor, "batch steps"]:

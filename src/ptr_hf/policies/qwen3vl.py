@@ -1,12 +1,12 @@
 """What policies on a Qwen3-VL backbone share: the vision tower, its features, and belief tokens before the prompt."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
@@ -25,10 +25,10 @@ class Qwen3VLAdapter(AdapterBase):
     the prompt keeps the positions it has without one.
     """
 
-    @property
-    @abstractmethod
-    def _qwen(self) -> Any:
-        """The `Qwen3VLModel`: vision tower and language model."""
+    _qwen: Any
+    """The `Qwen3VLModel`: vision tower and language model."""
+    _head: Any
+    """The flow-matching action head."""
 
     @property
     def context_dim(self) -> int:
@@ -36,9 +36,24 @@ class Qwen3VLAdapter(AdapterBase):
         return int(self._qwen.language_model.config.hidden_size)
 
     @property
+    def action_dim(self) -> int:
+        """Width of A_t: the action head's input width."""
+        return int(self._head.input_embedding_dim)
+
     @abstractmethod
-    def _head_blocks(self) -> Iterable[nn.Module]:
-        """The action head's transformer blocks."""
+    def _autocast(self) -> AbstractContextManager[Any]:
+        """The precision of the policy's own backbone."""
+
+    @abstractmethod
+    def _patches(
+        self, image: Float[Tensor, "rows *shape"]
+    ) -> tuple[Float[Tensor, "patches pixels"], Int[Tensor, "images 3"]]:
+        """What the vision tower reads of images: their patches, and their grids."""
+
+    @property
+    @abstractmethod
+    def _last_layer(self) -> tuple[Any, str]:
+        """The module and the name of its method that returns the language model's last states."""
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute the blocks of vision tower and language model in the backward pass."""
@@ -48,7 +63,7 @@ class Qwen3VLAdapter(AdapterBase):
         """The MLPs of vision tower and language model, and the action head's blocks."""
         for block in (*self._qwen.visual.blocks, *self._qwen.language_model.layers):
             yield block.mlp
-        yield from self._head_blocks
+        yield from self._head.model.transformer_blocks
 
     @property
     def tower(self) -> VisionTower:
@@ -59,35 +74,52 @@ class Qwen3VLAdapter(AdapterBase):
     def _tokens(self, states: Float[Tensor, "all_patches dim"], rows: int) -> Float[Tensor, "rows patches dim"]:
         return states.unflatten(0, (rows, -1))
 
-    def _encode(
-        self, pixels: Float[Tensor, "patches pixels"], grid: Int[Tensor, "images 3"], rows: int
+    def _tower_tokens(
+        self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
+    ) -> Float[Tensor, "batch patches target_dim"]:
+        pixels, grid = self._patches(image)
+        with self._autocast():
+            states = tower(pixels.to(next(tower.parameters()).dtype), grid_thw=grid).last_hidden_state
+        return self._tokens(states, len(image))
+
+    def _embed_image(
+        self, key: str, image: Float[Tensor, "rows *shape"]
     ) -> Float[Tensor, "rows levels views height width dim"]:
         """Merged features of images of one size, those for each deepstack level after them."""
-        visual = self._qwen.visual
-        output = visual(pixels.to(visual.dtype), grid_thw=grid)
-        levels = torch.stack([output.pooler_output, *output.deepstack_features])
+        visual, rows = self._qwen.visual, len(image)
+        pixels, grid = self._patches(image)
+        with self._autocast():
+            output = visual(pixels.to(visual.dtype), grid_thw=grid)
+            levels = torch.stack([output.pooler_output, *output.deepstack_features])
         side = visual.spatial_merge_size
         _, height, width = grid[0].tolist()
         return levels.unflatten(1, (rows, -1, height // side, width // side)).transpose(0, 1)
 
-    @contextmanager
-    def _given(self, features: Sequence[Float[Tensor, "rows levels _ _ _ dim"]]) -> Iterator[None]:
+    def _give(self, scope: ExitStack, features: Sequence[Float[Tensor, "rows levels _ _ _ dim"]]) -> None:
         """Hand the language model these features, key after key in each row, in place of the vision tower's."""
         levels = torch.cat([value.flatten(2, 4) for value in features], dim=2).transpose(0, 1).flatten(1, 2)
 
         def forward(*_: Any, **__: Any) -> BaseModelOutputWithDeepstackFeatures:
             return BaseModelOutputWithDeepstackFeatures(pooler_output=levels[0], deepstack_features=list(levels[1:]))
 
-        with patched(self._qwen.visual, "forward", forward):
-            yield
+        scope.enter_context(patched(self._qwen.visual, "forward", forward))
 
-    @contextmanager
-    def _prepended(self, belief: Belief | None, mask: BeliefMask | None) -> Iterator[None]:
-        """Prepend the belief to everything the language model reads."""
+    def _enter_belief(
+        self, scope: ExitStack, belief: Belief | None, mask: BeliefMask | None
+    ) -> list[Bool[Tensor, "batch prompt"]]:
+        """Prepend the belief and keep it out of what the action head picks from; returns the prompt's masks."""
+        owner, method = self._last_layer
+        original = getattr(owner, method)
+        tokens = 0 if belief is None else belief.shape[1]
+        masks: list[Tensor] = []
+
+        def states(inputs: Any) -> Tensor:
+            masks.append(inputs["attention_mask"].bool())
+            return original(inputs)[:, tokens:]
+
+        scope.enter_context(patched(owner, method, states))
         if belief is None:
-            yield
-            return
-        tokens = belief.shape[1]
+            return masks
         readable = belief_token_mask(belief, mask)
 
         def edit(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -102,5 +134,5 @@ class Qwen3VLAdapter(AdapterBase):
                 "position_ids": torch.cat([before.to(position.dtype), position], dim=2),
             }
 
-        with edited_call(self._qwen.language_model, edit):
-            yield
+        scope.enter_context(edited_call(self._qwen.language_model, edit))
+        return masks

@@ -1,16 +1,13 @@
 """SmolVLA, with cameras or without: a SmolVLM backbone whose hidden states condition a flow-matching action expert."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
-from typing import Any
 
 from jaxtyping import Float
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
 
-from ptr_hf.policies.base import AdapterBase
+from ptr_hf.policies.base import AdapterBase, part
 from ptr_hf.policies.flow_vla import FlowVLAAdapter, Images
-from ptr_hf.policies.hooks import Capture, captured_output
 from ptr_hf.policies.tower import VisionTower, projector_tower
 from ptr_hf.policies.trace import Batch
 
@@ -23,16 +20,9 @@ class SmolVLAAdapter(FlowVLAAdapter):
     """
 
     family = "smolvla"
-
-    @property
-    def context_dim(self) -> int:
-        """Width of H_t: the text model's hidden size."""
-        return int(self._experts.config.text_config.hidden_size)
-
-    @property
-    def action_dim(self) -> int:
-        """Width of A_t: the action expert's hidden size."""
-        return int(self._experts.expert_hidden_size)
+    language_models = ("model.vlm_with_expert.vlm.model.text_model", "model.vlm_with_expert.lm_expert")
+    _experts = part("model.vlm_with_expert")
+    _vision = part("model.vlm_with_expert.vlm.model.vision_model")
 
     def gradient_checkpointing_enable(self) -> None:
         """Of the vision tower alone: LeRobot runs the language layers in a loop of its own, which has none."""
@@ -42,21 +32,6 @@ class SmolVLAAdapter(FlowVLAAdapter):
                 "gradient checkpointing out."
             )
         self._vision.gradient_checkpointing_enable({"use_reentrant": False})
-
-    @property
-    def _experts(self) -> Any:
-        return self.base.model.vlm_with_expert
-
-    def _language_layers(self) -> Iterable[Any]:
-        yield from self._experts.get_vlm_model().text_model.layers
-        yield from self._experts.lm_expert.layers
-
-    @property
-    def _vision(self) -> Any:
-        return self._experts.get_vlm_model().vision_model
-
-    def _captured_context(self) -> AbstractContextManager[Capture]:
-        return captured_output(self._experts.get_vlm_model().text_model.norm)
 
     def _images(self, batch: Batch) -> Images:
         return self.base.prepare_images(batch)
@@ -110,11 +85,11 @@ class SmolVLAStateAdapter(SmolVLAAdapter):
 
     def compilable(self) -> Iterable[nn.Module]:
         """The MLPs of both language models."""
-        for layer in self._language_layers():
-            yield layer.mlp
+        return self._language_mlps()
 
-    def _tower_tokens(
-        self, tower: nn.Module, key: str, image: Float[Tensor, "batch *shape"]
-    ) -> Float[Tensor, "batch patches target_dim"]:
-        """The one token of a normalised state (batch, state_dim), padded by the policy itself."""
-        return tower(self._state({OBS_STATE: image}).to(next(tower.parameters()).dtype)).unsqueeze(1)
+    def _prepared(self, key: str, image: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *input"]:
+        """A normalised state (batch, state_dim), padded by the policy itself."""
+        return self._state({OBS_STATE: image})
+
+    def _tokens(self, states: Float[Tensor, "rows target_dim"], rows: int) -> Float[Tensor, "rows 1 target_dim"]:
+        return states.unsqueeze(1)

@@ -81,8 +81,5 @@ class Views:
 
     def rows(self, index: slice | Int[Tensor, " selected"]) -> "Views":
         """The same views for some of the rows (differentiable)."""
-        return Views(
-            features={key: value[index] for key, value in self.features.items()},
-            masks={key: value[index] for key, value in self.masks.items()},
-            tower={key: value[index] for key, value in self.tower.items()},
-        )
+        parts = (self.features, self.masks, self.tower)
+        return Views(*({key: value[index] for key, value in part.items()} for part in parts))

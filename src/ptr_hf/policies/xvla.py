@@ -1,7 +1,7 @@
 """X-VLA: a Florence-2 encoder whose states condition a soft-prompted flow-matching transformer."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LAN
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from ptr_hf.policies.base import AdapterBase
+from ptr_hf.policies.base import AdapterBase, part
 from ptr_hf.policies.batches import action_mask, belief_token_mask, per_sample_mean
-from ptr_hf.policies.hooks import Call, Capture, captured_input, edited_call, patched, preserved_modes, recorded_calls
+from ptr_hf.policies.hooks import Call, edited_call, patched, preserved_modes, recorded_calls
 from ptr_hf.policies.tower import VisionTower, flatten_map
 from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, Views
 
@@ -47,6 +47,9 @@ class XVLAAdapter(AdapterBase):
     family = "xvla"
     preprocesses_rows = True
     needs_every_camera = False
+    action_dim = part("config.hidden_size")
+    _action_out = part("model.transformer.action_decoder")
+    _vlm = part("model.vlm")
 
     def __init__(self, policy: nn.Module) -> None:
         super().__init__(policy)
@@ -61,11 +64,6 @@ class XVLAAdapter(AdapterBase):
     def context_dim(self) -> int:
         """Width of H_t: that of the Florence-2 encoder."""
         return int(self._vlm.config.text_config.d_model)
-
-    @property
-    def action_dim(self) -> int:
-        """Width of A_t: the transformer's."""
-        return int(self.base.config.hidden_size)
 
     @property
     def tower(self) -> VisionTower:
@@ -88,7 +86,7 @@ class XVLAAdapter(AdapterBase):
         action = batch[ACTION]
         with ExitStack() as scope:
             if views is not None:
-                self._enter_views(scope, views, action.shape[0])
+                self._enter_views(scope, views)
             scope.enter_context(belief)
             seen = scope.enter_context(
                 recorded_calls(
@@ -122,15 +120,6 @@ class XVLAAdapter(AdapterBase):
         for stage in self._vlm.vision_tower.blocks:
             yield from stage[:-1]
 
-    @contextmanager
-    def belief_scope(self, belief: Belief | None, mask: BeliefMask | None = None) -> Iterator[None]:
-        """Append the belief tokens to what the Florence-2 encoder reads while the scope is open."""
-        with ExitStack() as scope:
-            scope.enter_context(self.exclusive())
-            if belief is not None:
-                self._inject(scope, belief, mask)
-            yield
-
     def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
         """Projected image tokens of all rows, one tower call per camera; see `AdapterBase.encode_views`.
 
@@ -159,15 +148,10 @@ class XVLAAdapter(AdapterBase):
         with preserved_modes(tower, training=False):
             return flatten_map(tower(self.base._prepare_images({key: image})[0][:, 0]).last_hidden_state)
 
-    def _captured_hidden(self, keep: str = "first") -> AbstractContextManager[Capture]:
-        return captured_input(self.base.model.transformer.action_decoder, keep)
-
-    @property
-    def _vlm(self) -> Any:
-        return self.base.model.vlm
-
-    def _inject(self, scope: ExitStack, belief: Belief, mask: BeliefMask | None) -> None:
+    def _enter_belief(self, scope: ExitStack, belief: Belief | None, mask: BeliefMask | None) -> None:
         """Append the belief to the encoder's sequence, and leave it out of what `forward_vlm` returns."""
+        if belief is None:
+            return
         model, encoder, tokens = self.base.model, self._vlm.language_model.encoder, belief.shape[1]
         original = model.forward_vlm
         readable = belief_token_mask(belief, mask)
@@ -193,11 +177,11 @@ class XVLAAdapter(AdapterBase):
         scope.enter_context(edited_call(encoder, append))
         scope.enter_context(patched(model, "forward_vlm", forward_vlm))
 
-    def _enter_views(self, scope: ExitStack, views: Views, rows: int) -> None:
+    def _enter_views(self, scope: ExitStack, views: Views) -> None:
         """Let the policy take the features for images, and the vision tower return them as they are."""
-        views.check_rows(rows)
         features, masks = (torch.stack(list(part.values()), dim=1) for part in (views.features, views.masks))
         missing = max(0, (self.base.config.num_image_views or 0) - features.shape[1])
+        rows = len(features)
         blank = features.new_zeros(rows, missing, *features.shape[2:])
         prepared = torch.cat([features, blank], dim=1), torch.cat([masks, masks.new_zeros(rows, missing)], dim=1)
         scope.enter_context(patched(self.base, "_prepare_images", lambda _batch: prepared))
