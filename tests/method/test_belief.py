@@ -6,7 +6,7 @@ from builders import property_test, seeded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptr_hf.method import BeliefMemory, BeliefTokenizer, belief_diversity, belief_entropy, reconstruct
+from ptr_hf.method import BeliefMemory, BeliefTokenizer, belief_diversity, belief_entropy
 
 
 def build(dim: int, tokens: int, temperature: float = 1.0, seed: int = 0) -> BeliefTokenizer:
@@ -124,12 +124,6 @@ def test_regularisers_are_zero_exactly_for_one_step_per_token():
     uniform = torch.full((1, 4, 3), 0.25)
     torch.testing.assert_close(belief_entropy(uniform, uniform.log()), torch.tensor([math.log(4)]))
     assert belief_diversity(uniform) > 0
-
-
-def test_reconstruction_is_exact_when_every_step_has_its_token():
-    features = torch.randn(2, 3, 4)
-    assignment = torch.eye(3).expand(2, 3, 3)
-    torch.testing.assert_close(reconstruct(features, assignment), features)
 
 
 def test_half_precision_and_autocast_give_float32_results():

@@ -13,10 +13,8 @@ from ptr_hf.scores import (
     WHOLE_EPISODE,
     ActionIdentification,
     InstructionIdentification,
-    Motion,
-    NegativeLoss,
     OfEpisode,
-    Posterior,
+    Reading,
     ScoreWeigher,
     SlotMemory,
     known_beforehand,
@@ -30,7 +28,7 @@ def by_episode(**options: Any) -> ScoreWeigher:
     """Small loss over the episodes of LENGTHS."""
     table = make_table(LENGTHS)
     memory = SlotMemory(len(LENGTHS), table.num_slots(WHOLE_EPISODE), 1)
-    weigher = ScoreWeigher({"loss": NegativeLoss()}, memory, **{"refresh_interval": 1, **options})
+    weigher = ScoreWeigher({"loss": Reading("loss")}, memory, **{"refresh_interval": 1, **options})
     weigher.lay_out(table)
     return weigher
 
@@ -42,7 +40,7 @@ def of_every_episode(**columns: Any) -> Any:
 class TestThePaper:
     def paper(self) -> ScoreWeigher:
         return ScoreWeigher(
-            {"posterior": Posterior()},
+            {"posterior": Reading("posterior")},
             None,
             weight_map="paper",
             floor=0.25,
@@ -162,7 +160,7 @@ class TestMemory:
             assert torch.equal(value, before[name]), name
 
     def test_training_on_unknown_episodes_is_refused(self) -> None:
-        weigher = ScoreWeigher({"loss": NegativeLoss()}, SlotMemory(0, 0, 1))
+        weigher = ScoreWeigher({"loss": Reading("loss")}, SlotMemory(0, 0, 1))
         with pytest.raises(ValueError, match=r"episodes to be weighed are unknown: call PTRPolicy.set_episodes"):
             weigher.weigh(make_evidence(4), BETA, False, Draws(0))
         assert weigher.eval().weigh(make_evidence(4), BETA, True, Draws(0)).weight.tolist() == [1.0] * 4
@@ -209,7 +207,7 @@ class TestMaps:
     def test_the_exponential_map_of_several_scores(self) -> None:
         table = make_table(LENGTHS)
         memory = SlotMemory(8, 8, 2)
-        weigher = ScoreWeigher({"loss": NegativeLoss(), "motion": Motion()}, memory, refresh_interval=1)
+        weigher = ScoreWeigher({"loss": Reading("loss"), "motion": Reading("motion")}, memory, refresh_interval=1)
         weigher.lay_out(table)
         assert weigher.names == ("loss", "motion")
         evidence = of_every_episode()
@@ -224,7 +222,7 @@ class TestMaps:
     def test_groups_are_compared_apart(self) -> None:
         table = make_table((10,) * 12, groups=(0, 1) * 6)
         memory = SlotMemory(12, 12, 1)
-        weigher = ScoreWeigher({"loss": NegativeLoss()}, memory, refresh_interval=1)
+        weigher = ScoreWeigher({"loss": Reading("loss")}, memory, refresh_interval=1)
         weigher.lay_out(table)
         # the second group's losses are all higher, and that is how it is
         loss = torch.arange(12.0) // 2 + torch.tensor([0.0, 100.0]).repeat(6)

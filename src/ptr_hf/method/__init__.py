@@ -4,31 +4,16 @@ belief (4.1) → target, candidates, scorer (4.2) → weight (4.4) → controlle
 This package imports torch and nothing else of ours.
 """
 
-from ptr_hf.method.belief import (
-    BeliefMemory,
-    BeliefTokenizer,
-    BeliefUpdate,
-    belief_diversity,
-    belief_entropy,
-    reconstruct,
-)
+from ptr_hf.method.belief import BeliefMemory, BeliefTokenizer, belief_diversity, belief_entropy
 from ptr_hf.method.candidate_queue import CandidateQueue
-from ptr_hf.method.candidates import (
-    Candidates,
-    HardNegativeKey,
-    Samples,
-    build_candidates,
-    gather_samples,
-)
+from ptr_hf.method.candidates import Candidates, Samples, build_candidates, gather_samples
 from ptr_hf.method.chunks import ChunkBatch, ObjectiveOutput
 from ptr_hf.method.controller import AdaptiveScaleController
 from ptr_hf.method.distributed import GlobalRows
-from ptr_hf.method.draws import Draws, Purpose, uniform
-from ptr_hf.method.evidence import ComparisonSet, Evidence, Weigher, Weighing
+from ptr_hf.method.draws import Draws, uniform
 from ptr_hf.method.numerics import NeverLowered, full_precision
 from ptr_hf.method.objective import ObjectiveConfig, PTRObjective
 from ptr_hf.method.scorer import (
-    IdentificationMetrics,
     TransitionScorer,
     identification_logits,
     identification_loss,
@@ -54,26 +39,18 @@ __all__ = [
     "AdaptiveScaleController",
     "BeliefMemory",
     "BeliefTokenizer",
-    "BeliefUpdate",
     "CandidateQueue",
     "Candidates",
     "ChunkBatch",
-    "ComparisonSet",
     "ConsequenceEncoder",
     "Draws",
-    "Evidence",
     "GlobalRows",
-    "HardNegativeKey",
-    "IdentificationMetrics",
     "NeverLowered",
     "ObjectiveConfig",
     "ObjectiveOutput",
     "PTRObjective",
-    "Purpose",
     "Samples",
     "TransitionScorer",
-    "Weigher",
-    "Weighing",
     "belief_diversity",
     "belief_entropy",
     "build_candidates",
@@ -92,7 +69,6 @@ __all__ = [
     "masked_mean",
     "ptr_score",
     "ranking_loss",
-    "reconstruct",
     "self_normalized_loss",
     "share_bound",
     "uniform",

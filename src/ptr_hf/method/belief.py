@@ -107,13 +107,6 @@ def belief_diversity(assignment: Float[Tensor, "batch steps tokens"]) -> Float[T
     return (gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).square().sum(dim=(-2, -1))
 
 
-def reconstruct(
-    tokens: Float[Tensor, "batch tokens dim"], assignment: Float[Tensor, "batch steps tokens"]
-) -> Float[Tensor, "batch steps dim"]:
-    """c̃_i = Σ_m π_im z_m: how much of the chunk the tokens kept, a diagnostic that trains nothing."""
-    return torch.einsum("blm,bmd->bld", assignment, tokens)
-
-
 class BeliefMemory(NeverLowered):
     """Where the belief starts and how it enters the backbone: learned first tokens and one projection.
 

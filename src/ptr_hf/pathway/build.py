@@ -16,19 +16,15 @@ from ptr_hf.method import (
     TransitionScorer,
 )
 from ptr_hf.scores import (
+    READINGS,
     SCORES,
     ActionIdentification,
-    ActionMargin,
     InstructionIdentification,
-    Motion,
-    NegativeLogLoss,
-    NegativeLoss,
     OfEpisode,
-    Posterior,
+    Reading,
     Score,
     ScoreWeigher,
     SlotMemory,
-    Uniform,
 )
 
 ACTION_STRETCHES = 8
@@ -97,22 +93,12 @@ def _build_weigher(config: PTRConfig, action_dim: int, target_dim: int) -> Score
 
 
 def _build_score(name: str, config: PTRConfig, action_dim: int, target_dim: int) -> Score:
+    if name in READINGS:
+        return Reading(name)
     match name:
-        case "posterior":
-            return Posterior()
-        case "action_margin":
-            return ActionMargin()
         case "action_identification":
             width = min(ACTION_STRETCHES, config.resolved_chunk_size) * action_dim
             return ActionIdentification(target_dim, width, config.head_dim, config.cross_fit)
         case "instruction_identification":
             return InstructionIdentification(target_dim, max(1, config.num_tasks), config.head_dim, config.cross_fit)
-        case "uniform":
-            return Uniform()
-        case "loss":
-            return NegativeLoss()
-        case "log_loss":
-            return NegativeLogLoss()
-        case "motion":
-            return Motion()
     return OfEpisode(torch.zeros(config.num_episodes))

@@ -5,13 +5,12 @@ Every score reads what the step's forward has already computed; only ``action_id
 """
 
 from ptr_hf.scores.aggregation import WHOLE_EPISODE, EpisodeTable, SlotMemory
-from ptr_hf.scores.controls import Motion, NegativeLogLoss, NegativeLoss, OfEpisode, Uniform, known_beforehand
 from ptr_hf.scores.given import FrameWeights, weighed_chunks, weighed_loss, weight_metrics
 from ptr_hf.scores.identification import ActionIdentification, InstructionIdentification
-from ptr_hf.scores.paper import ActionMargin, Posterior
-from ptr_hf.scores.score import Score, Scored
-from ptr_hf.scores.weigher import AGGREGATIONS, MISSING_FUTURE, Aggregation, MissingFuture, ScoreWeigher
-from ptr_hf.scores.weight_map import WEIGHT_MAPS, WeightMapName, map_range
+from ptr_hf.scores.readings import READINGS, READS_POSTERIOR, OfEpisode, Reading, known_beforehand
+from ptr_hf.scores.score import Score
+from ptr_hf.scores.weigher import AGGREGATIONS, MISSING_FUTURE, ScoreWeigher
+from ptr_hf.scores.weight_map import WEIGHT_MAPS, map_range
 
 SCORES: dict[str, tuple[str, ...]] = {
     # the paper's T
@@ -33,37 +32,26 @@ SCORES: dict[str, tuple[str, ...]] = {
     "length": ("length",),
     "oracle": ("oracle",),
 }
-READS_POSTERIOR = ("posterior", "action_margin")
 READS_FUTURES = (*READS_POSTERIOR, "action_identification", "instruction_identification")
-KNOWN_BEFOREHAND = ("random", "length", "oracle")
 
 __all__ = [
     "AGGREGATIONS",
-    "KNOWN_BEFOREHAND",
     "MISSING_FUTURE",
+    "READINGS",
     "READS_FUTURES",
     "READS_POSTERIOR",
     "SCORES",
     "WEIGHT_MAPS",
     "WHOLE_EPISODE",
     "ActionIdentification",
-    "ActionMargin",
-    "Aggregation",
     "EpisodeTable",
     "FrameWeights",
     "InstructionIdentification",
-    "MissingFuture",
-    "Motion",
-    "NegativeLogLoss",
-    "NegativeLoss",
     "OfEpisode",
-    "Posterior",
+    "Reading",
     "Score",
     "ScoreWeigher",
-    "Scored",
     "SlotMemory",
-    "Uniform",
-    "WeightMapName",
     "known_beforehand",
     "map_range",
     "weighed_chunks",

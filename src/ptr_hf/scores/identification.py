@@ -78,7 +78,6 @@ class InstructionHead(nn.Module):
 class CrossFitted(Score):
     """Two heads of one kind; without cross-fitting a single head learns from and scores every episode."""
 
-    reads_futures = True
     has_chance = True
 
     def __init__(self, heads: list[nn.Module]) -> None:

@@ -33,16 +33,12 @@ class Scored:
 
 
 class Score(NeverLowered, ABC):
-    """One score. Subclasses say what they need, so that nothing is computed for nobody.
+    """One score.
 
     Attributes:
-        reads_futures: whether it looks at o_t and o_{t+Δ}.
-        reads_posterior: whether it looks at the paper's identification posterior.
         has_chance: whether a verdict of 0 is what chance gives.
     """
 
-    reads_futures = False
-    reads_posterior = False
     has_chance = False
 
     @abstractmethod

@@ -12,7 +12,7 @@ from ptr_hf.method.distributed import sum_over_ranks
 from ptr_hf.method.draws import Draws
 from ptr_hf.method.evidence import Evidence, IdentifiedBy, Weigher, Weighing
 from ptr_hf.scores.aggregation import EpisodeTable, SlotMemory
-from ptr_hf.scores.controls import OfEpisode, known_beforehand
+from ptr_hf.scores.readings import OfEpisode, known_beforehand
 from ptr_hf.scores.score import Score, Scored
 from ptr_hf.scores.weight_map import WeightMapName, calibrated, combined, exponential, rejection, standardized
 

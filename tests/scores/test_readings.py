@@ -5,7 +5,7 @@ import torch
 from evidences import make_evidence, make_table
 
 from ptr_hf.method import Draws
-from ptr_hf.scores import ActionMargin, Motion, NegativeLoss, OfEpisode, Posterior, Uniform, known_beforehand
+from ptr_hf.scores import OfEpisode, Reading, known_beforehand
 
 EVIDENCE = make_evidence(
     6,
@@ -18,7 +18,7 @@ INSIDE = [True, True, True, False, True, True]
 
 
 def test_uniform_is_0_everywhere() -> None:
-    scored = Uniform()(EVIDENCE, Draws(0))
+    scored = Reading("uniform")(EVIDENCE, Draws(0))
     assert scored.value.tolist() == [0.0] * 6
     assert scored.valid.tolist() == INSIDE
     assert scored.loss is None
@@ -26,19 +26,19 @@ def test_uniform_is_0_everywhere() -> None:
 
 
 def test_small_losses_are_good_and_a_broken_one_says_nothing() -> None:
-    scored = NegativeLoss()(EVIDENCE, Draws(0))
+    scored = Reading("loss")(EVIDENCE, Draws(0))
     assert scored.value[[0, 1, 4]].tolist() == [-0.5, -2.0, -1.0]
     assert scored.valid.tolist() == [True, True, False, False, True, True]
 
 
 def test_motion() -> None:
-    scored = Motion()(EVIDENCE, Draws(0))
+    scored = Reading("motion")(EVIDENCE, Draws(0))
     assert torch.equal(scored.value, EVIDENCE.motion)
     assert scored.valid.tolist() == INSIDE
 
 
 def test_what_the_papers_scorer_says() -> None:
-    posterior, margin = Posterior()(EVIDENCE, Draws(0)), ActionMargin()(EVIDENCE, Draws(0))
+    posterior, margin = Reading("posterior")(EVIDENCE, Draws(0)), Reading("action_margin")(EVIDENCE, Draws(0))
     assert torch.equal(posterior.value, EVIDENCE.posterior)
     assert torch.equal(posterior.valid, EVIDENCE.target_valid)
     assert torch.equal(margin.value, EVIDENCE.contrast)

@@ -1,4 +1,6 @@
-"""The controls every claim stands beside: what can be had without consequences, and what perfect knowledge would give."""
+"""Scores that learn nothing of their own: the paper's, and the controls every claim stands beside."""
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -9,37 +11,41 @@ from ptr_hf.method.evidence import Evidence
 from ptr_hf.scores.aggregation import EpisodeTable
 from ptr_hf.scores.score import Score, Scored
 
+READINGS: dict[str, Callable[[Evidence], Scored]] = {
+    # the paper's T = log(p̂ · |Y|) in nats (Eq. 14): can the real consequence be picked out, given context and action?
+    "posterior": lambda evidence: Scored(evidence.posterior, evidence.target_valid),
+    # d(h, e, y) - d(h, e′, y): by how much the recorded action explains the consequence better than another's (ours)
+    "action_margin": lambda evidence: Scored(evidence.contrast, evidence.contrast_valid),
+    # weights that are all alike
+    "uniform": lambda evidence: Scored(torch.zeros_like(evidence.loss), evidence.chunk_valid),
+    # -ℓ, the small-loss baseline of learning with noisy labels
+    "loss": lambda evidence: Scored(-evidence.loss, evidence.chunk_valid & evidence.loss.isfinite()),
+    # -log ℓ, the same order on a scale where good and bad data spread alike
+    "log_loss": lambda evidence: Scored(
+        -torch.log(evidence.loss.clamp(min=1e-6)), evidence.chunk_valid & evidence.loss.isfinite()
+    ),
+    # mean square of the normalised actions
+    "motion": lambda evidence: Scored(evidence.motion, evidence.chunk_valid),
+}
+"""What the scores without a head make of a step's chunks."""
+READS_POSTERIOR = ("posterior", "action_margin")
 
-class Uniform(Score):
-    """0 for every chunk: weights that are all alike."""
+
+class Reading(Score):
+    """A score that is read off the evidence.
+
+    Args:
+        name: of the score, in `READINGS`.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.has_chance = name in READS_POSTERIOR
 
     def forward(self, evidence: Evidence, draws: Draws) -> Scored:
-        """Zeros."""
-        return Scored(torch.zeros_like(evidence.loss), evidence.chunk_valid)
-
-
-class NegativeLoss(Score):
-    """The policy's own loss, negated: the small-loss baseline of learning with noisy labels."""
-
-    def forward(self, evidence: Evidence, draws: Draws) -> Scored:
-        """-ℓ of every chunk with a finite loss."""
-        return Scored(-evidence.loss, evidence.chunk_valid & evidence.loss.isfinite())
-
-
-class NegativeLogLoss(Score):
-    """-log ℓ: the same order as the negated loss, on a scale where good and bad data spread alike."""
-
-    def forward(self, evidence: Evidence, draws: Draws) -> Scored:
-        """-log ℓ of every chunk with a finite loss."""
-        return Scored(-torch.log(evidence.loss.clamp(min=1e-6)), evidence.chunk_valid & evidence.loss.isfinite())
-
-
-class Motion(Score):
-    """How much the chunk's actions move, as the mean square of the normalised actions."""
-
-    def forward(self, evidence: Evidence, draws: Draws) -> Scored:
-        """Motion of every chunk."""
-        return Scored(evidence.motion, evidence.chunk_valid)
+        """What the evidence says."""
+        return READINGS[self.name](evidence)
 
 
 class OfEpisode(Score):
