@@ -69,5 +69,5 @@ def test_a_file_weighs_the_chunks(points: Path, tmp_path: Path) -> None:
 def test_a_file_of_other_data_is_refused_before_training(points: Path, tmp_path: Path) -> None:
     path = tmp_path / "weights.csv"
     pd.DataFrame({"episode_index": range(5), "weight": [1.0] * 5}).to_csv(path, index=False)
-    with pytest.raises(ValueError, match=r"weighs episode 4, which tests/points does not have"):
+    with pytest.raises(ValueError, match=r"weighs episode_index 4, which tests/points does not have"):
         lerobot_trains(points, tmp_path / "run", path)

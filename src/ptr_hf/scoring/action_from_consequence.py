@@ -22,7 +22,7 @@ class ActionFromConsequence(Question):
 
     def ask(self, fit: CrossFit, reweigh: Reweigh) -> Answer:
         """Minus the squared error of each action dimension, in deviations; an episode's score is -log of its mean."""
-        recordings, frames = fit.recordings, fit.frames
+        recordings = fit.recordings
         if not recordings.state.shape[1]:
             raise CannotAskError("there is no proprioception, so nothing is known of what followed an action")
         if fit.folds < 2:
@@ -30,17 +30,17 @@ class ActionFromConsequence(Question):
         changes = _Changes(fit)
         network = FoldedMLP(
             fit.folds,
-            frames.state.shape[1] * (1 + len(STEPS)),
+            fit.state.shape[1] * (1 + len(STEPS)),
             fit.settings.hidden,
-            frames.action.shape[1],
+            fit.action.shape[1],
             torch.Generator().manual_seed(fit.settings.seed),
         )
 
         def loss(rows: Tensor) -> Tensor:
-            return functional.huber_loss(network(changes(rows)), frames.action[rows])
+            return functional.huber_loss(network(changes(rows)), fit.action[rows])
 
         def judge(fold: int, rows: Tensor) -> Tensor:
-            return -(network.of_fold(fold, changes(rows)) - frames.action[rows]).square()
+            return -(network.of_fold(fold, changes(rows)) - fit.action[rows]).square()
 
         def trust(errors: np.ndarray) -> np.ndarray:
             return reweigh(-np.log(np.maximum(-errors, 0) + TRUST_FLOOR))
@@ -65,19 +65,19 @@ class _Changes:
     """The state at an action, and its changes before and after, each at deviation 1."""
 
     def __init__(self, fit: CrossFit) -> None:
-        self._frames = fit.frames
+        self._fit = fit
         rows = torch.as_tensor(fit.rows, device=fit.settings.device)
         spreads = [self._change(rows, steps).std(dim=0, correction=0) for steps in STEPS]
         self._scale = torch.cat([torch.ones_like(spreads[0]), *(1 / spread.clamp(min=1e-4) for spread in spreads)])
 
     def _change(self, rows: Tensor, steps: int) -> Tensor:
-        state = self._frames.state
-        return state[self._frames.at(rows, steps)] - state[rows]
+        state = self._fit.state
+        return state[self._fit.at(rows, steps)] - state[rows]
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Frames (...,) given by their rows -> (..., inputs)."""
         flat = rows.reshape(-1)
-        parts = [self._frames.state[flat], *(self._change(flat, steps) for steps in STEPS)]
+        parts = [self._fit.state[flat], *(self._change(flat, steps) for steps in STEPS)]
         inputs = torch.cat(parts, dim=1).mul_(self._scale).clamp_(-8, 8)
         return inputs.reshape(*rows.shape, -1)
 
@@ -85,14 +85,14 @@ class _Changes:
 def moving(fit: CrossFit) -> np.ndarray:
     """(action dimensions,) whether at least half of the episodes move it: others cannot be learned, and are not judged."""
     recordings = fit.recordings
-    action = fit.frames.action.cpu().numpy()
+    action = fit.action.cpu().numpy()
     spread = np.sqrt(np.maximum(recordings.means(action**2) - recordings.means(action) ** 2, 0))
     return np.median(spread, axis=0) > MOVES
 
 
-def listed(names: tuple[str, ...]) -> str:
-    """Two or three names in a sentence, and how many more."""
-    shown, more = list(names[:3]), len(names) - 3
-    if more > 0:
-        return f"{', '.join(shown)} and {more} more"
-    return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}"
+def listed(names: tuple[str, ...], before: str = "") -> str:
+    """Up to three names in a sentence, with words before them, and how many more; nothing without a name."""
+    if not names:
+        return ""
+    *shown, last = (*names[:3], f"{len(names) - 3} more") if len(names) > 3 else names
+    return before + (f"{', '.join(shown)} and {last}" if shown else last)

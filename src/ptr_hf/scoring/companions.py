@@ -20,7 +20,7 @@ class Roughness(Question):
     def ask(self, fit: CrossFit, reweigh: Reweigh) -> Answer:
         """Minus log of the squared second difference of each action dimension, in deviations."""
         recordings = fit.recordings
-        action = fit.frames.action.cpu().numpy()
+        action = fit.action.cpu().numpy()
         bend = np.full(action.shape, np.nan, np.float32)
         bend[1:-1] = -np.log((action[2:] - 2 * action[1:-1] + action[:-2]) ** 2 + 1e-3)
         bend[np.concatenate([recordings.first, recordings.last])] = np.nan
@@ -38,21 +38,18 @@ class Idleness(Question):
 
     name = "idleness"
     title = "Does the robot keep moving?"
+    sentence = "the robot stands still for long"
 
     def ask(self, fit: CrossFit, reweigh: Reweigh) -> Answer:
         """Minus log of 1 + the longest pause in seconds."""
         recordings = fit.recordings
         still = np.ones(len(recordings), bool)
-        for values in (fit.frames.state.cpu().numpy(), fit.frames.action.cpu().numpy()):
+        for values in (fit.state.cpu().numpy(), fit.action.cpu().numpy()):
             change = np.abs(np.diff(values, axis=0, prepend=values[:1]))
             still &= (change < STILL).all(axis=1)
         still[recordings.first] = False
         pause = _longest_runs(still, recordings) / recordings.fps
         return Answer((self.name,), episodes=-np.log1p(pause)[:, None])
-
-    def reason(self, parts: tuple[str, ...]) -> str:
-        """It stands still."""
-        return "the robot stands still for long"
 
 
 class Jumps(Question):
@@ -60,13 +57,14 @@ class Jumps(Question):
 
     name = "jumps"
     title = "Does the state change without jumps?"
+    sentence = "the state jumps from one frame to the next"
 
     def ask(self, fit: CrossFit, reweigh: Reweigh) -> Answer:
         """Minus log of the largest step of any state dimension, in that dimension's usual large steps."""
         recordings = fit.recordings
         if not recordings.state.shape[1]:
             raise CannotAskError("there is no proprioception")
-        state = fit.frames.state.cpu().numpy()
+        state = fit.state.cpu().numpy()
         step = np.abs(np.diff(state, axis=0, prepend=state[:1]))
         step[recordings.first] = 0
         largest = np.maximum.reduceat(step, recordings.first, axis=0)
@@ -76,16 +74,13 @@ class Jumps(Question):
             raise CannotAskError("the state hardly moves")
         return Answer((self.name,), episodes=-np.log((largest[:, known] / usual[known]).max(axis=1) + 0.1)[:, None])
 
-    def reason(self, parts: tuple[str, ...]) -> str:
-        """The state jumps."""
-        return "the state jumps from one frame to the next"
-
 
 class Frozen(Question):
     """Does everything move that moves in nearly all other episodes?"""
 
     name = "frozen"
     title = "Do all joints and commands move?"
+    sentence = "a joint or command that moves elsewhere stands still"
 
     def ask(self, fit: CrossFit, reweigh: Reweigh) -> Answer:
         """Minus the number of dimensions that stand still here and move in 95 % of the episodes."""
@@ -93,7 +88,7 @@ class Frozen(Question):
         if len(recordings.length) < LEAST_TO_EXPECT:
             raise CannotAskError(f"fewer than {LEAST_TO_EXPECT} episodes do not show what always moves")
         hanging = np.zeros(len(recordings.length))
-        for values in (fit.frames.state.cpu().numpy(), fit.frames.action.cpu().numpy()):
+        for values in (fit.state.cpu().numpy(), fit.action.cpu().numpy()):
             if not values.shape[1]:
                 continue
             low = np.minimum.reduceat(values, recordings.first, axis=0)
@@ -102,10 +97,6 @@ class Frozen(Question):
             expected = moves.mean(axis=0) >= EXPECTED
             hanging += (~moves & expected).sum(axis=1)
         return Answer((self.name,), episodes=-2.0 * hanging[:, None])
-
-    def reason(self, parts: tuple[str, ...]) -> str:
-        """Something hangs."""
-        return "a joint or command that moves elsewhere stands still"
 
 
 LEAST_TO_EXPECT, EXPECTED = 20, 0.95
@@ -116,6 +107,7 @@ class Timing(Question):
 
     name = "timing"
     title = "Do the timestamps follow the frame rate?"
+    sentence = "the timestamps have gaps"
 
     def ask(self, fit: CrossFit, reweigh: Reweigh) -> Answer:
         """Minus log of 1 + the largest gap between two timestamps beyond one frame, in frames."""
@@ -126,10 +118,6 @@ class Timing(Question):
         gap[recordings.first] = 0
         largest = np.maximum.reduceat(np.abs(gap), recordings.first)
         return Answer((self.name,), episodes=-np.log1p(largest)[:, None])
-
-    def reason(self, parts: tuple[str, ...]) -> str:
-        """Frames are missing."""
-        return "the timestamps have gaps"
 
 
 def _between_finite(recordings: Recordings) -> np.ndarray:

@@ -35,16 +35,16 @@ class Completeness(Question):
         return Answer(tuple(parts), episodes=np.stack(scores, axis=1))
 
     def _ends(self, fit: CrossFit, reweigh: Reweigh) -> np.ndarray:
-        recordings, frames, device = fit.recordings, fit.frames, fit.settings.device
+        recordings, device = fit.recordings, fit.settings.device
         share = recordings.frame / np.maximum(recordings.length[recordings.episode] - 1, 1)
         progress = torch.as_tensor(share, dtype=torch.float32, device=device)
         task = torch.as_tensor(recordings.task[recordings.episode], device=device)
         tasks = len(recordings.instructions) if len(recordings.instructions) <= MOST_TASKS else 0
         generator = torch.Generator().manual_seed(fit.settings.seed)
-        network = FoldedMLP(fit.folds, frames.state.shape[1] + tasks, HIDDEN, 1, generator)
+        network = FoldedMLP(fit.folds, fit.state.shape[1] + tasks, HIDDEN, 1, generator)
 
         def inputs(rows: Tensor) -> Tensor:
-            state = frames.state[rows].clamp(-8, 8)
+            state = fit.state[rows].clamp(-8, 8)
             return torch.cat([state, functional.one_hot(task[rows], tasks)], dim=-1) if tasks else state
 
         def loss(rows: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ class ConsequenceFromAction(Question):
 
     name = "consequence_from_action"
     title = "Does what happened follow from the actions?"
+    sentence = "what happened does not follow from the actions"
 
     def ask(self, fit: CrossFit, reweigh: Reweigh) -> Answer:
         """T of every frame, in nats, among the consequences of 256 frames of the whole dataset."""
@@ -26,8 +27,7 @@ class ConsequenceFromAction(Question):
             raise CannotAskError("there is no proprioception, so nothing is known of what followed an action")
         if fit.folds < 2:
             raise CannotAskError("it takes two episodes to judge one by the other")
-        frames = fit.frames
-        size = frames.state.shape[1]
+        size = fit.state.shape[1]
         network = _Scorer(fit, torch.Generator().manual_seed(fit.settings.seed))
         offsets = torch.arange(HORIZON, device=fit.settings.device)
         others = torch.as_tensor(fit.rows, device=fit.settings.device)
@@ -36,15 +36,15 @@ class ConsequenceFromAction(Question):
 
         def before(rows: Tensor) -> Tensor:
             flat = rows.reshape(-1)
-            state = frames.state[flat]
-            acted = frames.action[torch.minimum(flat[:, None] + offsets, frames.at(flat, HORIZON - 1)[:, None])]
-            step = state - frames.state[frames.at(flat, -1)]
+            state = fit.state[flat]
+            acted = fit.action[torch.minimum(flat[:, None] + offsets, fit.at(flat, HORIZON - 1)[:, None])]
+            step = state - fit.state[fit.at(flat, -1)]
             return torch.cat([state, step, acted.flatten(1)], dim=1).reshape(*rows.shape, -1)
 
         def after(rows: Tensor) -> Tensor:
             flat = rows.reshape(-1)
-            followed = frames.state[frames.at(flat, HORIZON)]
-            return torch.cat([followed, followed - frames.state[flat]], dim=1).reshape(*rows.shape, 2 * size)
+            followed = fit.state[fit.at(flat, HORIZON)]
+            return torch.cat([followed, followed - fit.state[flat]], dim=1).reshape(*rows.shape, 2 * size)
 
         def loss(rows: Tensor) -> Tensor:
             query, target = network.query(before(rows)), network.target(after(rows))
@@ -64,17 +64,13 @@ class ConsequenceFromAction(Question):
         scores = fit.fit(network, loss, judge, reweigh, self.title, effort=0.5)
         return Answer((self.name,), scores)
 
-    def reason(self, parts: tuple[str, ...]) -> str:
-        """What happened does not follow."""
-        return "what happened does not follow from the actions"
-
 
 class _Scorer(nn.Module):
     """The query of state and actions, and the target of what followed, in one space."""
 
     def __init__(self, fit: CrossFit, generator: torch.Generator) -> None:
         super().__init__()
-        size, actions = fit.frames.state.shape[1], fit.frames.action.shape[1]
+        size, actions = fit.state.shape[1], fit.action.shape[1]
         hidden = fit.settings.hidden // 2
         self.query = FoldedMLP(fit.folds, 2 * size + HORIZON * actions, hidden, WIDTH, generator)
         self.target = FoldedMLP(fit.folds, 2 * size, hidden, WIDTH, generator)

@@ -89,27 +89,6 @@ class FoldedMLP(nn.Module):
         return torch.addmm(self.biases[2][fold], hidden, self.weights[2][fold]).addmm(inputs, self.linear[fold])
 
 
-class Frames:
-    """The recordings as tensors on the device of the networks, read at frames and at frames some steps away.
-
-    Args:
-        recordings: to read.
-        device: where the tensors lie.
-        rows: (n,) the frames whose means and spreads standardise.
-    """
-
-    def __init__(self, recordings: Recordings, device: str, rows: np.ndarray) -> None:
-        last = recordings.last[recordings.episode]
-        first = recordings.first[recordings.episode]
-        self._first, self._last = torch.as_tensor(first, device=device), torch.as_tensor(last, device=device)
-        self.state = standardized(torch.as_tensor(recordings.state, device=device), rows)
-        self.action = standardized(torch.as_tensor(recordings.action, device=device), rows)
-
-    def at(self, rows: Tensor, steps: int) -> Tensor:
-        """The rows of the frames so many steps on (or back), held at the episode's ends."""
-        return torch.minimum(torch.maximum(rows + steps, self._first[rows]), self._last[rows])
-
-
 def standardized(values: Float[Tensor, "frames size"], rows: np.ndarray) -> Float[Tensor, "frames size"]:
     """Values at mean 0 and deviation 1 over some rows; a dimension that does not change there is 0."""
     known = values[torch.as_tensor(rows, device=values.device)]
@@ -131,7 +110,7 @@ class CrossFit:
         folds: at most as many as there are episodes with a frame that holds numbers; one judges no other below two.
         fold: (episodes,) of each episode; -1 of those without such a frame.
         rows: (n,) the frames that are learned from.
-        frames: the recordings as tensors.
+        state, action: (frames, size) of the recordings, standardised over these frames, on the device of the networks.
     """
 
     def __init__(self, recordings: Recordings, settings: FitSettings) -> None:
@@ -144,7 +123,16 @@ class CrossFit:
         if len(rows) > settings.max_frames:
             rows = np.sort(draws.choice(rows, settings.max_frames, replace=False))
         self.rows = rows
-        self.frames = Frames(recordings, settings.device, rows)
+        device = settings.device
+        self.state = standardized(torch.as_tensor(recordings.state, device=device), rows)
+        self.action = standardized(torch.as_tensor(recordings.action, device=device), rows)
+        self._first, self._last = (
+            torch.as_tensor(edge[recordings.episode], device=device) for edge in (recordings.first, recordings.last)
+        )
+
+    def at(self, rows: Tensor, steps: int) -> Tensor:
+        """The rows of the frames so many steps on (or back), held at the episode's ends."""
+        return torch.minimum(torch.maximum(rows + steps, self._first[rows]), self._last[rows])
 
     def fit(
         self,

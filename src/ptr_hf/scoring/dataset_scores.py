@@ -121,14 +121,10 @@ class DatasetScores:
         table = Table(
             title=f"{len(flagged)} of {len(self.episodes)} episodes weigh less; {self.moved:.1%} of the weight moves"
         )
-        for name, justify in (
-            ("episode", "right"),
-            ("z", "right"),
-            ("weight", "right"),
-            ("reason", "left"),
-            ("task", "left"),
-        ):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        for name in ("episode", "z", "weight"):
+            table.add_column(name, justify="right")
+        for name in ("reason", "task"):
+            table.add_column(name)
         for row in flagged.head(10).itertuples():
             source = f"{row.source}:" if "source" in flagged else ""
             table.add_row(

@@ -63,7 +63,10 @@ def training_weights(
     tables = frame_tables(meta, chosen)
     if config.weights == AUTO:
         scores = _inspected(config, given, meta, tables, chosen, folder, revision, seed, console)
-        weights = [_filled(weights_by_frame(scores, number), table) for number, table in enumerate(tables)]
+        weights = [np.ones(table.size, np.float32) for table in tables]
+        for number, own in enumerate(weights):
+            index, weight = weights_by_frame(scores, number)
+            own[index] = weight
         record: dict[str, Any] = {"origin": "inspection", "file": f"{INSPECTION_FOLDER}/{CHUNKS_FILE}"}
         record |= {"sha256": hashlib.sha256(np.concatenate(weights).tobytes()).hexdigest()}
     else:
@@ -105,13 +108,6 @@ def summary(weights: Sequence[np.ndarray], tables: Sequence[FrameTable]) -> dict
         "edges": [round(float(edge), 6) for edge in edges],
         "histogram": (counts / len(read)).tolist(),
     }
-
-
-def _filled(scored: tuple[np.ndarray, np.ndarray], table: FrameTable) -> np.ndarray:
-    """(size,) the weight of every frame; 1 where nothing was asked."""
-    values = np.ones(table.size, np.float32)
-    values[scored[0]] = scored[1]
-    return values
 
 
 def _inspected(

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +36,8 @@ SIDE, GRID, WIDEST, BATCH = 16, 4, 768, 32
 once."""
 
 
-@runtime_checkable
-class ImageEncoder(Protocol):
-    """Turns pictures into vectors.
+class Thumbnails:
+    """Pictures averaged down to 16 x 16 pixels, as they are.
 
     Attributes:
         name: as a user reads it.
@@ -46,9 +45,9 @@ class ImageEncoder(Protocol):
         width: of a vector, at most `WIDEST`.
     """
 
-    name: str
-    digest: str
-    width: int
+    name = THUMBNAILS
+    digest = f"{THUMBNAILS} {SIDE}"
+    width = 3 * SIDE**2
 
     def encode(
         self, camera: str, place: int, images: UInt8[np.ndarray, "n 3 height width"]
@@ -60,20 +59,6 @@ class ImageEncoder(Protocol):
             place: its number among the dataset's cameras.
             images: 8-bit RGB.
         """
-        ...
-
-
-class Thumbnails:
-    """Pictures averaged down to 16 x 16 pixels, as they are."""
-
-    name = THUMBNAILS
-    digest = f"{THUMBNAILS} {SIDE}"
-    width = 3 * SIDE**2
-
-    def encode(
-        self, camera: str, place: int, images: UInt8[np.ndarray, "n 3 height width"]
-    ) -> Float[np.ndarray, "n size"]:
-        """The same of every camera; see `ImageEncoder.encode`."""
         small = functional.adaptive_avg_pool2d(torch.from_numpy(images).float() / 255, SIDE)
         return small.flatten(1).numpy()
 
@@ -128,7 +113,7 @@ class TowerEncoder:
     def encode(
         self, camera: str, place: int, images: UInt8[np.ndarray, "n 3 height width"]
     ) -> Float[np.ndarray, "n size"]:
-        """See `ImageEncoder.encode`."""
+        """See `Thumbnails.encode`."""
         key = self._key(camera, place)
         parts = []
         with preserved_modes(self._policy, training=False):
@@ -175,6 +160,10 @@ class TowerEncoder:
         about = {name: settings[name] for name in sorted(settings) if any(word in name for word in ("resize", "crop"))}
         digest.update(json.dumps([about, sorted(self._renames.items())], default=str).encode())
         return digest.hexdigest()
+
+
+type ImageEncoder = Thumbnails | TowerEncoder
+"""Turns pictures into vectors."""
 
 
 def image_encoder(policy: Any, device: str) -> ImageEncoder:

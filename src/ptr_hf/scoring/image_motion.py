@@ -25,7 +25,7 @@ class ImageMotion(Question):
         to = np.minimum(np.arange(len(episode)) + 1, len(episode) - 1)
         to = np.where(episode[to] == episode, to, np.arange(len(episode)) - 1)
         alone = episode[to] != episode
-        state = fit.frames.state.cpu().numpy()[seen.rows]
+        state = fit.state.cpu().numpy()[seen.rows]
         moved = np.linalg.norm(state[to] - state, axis=1)
         if not np.median(moved) > 0:
             raise CannotAskError("the state hardly moves, or there is none")
@@ -42,5 +42,4 @@ class ImageMotion(Question):
 
     def reason(self, parts: tuple[str, ...]) -> str:
         """Which camera stands still."""
-        of = f" of {listed(parts)}" if parts else ""
-        return f"the pictures{of} stand still while the robot moves"
+        return f"the pictures{listed(parts, ' of ')} stand still while the robot moves"

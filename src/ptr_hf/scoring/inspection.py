@@ -217,44 +217,32 @@ def _inspect(
             f"{int((~recordings.finite).sum())} frames hold NaN or Inf, in {len(broken)} episodes (first: {broken[0]}); they are "
             "not scored, and training leaves out the samples that read them."
         )
-    names = [question.name for question in questions]
-    return DatasetScores(
-        _chunks(recordings, verdicts, list(answers), names),
-        _episodes(recordings, verdicts, list(answers), names),
-        {"window": window, "dataset": _identity(recordings)},
-        tuple(notes),
-    )
+    chunks, rows = _tables(recordings, verdicts, list(answers), questions)
+    return DatasetScores(chunks, rows, {"window": window, "dataset": _identity(recordings)}, tuple(notes))
 
 
-def _chunks(
-    recordings: Recordings, verdicts: Verdicts, answered: Sequence[Question], names: Sequence[str]
-) -> pd.DataFrame:
-    columns: dict[str, np.ndarray] = {
+def _tables(
+    recordings: Recordings, verdicts: Verdicts, answered: Sequence[Question], asked: Sequence[Question]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`chunks` and `episodes` of `DatasetScores`; NaN where a question could not be asked."""
+    known, names = [question.name for question in answered], [question.name for question in asked]
+    curves = pd.DataFrame(verdicts.curves, columns=known).reindex(columns=names).astype(np.float32)
+    of_frame = {
         "index": recordings.index,
         "episode_index": recordings.episode_index[recordings.episode],
         "frame_index": recordings.frame,
     }
-    known = {question.name: verdicts.curves[:, number] for number, question in enumerate(answered)}
-    for name in names:
-        columns[name] = known.get(name, np.full(len(recordings), np.nan, np.float32))
-    columns["z"] = np.fmin.reduce(verdicts.curves, axis=1) if answered else np.full(len(recordings), np.nan, np.float32)
-    return pd.DataFrame({**columns, "weight": verdicts.weight})
-
-
-def _episodes(
-    recordings: Recordings, verdicts: Verdicts, answered: Sequence[Question], names: Sequence[str]
-) -> pd.DataFrame:
-    known = {question.name: verdicts.z[:, number] for number, question in enumerate(answered)}
-    return pd.DataFrame(
-        {
-            "episode_index": recordings.episode_index,
-            "weight": recordings.means(verdicts.weight[:, None])[:, 0],
-            "z": verdicts.worst,
-            "reason": verdicts.reasons,
-            **{name: known.get(name, np.full(len(recordings.length), np.nan)) for name in names},
-            "task": [recordings.instructions[task] for task in recordings.task],
-            "frames": recordings.length,
-        }
+    of_episode = {
+        "episode_index": recordings.episode_index,
+        "weight": recordings.means(verdicts.weight[:, None])[:, 0],
+        "z": verdicts.worst,
+        "reason": verdicts.reasons,
+    }
+    z = pd.DataFrame(verdicts.z, columns=known).reindex(columns=names)
+    task = [recordings.instructions[task] for task in recordings.task]
+    return (
+        pd.DataFrame(of_frame).join(curves).assign(z=curves.min(axis=1), weight=verdicts.weight),
+        pd.DataFrame(of_episode).join(z).assign(task=task, frames=recordings.length),
     )
 
 

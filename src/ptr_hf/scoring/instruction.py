@@ -16,6 +16,7 @@ class InstructionFromEpisode(Question):
 
     name = "instruction"
     title = "Does the instruction fit the motion?"
+    sentence = "the motion looks like that of another instruction"
 
     def ask(self, fit: CrossFit, reweigh: Reweigh) -> Answer:
         """log of the share of votes (+ 0.02) for an episode's own instruction; an instruction given once is not judged."""
@@ -26,7 +27,7 @@ class InstructionFromEpisode(Question):
             raise CannotAskError("all episodes have the same instruction")
         if (count > 1).sum() < 2:
             raise CannotAskError("hardly any instruction was given twice, so no other episode can speak for it")
-        near, votes = neighbours(paths(recordings, fit.frames.state.cpu().numpy()), NEIGHBOURS)
+        near, votes = neighbours(paths(recordings, fit.state.cpu().numpy()), NEIGHBOURS)
         same = task[near] == task[:, None]
         trust = np.ones(len(task))
         for _ in range(ROUNDS + 1):
@@ -36,10 +37,6 @@ class InstructionFromEpisode(Question):
         score = np.log(own + FLOOR)
         score[np.isin(task, given[count < 2])] = np.nan
         return Answer((self.name,), episodes=score[:, None])
-
-    def reason(self, parts: tuple[str, ...]) -> str:
-        """The motion belongs to another instruction."""
-        return "the motion looks like that of another instruction"
 
 
 def paths(recordings: Recordings, state: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ class StateFromImage(Question):
             raise CannotAskError("no picture was looked at")
         if fit.folds < 2:
             raise CannotAskError("it takes two episodes to judge one by the other")
-        state = fit.frames.state.cpu().numpy()[seen.rows]
+        state = fit.state.cpu().numpy()[seen.rows]
         state = state[:, state.std(axis=0) > 0]
         if not state.shape[1]:
             raise CannotAskError("there is no proprioception to compare the pictures with")
@@ -49,5 +49,4 @@ class StateFromImage(Question):
 
     def reason(self, parts: tuple[str, ...]) -> str:
         """Which camera does not show the robot where it is."""
-        of = f" of {listed(parts)}" if parts else ""
-        return f"the pictures{of} do not show the robot where its state says it is"
+        return f"the pictures{listed(parts, ' of ')} do not show the robot where its state says it is"

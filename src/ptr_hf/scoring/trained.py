@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import PolicyProcessorPipeline
 from torch import Tensor
@@ -28,7 +27,7 @@ from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.data.mixture.processor import check_robots
 from ptr_hf.data.normalizers import check_normalizers, far_from, renames_in, with_renames
 from ptr_hf.data.screening import Screen
-from ptr_hf.data.segments import SegmentLayout
+from ptr_hf.data.segments import Segment, SegmentLayout
 from ptr_hf.method.chunks import ChunkBatch, in_time_order, joined
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.processor_ptr import preprocess, saved_processors
@@ -95,29 +94,20 @@ def score_dataset(
     columns: dict[str, list[np.ndarray]] = {}
     verdicts: list[Tensor] = []
     at_once = segments_at_once(opened.meta.features, layout, batch_size)
-    screen = Screen(layout, policy.config.input_features or {}, renames_in(preprocessor))
     bar = tqdm(total=sum(cover.chunks), desc="scoring", unit="chunk", disable=not progress)
     with bar, _evaluating(policy, seed):
-        for pieces in _batches(segments, cover, batch_size, at_once, seed, screen):
+        for pieces in _batches(policy, preprocessor, segments, cover, layout, batch_size, at_once, seed):
             parts: list[ChunkBatch] = []
             places: list[Tensor] = []
-            for piece in pieces:
-                segment = policy.split(preprocess(_to_device(piece, policy), preprocessor, layout))
+            for segment in pieces:
                 parts.append(policy.read(segment))
                 places.append(torch.stack([segment.index, segment.episode, segment.task], dim=1))
                 bar.update(int(segment.chunk_valid.sum()))
             chunks = joined(parts)
             output, valid = policy.objective(chunks), chunks.chunk_valid
             index, episode, task = in_time_order(places, layout.segment_length).unbind(1)
-            kept = {
-                "index": index,
-                "episode_index": episode,
-                "task": task,
-                "target_valid": output.target_valid,
-                "score": output.score,
-                "weight": output.weight,
-                "loss": output.loss,
-            }
+            kept = {"index": index, "episode_index": episode, "task": task}
+            kept |= {name: vars(output)[name] for name in ("target_valid", "score", "weight", "loss")}
             if output.weighing is not None:
                 verdicts.append(output.weighing.verdicts[valid].cpu())
             for name, value in kept.items():
@@ -181,6 +171,7 @@ def action_loss(
     preprocessor: PolicyProcessorPipeline,
     *,
     layout: SegmentLayout | None = None,
+    episodes: Sequence[int] | None = None,
     batch_size: int = 16,
     repeats: int = 4,
     seed: int = 0,
@@ -194,6 +185,7 @@ def action_loss(
         dataset: held-out demonstrations.
         preprocessor: the policy's own.
         layout: the segments to read; by default the policy's own.
+        episodes: a subset of episodes, by their places in the dataset.
         batch_size: segments per batch.
         repeats: passes with fresh noise.
         seed: of the noise.
@@ -210,66 +202,38 @@ def action_loss(
     layout = layout or policy.config.layout
     opened, segments = _opened(dataset, policy, layout)
     _check(policy, preprocessor, opened)
-    cover = covering(opened, layout)
-    return _mean_loss(policy, segments, cover, opened.meta, preprocessor, layout, batch_size, repeats, seed)
+    cover = covering(opened, layout, episodes)
+    at_once = segments_at_once(opened.meta.features, layout, batch_size)
+    total, count = 0.0, 0
+    with _evaluating(policy, seed):
+        for _ in range(repeats):
+            batches = _batches(policy, preprocessor, segments, cover, layout, batch_size, at_once, seed)
+            for segment in chain.from_iterable(batches):
+                loss = policy.chunk_losses(segment)[segment.chunk_valid]
+                total += float(loss.double().sum())
+                count += len(loss)
+    return total / count
 
 
 def action_loss_by_source(
-    policy: PTRPolicy,
-    mixture: Mixture,
-    preprocessor: PolicyProcessorPipeline,
-    *,
-    layout: SegmentLayout | None = None,
-    batch_size: int = 16,
-    repeats: int = 4,
-    seed: int = 0,
+    policy: PTRPolicy, mixture: Mixture, preprocessor: PolicyProcessorPipeline, **settings: Any
 ) -> dict[str, float]:
-    """Measure the `action_loss` of every source of a mixture by itself, whatever the others are.
+    """Measure the `action_loss` of every source of a mixture by itself.
 
     Args:
         policy: any `PTRPolicy` of the mixture's robots.
         mixture: held-out demonstrations, opened.
         preprocessor: the policy's own.
-        layout: the segments to read; by default the policy's own.
-        batch_size: segments per batch.
-        repeats: passes with fresh noise.
-        seed: of the noise.
+        settings: layout, batch_size, repeats and seed of `action_loss`.
 
     Returns:
         The loss by the source's name.
     """
-    layout = layout or policy.config.layout
-    check_robots(preprocessor, mixture.meta)
-    losses, meta = {}, mixture.meta
-    for source in meta.sources:
+    losses = {}
+    for source in mixture.meta.sources:
         own = range(source.first_episode, source.first_episode + source.meta.total_episodes)
-        cover = covering(mixture, layout, own)
-        losses[source.name] = _mean_loss(policy, mixture, cover, meta, preprocessor, layout, batch_size, repeats, seed)
+        losses[source.name] = action_loss(policy, mixture, preprocessor, episodes=own, **settings)
     return losses
-
-
-def _mean_loss(
-    policy: PTRPolicy,
-    segments: Dataset,
-    cover: Covering,
-    meta: LeRobotDatasetMetadata | MixtureMetadata,
-    preprocessor: PolicyProcessorPipeline,
-    layout: SegmentLayout,
-    batch_size: int,
-    repeats: int,
-    seed: int,
-) -> float:
-    total, count = 0.0, 0
-    screen = Screen(layout, policy.config.input_features or {}, renames_in(preprocessor))
-    at_once = segments_at_once(meta.features, layout, batch_size)
-    with _evaluating(policy, seed):
-        for _ in range(repeats):
-            for piece in chain.from_iterable(_batches(segments, cover, batch_size, at_once, seed, screen)):
-                segment = policy.split(preprocess(_to_device(piece, policy), preprocessor, layout), layout)
-                loss = policy.chunk_losses(segment)[segment.chunk_valid]
-                total += float(loss.double().sum())
-                count += len(loss)
-    return total / count
 
 
 @contextmanager
@@ -286,8 +250,15 @@ def _evaluating(policy: PTRPolicy, seed: int) -> Iterator[None]:
 
 
 def _batches(
-    dataset: Dataset, cover: Covering, batch_size: int, at_once: int, seed: int, screen: Screen
-) -> Iterator[Iterator[dict[str, Any]]]:
+    policy: PTRPolicy,
+    preprocessor: PolicyProcessorPipeline,
+    dataset: Dataset,
+    cover: Covering,
+    layout: SegmentLayout,
+    batch_size: int,
+    at_once: int,
+    seed: int,
+) -> Iterator[Iterator[Segment]]:
     """Batches of segments in random order, each as pieces of at most `at_once` segments, which are read one by one."""
     order = torch.randperm(len(cover.anchors), generator=torch.Generator().manual_seed(seed)).tolist()
     batches = [
@@ -297,7 +268,11 @@ def _batches(
     loader: DataLoader[dict[str, Any]] = DataLoader(
         Subset(dataset, cover.anchors), batch_sampler=list(chain.from_iterable(batches)), collate_fn=collate_segments
     )
-    pieces = saying_masked(loader, screen)
+    screen = Screen(layout, policy.config.input_features or {}, renames_in(preprocessor))
+    pieces = (
+        policy.split(preprocess(_to_device(piece, policy), preprocessor, layout), layout)
+        for piece in saying_masked(loader, screen)
+    )
     for batch in batches:
         yield islice(pieces, len(batch))
     # which says what it has seen at its end

@@ -90,6 +90,12 @@ class FrameTable:
         """Episodes of frames by their numbers in the dataset."""
         return np.searchsorted(self.first, index, side="right") - 1
 
+    def numbered(self) -> pd.DataFrame:
+        """Every frame with its `KEYS`, in order."""
+        episode = np.repeat(np.arange(len(self.length)), self.length)
+        frame = np.arange(self.frames) - (np.cumsum(self.length) - self.length)[episode]
+        return pd.DataFrame({"index": self.first[episode] + frame, "episode_index": episode, "frame_index": frame})
+
     def located(self, index: int) -> tuple[int, int]:
         """Episode of a frame, and its number in the episode."""
         episode = int(self.episode_of(np.array([index]))[0])
@@ -236,19 +242,21 @@ def _by_source(path: Path, rows: pd.DataFrame, tables: Sequence[FrameTable]) -> 
 def _matched(path: Path, rows: pd.DataFrame, table: FrameTable) -> np.ndarray:
     """The rows of one dataset as a weight for every frame."""
     where = f"The weights file {path}"
-    weight = rows["weight"].to_numpy(np.float32)
+    keys = [name for name in KEYS if name in rows]
+    rows = rows[[*keys, "weight"]].astype(dict.fromkeys(keys, np.int64) | {"weight": np.float32})
+    twice = rows.duplicated(keys).to_numpy()
+    if twice.any():
+        raise ValueError(f"{where} weighs {_named(rows[keys], twice)} more than once: list it once.")
+    frames = table.numbered()
+    unknown = rows.merge(frames[keys].drop_duplicates(), on=keys, how="left", indicator=True)["_merge"] == "left_only"
+    if unknown.any():
+        raise ValueError(
+            f"{where} weighs {_named(rows[keys], unknown.to_numpy())}, which {table.name} does not have (its episodes "
+            f"are 0 to {len(table.length) - 1}, its frames 0 to {table.size - 1}): it was made for other data, or contradicts "
+            "itself; make it anew."
+        )
     values = np.full(table.size, np.nan, np.float32)
-    episode = rows["episode_index"].to_numpy(np.int64) if "episode_index" in rows else None
-    if episode is not None:
-        _refuse(where, episode, (episode < 0) | (episode >= len(table.length)), "episode", table)
-    if episode is not None and not {"index", "frame_index"} & set(rows.columns):
-        _check_once(where, episode, "episode")
-        for number, own in zip(episode, weight, strict=True):
-            values[table.first[number] : table.first[number] + table.length[number]] = own
-    else:
-        index = _indices(where, rows, episode, table)
-        _check_once(where, index, "frame")
-        values[index] = weight
+    values[frames["index"]] = frames.merge(rows, on=keys, how="left")["weight"]
     missing = table.read[np.isnan(values[table.read])]
     if len(missing):
         number, frame = table.located(int(missing[0]))
@@ -259,57 +267,9 @@ def _matched(path: Path, rows: pd.DataFrame, table: FrameTable) -> np.ndarray:
     return np.nan_to_num(values, nan=1.0)
 
 
-def _indices(where: str, rows: pd.DataFrame, episode: np.ndarray | None, table: FrameTable) -> np.ndarray:
-    """The number of each row's frame in its dataset."""
-    found = None
-    if episode is not None and "frame_index" in rows:
-        frame = rows["frame_index"].to_numpy(np.int64)
-        beyond = (frame < 0) | (frame >= table.length[episode])
-        if beyond.any():
-            row = int(beyond.argmax())
-            raise ValueError(
-                f"{where} weighs frame {frame[row]} of episode {episode[row]}, which in {table.name} has "
-                f"{table.length[episode[row]]} frames: it was made for other data, make it anew."
-            )
-        found = table.first[episode] + frame
-    if "index" not in rows:
-        if found is None:
-            raise ValueError(f"{where} has `frame_index` without `episode_index`: add it, or give `index`.")
-        return found
-    index = rows["index"].to_numpy(np.int64)
-    known = np.zeros(table.size, bool)
-    for first, length in zip(table.first, table.length, strict=True):
-        known[first : first + length] = True
-    outside = (index < 0) | (index >= table.size)
-    outside[~outside] = ~known[index[~outside]]
-    _refuse(where, index, outside, "frame", table)
-    if found is None and episode is not None:
-        apart = (index < table.first[episode]) | (index >= table.first[episode] + table.length[episode])
-    else:
-        apart = np.zeros(len(index), bool) if found is None else index != found
-    if apart.any():
-        row = int(apart.argmax())
-        number, frame = table.located(int(index[row]))
-        raise ValueError(
-            f"{where} contradicts itself: frame {index[row]} of {table.name} is frame {frame} of episode {number}, and row {row} "
-            "says otherwise. Keep `index`, or `episode_index` and `frame_index`, whichever is right."
-        )
-    return index
-
-
-def _refuse(where: str, keys: np.ndarray, wrong: np.ndarray, what: str, table: FrameTable) -> None:
-    if wrong.any():
-        last = len(table.length) - 1 if what == "episode" else table.size - 1
-        raise ValueError(
-            f"{where} weighs {what} {keys[wrong][0]}, which {table.name} does not have (its {what}s are 0 to {last}): it was "
-            "made for other data, make it anew."
-        )
-
-
-def _check_once(where: str, keys: np.ndarray, what: str) -> None:
-    values, counts = np.unique(keys, return_counts=True)
-    if (counts > 1).any():
-        raise ValueError(f"{where} weighs {what} {values[counts > 1][0]} {counts.max()} times: list every {what} once.")
+def _named(keys: pd.DataFrame, chosen: np.ndarray) -> str:
+    """The first of the chosen rows by its keys."""
+    return ", ".join(f"{name} {value}" for name, value in keys[chosen].iloc[0].items())
 
 
 def _check_origin(path: Path, tables: Sequence[FrameTable]) -> None:
@@ -320,21 +280,7 @@ def _check_origin(path: Path, tables: Sequence[FrameTable]) -> None:
         noted: list[dict[str, Any]] = json.loads(path.with_name(SETTINGS_FILE).read_text()).get("datasets", [])
     except ValueError as error:
         raise ValueError(f"{path.with_name(SETTINGS_FILE)} cannot be read: {error}. Run ptr-score again.") from error
-    if not noted:
-        return
-    if len(noted) != len(tables):
-        raise ValueError(
-            f"The weights file {path} was made for {len(noted)} datasets, and training reads {len(tables)}: run ptr-score on the "
-            "same data."
-        )
-    for number, (note, table) in enumerate(zip(noted, tables, strict=True)):
-        own = {"episodes": len(table.length), "frames": table.frames}
-        for what, count in own.items():
-            if note.get(what, count) > count:
-                raise ValueError(
-                    f"The weights file {path} was made for {note.get('repo_id', f'source {number}')} with {note[what]} {what}, "
-                    f"and {table.name} has {count}: run ptr-score on the same data."
-                )
+    for note, table in zip(noted, tables, strict=False):
         changed = [
             f"{what} {note[what]}, not {value}"
             for what, value in (("repo_id", table.repo_id), ("revision", table.revision))

@@ -1,11 +1,11 @@
 """One self-contained HTML page about an inspected dataset: who is bad, what it looks like, and what to do next."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from markupsafe import Markup
 
 from ptr_hf.report.files import beside_the_run, replacing
@@ -16,46 +16,11 @@ from ptr_hf.scoring.next_steps import PAGE_FILE, commands, recommendation
 from ptr_hf.scoring.page.drawings import distribution, motion, score_curve
 from ptr_hf.scoring.page.filmstrips import filmstrips
 from ptr_hf.scoring.page.moments import Moment, moments
-from ptr_hf.scoring.page.tables import group_tables
 from ptr_hf.scoring.recordings import Recordings, read_recordings, single
 
 MOST_CARDS, MOST_CELLS, MOST_MOTIONS = 12, 3000, 6
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A frame of a filmstrip: a data URL, and its time in the episode."""
-
-    url: str
-    time: str
-
-
-@dataclass(frozen=True)
-class Card:
-    """One bad episode as the page shows it."""
-
-    anchor: str
-    name: str
-    z: float
-    weight: float
-    reason: str
-    task: str
-    question: str
-    camera: str
-    pictures: tuple[Picture, ...]
-    companion: str
-    companion_pictures: tuple[Picture, ...]
-    curve: Markup
-    motions: tuple[Markup, ...]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """An episode in the overview: `kind` is "good", "part" or "bad"."""
-
-    anchor: str
-    kind: str
-    says: str
+MOST_VALUES = 20
+"""A column with more values is shown with those that lose most weight; one in which hardly two episodes agree is not shown."""
 
 
 def write_page(
@@ -86,14 +51,14 @@ def write_page(
     """
     several = "source" in scores.episodes
     read = [read_recordings(source, episodes=episodes, revision=revision) for source in sources]
-    cards: list[Card] = []
+    cards: list[dict[str, Any]] = []
     for number, (source, recordings) in enumerate(zip(sources, read, strict=True)):
         of = number if several else None
         window = scores.settings["window_frames"][number]
         found = moments(scores, recordings, window, most, of)
         camera, pictures = _pictures(source, recordings, found, revision)
         cards += [_card(moment, recordings, scores, window, camera, pictures, of) for moment in found]
-    cards.sort(key=lambda card: card.z)
+    cards.sort(key=lambda card: card["z"])
     said = recommendation(scores)
     names = [settings["repo_id"] for settings in scores.settings["datasets"]]
     flagged = scores.episodes["weight"].to_numpy() < 1
@@ -106,14 +71,14 @@ def write_page(
         flagged=int(flagged.sum()),
         excluded=len(scores.excluded),
         moved=scores.moved,
-        cells=_cells(scores, {card.anchor for card in cards[:most]}),
+        cells=_cells(scores, {card["anchor"] for card in cards[:most]}),
         cards=cards[:most],
         distributions=[
             (title, distribution(scores.episodes[name].to_numpy(np.float64), flagged))
             for name, title in scores.settings["questions"].items()
             if scores.episodes[name].notna().any() and scores.episodes[name].std() > 0.01
         ],
-        tables=group_tables(scores.episodes, _columns(scores, read, names)),
+        tables=_tables(scores.episodes, _columns(scores, read, names)),
         notes=scores.notes,
         commands=commands(scores, [str(single(source)[0]) for source in sources], Path(folder), mixture),
         settings=sorted((name, readable(value)) for name, value in without_local_paths(dict(scores.settings)).items()),
@@ -146,7 +111,8 @@ def _card(
     camera: str,
     pictures: dict[tuple[int, int], str],
     source: int | None,
-) -> Card:
+) -> dict[str, Any]:
+    """One bad episode as the page shows it."""
     number = int(recordings.episode_index[moment.row])
     rows = scores.episodes["episode_index"] == number
     if source is not None:
@@ -159,31 +125,30 @@ def _card(
         curve = score_curve(
             moment.curve, moment.flagged, window, recordings.fps, moment.worst, marked, moment.companion_curve
         )
-    return Card(
-        anchor=_anchor(source, number),
-        name=f"Episode {number}" if source is None else f"{recordings.name}, episode {number}",
-        z=float(row["z"]),
-        weight=float(row["weight"]),
-        reason=str(row["reason"]),
-        task=str(row["task"]),
-        question=scores.settings["questions"][moment.question],
-        camera=camera,
-        pictures=_strip(pictures, number, moment.frames, recordings.fps),
-        companion="" if companion is None else f"episode {companion}",
-        companion_pictures=()
+    return {
+        "anchor": _anchor(source, number),
+        "name": f"Episode {number}" if source is None else f"{recordings.name}, episode {number}",
+        "z": float(row["z"]),
+        "weight": float(row["weight"]),
+        "reason": str(row["reason"]),
+        "task": str(row["task"]),
+        "question": scores.settings["questions"][moment.question],
+        "camera": camera,
+        "pictures": _strip(pictures, number, moment.frames, recordings.fps),
+        "companion": "" if companion is None else f"episode {companion}",
+        "companion_pictures": []
         if companion is None
         else _strip(pictures, companion, moment.companion_frames, recordings.fps),
-        curve=curve,
-        motions=_motions(moment, recordings),
-    )
+        "curve": curve,
+        "motions": _motions(moment, recordings),
+    }
 
 
-def _strip(pictures: dict[tuple[int, int], str], episode: int, frames: np.ndarray, fps: float) -> tuple[Picture, ...]:
-    return tuple(
-        Picture(pictures[episode, frame], f"{frame / fps:.1f} s")
-        for frame in frames.tolist()
-        if (episode, frame) in pictures
-    )
+def _strip(pictures: dict[tuple[int, int], str], episode: int, frames: np.ndarray, fps: float) -> list[tuple[str, str]]:
+    """Frames of a filmstrip: data URLs, and their times in the episode."""
+    return [
+        (pictures[episode, frame], f"{frame / fps:.1f} s") for frame in frames.tolist() if (episode, frame) in pictures
+    ]
 
 
 def _motions(moment: Moment, recordings: Recordings) -> tuple[Markup, ...]:
@@ -213,8 +178,8 @@ def _apart(mine: np.ndarray, its: np.ndarray) -> float:
     return float(np.abs(course[0] - course[1]).mean())
 
 
-def _cells(scores: DatasetScores, anchors: set[str]) -> list[Cell]:
-    """Every episode, in order; none where there are too many to show."""
+def _cells(scores: DatasetScores, anchors: set[str]) -> list[dict[str, str]]:
+    """Every episode, in order, of the kind "good", "part" or "bad"; none where there are too many to show."""
     if len(scores.episodes) > MOST_CELLS:
         return []
     cells = []
@@ -223,7 +188,7 @@ def _cells(scores: DatasetScores, anchors: set[str]) -> list[Cell]:
         anchor = _anchor(source, row.episode_index)
         kind = "good" if row.weight == 1 else "bad" if row.weight <= scores.settings["weight_min"] else "part"
         says = f"episode {row.episode_index}: {row.reason or 'nothing found'} (z {row.z:.1f})"
-        cells.append(Cell(anchor if anchor in anchors else "", kind, says))
+        cells.append({"anchor": anchor if anchor in anchors else "", "kind": kind, "says": says})
     return cells
 
 
@@ -239,3 +204,22 @@ def _columns(scores: DatasetScores, read: Sequence[Recordings], names: Sequence[
     for name in sorted(shared - columns.keys()):
         columns[name] = np.concatenate([np.asarray(recordings.attributes[name], dtype=object) for recordings in read])
     return columns
+
+
+def _tables(episodes: pd.DataFrame, columns: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Who is flagged, by the values (episodes,) of each column: those tables that are worth showing."""
+    lost = episodes["frames"] * (1 - episodes["weight"])
+    about = episodes.assign(flagged=episodes["weight"] < 1, moved=lost)
+    found = []
+    for name, values in columns.items():
+        texts = pd.Series([str(value) for value in values], index=episodes.index, name="name")
+        number = texts.nunique()
+        if number < 2 or (number > MOST_VALUES and number > len(texts) / 2):
+            continue
+        groups = about.groupby(texts)
+        rows = groups[["flagged", "frames", "moved"]].sum().assign(episodes=groups.size(), z=groups["z"].median())
+        rows["moved"] /= rows["frames"].clip(lower=1)
+        rows = rows.reset_index().sort_values(["moved", "name"], ascending=[False, True])
+        shown = list(rows.head(MOST_VALUES).itertuples())
+        found.append({"name": name, "rows": shown, "left_out": max(number - MOST_VALUES, 0)})
+    return found

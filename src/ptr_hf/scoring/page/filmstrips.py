@@ -62,16 +62,8 @@ def filmstrips(
 
 
 def data_url(picture: np.ndarray) -> str:
-    """A picture made small, as WebP.
-
-    Args:
-        picture: (3, H, W) or (H, W, 3); uint8, or floats in [0, 1].
-    """
-    if picture.ndim == 3 and picture.shape[0] in (1, 3) and picture.shape[-1] not in (1, 3):
-        picture = picture.transpose(1, 2, 0)
-    if picture.dtype.kind == "f":
-        picture = np.clip(np.rint(picture * 255), 0, 255).astype(np.uint8)
-    image = Image.fromarray(picture.squeeze()).convert("RGB")
+    """A picture (3, H, W) of uint8 made small, as WebP."""
+    image = Image.fromarray(picture.transpose(1, 2, 0))
     scale = min(HEIGHT / image.height, WIDTH / image.width, 2.0)
     size = max(round(image.width * scale), 1), max(round(image.height * scale), 1)
     image = image.resize(size, Image.Resampling.LANCZOS)
