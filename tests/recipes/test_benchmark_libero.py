@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import HfArgumentParser
 
 from benchmarks.libero.experts import GAIN, KINDS, Operator, downward
 from benchmarks.libero.install_assets import install
-from benchmarks.libero.record_libero import kinds_of
+from benchmarks.libero.record_libero import RecordingArguments, kinds_of
 from benchmarks.libero.recordings import record
 from benchmarks.libero.scene import STEP_METRES, LiberoScene, narrow_side
 
@@ -34,6 +35,16 @@ def test_a_share_of_the_episodes_is_by_the_named_operators_in_turns(
     assert sum(counts) == (round(share * per_task) if kinds else 0)
     assert not counts or max(counts) - min(counts) <= 1
     assert given_to.count("clean") == per_task - sum(counts)
+
+
+def test_the_recorder_is_told_who_records_and_refuses_who_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = HfArgumentParser(RecordingArguments)
+    command = ["--output_dir", "out", "--tasks", "1", "2", "--kinds", "failed_attempt", "recovery", "--share", "0.5"]
+    (told,) = parser.parse_args_into_dataclasses(command)
+    assert (told.tasks, told.kinds, told.share) == ([1, 2], ["failed_attempt", "recovery"], 0.5)
+    with pytest.raises(SystemExit):
+        parser.parse_args_into_dataclasses(["--output_dir", "out", "--kinds", "lazy"])
+    assert "invalid choice: 'lazy'" in capsys.readouterr().err
 
 
 @given(angle=st.floats(-np.pi, np.pi), long=st.floats(0.03, 0.1), short=st.floats(0.01, 0.025))
@@ -145,7 +156,7 @@ def test_what_was_recorded_goes_the_same_way_in_lerobots_environment(soup: Liber
     from benchmarks.libero.scene import _suite
 
     with Cameras(soup, 64, fast=False) as cameras:
-        recorded = record(soup, 5, "official", cameras=cameras.pictures)
+        recorded = record(soup, 5, "official", film=cameras.pictures)
     env = LiberoEnv(
         _suite("libero_object"), 0, "libero_object", obs_type="pixels_agent_pos", hard_reset=False, episode_index=5,
         observation_width=64, observation_height=64,

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import av
 import numpy as np
@@ -70,8 +70,9 @@ class RecordingArguments:
         },
     )
     first_start: int = field(default=1000, metadata={"help": "First start; then counting on."})
-    kinds: list[Literal["hesitation", "recovery", "failed_attempt", "wrong_convention"]] = field(
-        default_factory=list, metadata={"help": "Operators of the share of the episodes, in turns."}
+    kinds: list[str] = field(
+        default_factory=list,
+        metadata={"choices": KINDS[1:], "help": "Operators of the share of the episodes, in turns."},
     )
     share: float = field(
         default=0.3, metadata={"help": "Share of these operators where any are named; the others are clean."}
@@ -99,7 +100,7 @@ def demonstrations(arguments: RecordingArguments) -> Iterator[tuple[int, Demonst
     """
     suite: Suite = arguments.suite
     tasks = range(num_tasks(suite)) if arguments.tasks is None else arguments.tasks
-    wanted = kinds_of(arguments.per_task, arguments.kinds, arguments.share)
+    wanted = kinds_of(arguments.per_task, cast(list[Kind], arguments.kinds), arguments.share)
     bar = tqdm(total=len(tasks) * len(wanted), desc="recording", unit="episode")
     for task in tasks:
         scene = LiberoScene(suite, task)
@@ -107,8 +108,8 @@ def demonstrations(arguments: RecordingArguments) -> Iterator[tuple[int, Demonst
         start, left_out = arguments.first_start, 0
         for kind in wanted:
             while True:
-                filmed = cameras.pictures if cameras is not None else None
-                tried = record(scene, start, arguments.starts, kind, cameras=filmed, limit=LIMIT)
+                film = cameras.pictures if cameras is not None else None
+                tried = record(scene, start, arguments.starts, kind, film=film, limit=LIMIT)
                 start += 1
                 if tried.is_as_meant:
                     break

@@ -43,13 +43,14 @@ def record(
     starts: Starts = "sampled",
     kind: Kind = "clean",
     after: int = 15,
-    cameras: Callable[[], Mapping[str, np.ndarray]] | None = None,
+    film: Callable[[], Mapping[str, np.ndarray]] | None = None,
     limit: int = MAX_STEPS,
 ) -> Demonstration:
     """Let an operator do the task once, and go on for ``after`` steps past success, so that the last chunks have a future.
 
     The same start and kind give the same episode, with cameras or without.
     """
+    scene.film = film
     scene.reset(start, starts)
     operator = Operator(scene, start, kind)
     states: list[np.ndarray] = []
@@ -62,8 +63,9 @@ def record(
             break
         states.append(scene.state())
         objects.append(scene.object_state())
-        actions.append(operator.written(np.clip(action, -1.0, 1.0)).astype(np.float32))
-        for key, picture in (cameras() if cameras is not None else {}).items():
+        action = np.clip(action, -1.0, 1.0).astype(np.float32)  # what is written is what is done, to the last bit
+        actions.append(operator.written(action).astype(np.float32))
+        for key, picture in scene.pictures().items():
             pictures.setdefault(key, []).append(picture)
         scene.step(action)
         if scene.success and success_step is None:

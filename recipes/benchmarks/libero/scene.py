@@ -8,7 +8,7 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -30,6 +30,8 @@ SETTLING_STEPS = 10
 """Steps that LeRobot's environment waits after a reset until everything lies still."""
 MAX_STEPS = 280
 """LeRobot's limit for the suites libero_object and libero_spatial."""
+NEAR_OFFICIAL = np.array([0.06, 0.06, 0.1])
+"""Metres along x, y and z that LIBERO's placements of an object are at most apart, before it falls and after."""
 WAIT = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 """The action that does nothing, with an open gripper."""
 
@@ -45,6 +47,16 @@ class Pose:
     rotation: Float[np.ndarray, "3 3"]
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What the sensors said last: the state of 8, the hand, the objects, and pictures where there are."""
+
+    state: np.ndarray
+    hand: np.ndarray
+    objects: Mapping[str, Pose]
+    pictures: Mapping[str, np.ndarray]
+
+
 @dataclass
 class Snapshot:
     """Everything that decides how an episode goes on."""
@@ -56,6 +68,8 @@ class Snapshot:
     steps: int
     success: bool
     slots: list[tuple[int, str, np.ndarray]]
+    seen: Seen
+    sensor: tuple[float, bool]
 
 
 @cache
@@ -125,7 +139,8 @@ def narrow_side(points: Float[np.ndarray, "points 3"]) -> Float[np.ndarray, "3"]
 class LiberoScene:
     """One task's scene, without a renderer. Building it takes some seconds.
 
-    ``reset`` starts an episode, and a snapshot lets one scene serve many episodes that advance in turns.
+    What is observed is what LIBERO's sensors say, read when robosuite reads them; ``film`` adds pictures. ``reset`` starts an
+    episode, and a snapshot lets one scene serve many episodes that advance in turns.
     """
 
     def __init__(self, suite: Suite, task: int) -> None:
@@ -144,10 +159,25 @@ class LiberoScene:
             control_freq=FPS,
         )
         self.env: Any = self.wrapper.env
-        self.env._observables.clear()
         self.robot: Any = self.env.robots[0]
+        self.film: Callable[[], Mapping[str, np.ndarray]] | None = None
+        self._watch()
         self._joint_ranges = self.model.jnt_range.copy()
         self.steps, self.success = 0, False
+
+    def _watch(self) -> None:
+        """One sensor in the place of dozens; robosuite reads it when it would read those, shortly before a step ends."""
+        from robosuite.utils.observables import Observable, sensor
+
+        @sensor(modality="state")
+        def read(_: object) -> np.ndarray:
+            objects = {name: self.pose(name) for name in self.objects}
+            pictures = self.film() if self.film is not None else {}
+            self._seen = Seen(self._proprioception(), self.hand.position, objects, pictures)
+            return np.zeros(2)
+
+        self.env._observables.clear()
+        self.env._observables["seen"] = self._sensor = Observable("seen", read, sampling_rate=FPS)
 
     # ---- the simulator -----------------------------------------------------------------------------------------------
 
@@ -173,22 +203,40 @@ class LiberoScene:
         """
         self.model.jnt_range[:] = self._joint_ranges  # of fingers that an operator has jammed
         self.robot.gripper.current_action = np.zeros(2)  # else it stays as the last episode ended
-        self.wrapper.seed(start)
-        self.wrapper.reset()
-        if starts == "official":
-            given = official_starts(self.suite, self.task)
-            self.wrapper.set_state(given[start % len(given)])
-        self.env.sim.forward()
+        film, self.film = self.film, None
+        given = official_starts(self.suite, self.task)
+        for attempt in range(20):
+            self.wrapper.seed(start + 1_000_003 * attempt)
+            self.wrapper.reset()
+            if starts == "official":
+                self.wrapper.set_init_state(given[start % len(given)])
+                break
+            for _ in range(SETTLING_STEPS):  # LIBERO drops objects from some height, now and then into one another
+                self._advance(WAIT)
+            if self._lies_as_in(given[0]):
+                break
+        else:
+            raise RuntimeError(
+                f"LIBERO's sampler found no start {start} for task {self.task} of {self.suite} in 20 tries."
+            )
         if starts == "wide":
             from benchmarks.libero.starts import spread
 
-            for _ in range(SETTLING_STEPS):  # LIBERO drops objects from some height
-                self._advance(WAIT)
             spread(self, np.random.default_rng([start, self.task]))
-        for _ in range(SETTLING_STEPS):
+        for left in range(SETTLING_STEPS, 0, -1):
+            self.film = film if left == 1 else None
             self._advance(WAIT)
         self.steps, self.success = 0, False
         self._slots = self._observed_slots()
+
+    def _lies_as_in(self, start: np.ndarray) -> bool:
+        """Whether every object is near where it is in an official start: nothing fell, nothing was pushed away."""
+        for name in self.objects:
+            address = self.model.joint(self.env.objects_dict[name].joints[-1]).qposadr[0]
+            there = start[1 + address : 4 + address]  # after the time; from there it is still to fall
+            if (np.abs(self.data.qpos[address : address + 3] - there) > NEAR_OFFICIAL).any():
+                return False
+        return True
 
     def step(self, action: Action) -> None:
         """Carry out an action, each entry cut to [-1, 1]."""
@@ -207,6 +255,7 @@ class LiberoScene:
                 mujoco.mj_step1(self.model, self.data)
                 self.env._pre_action(action, part == 0)
                 mujoco.mj_step2(self.model, self.data)
+                self.env._update_observables()
         finally:
             del simulator.forward
         self.env._post_process()
@@ -238,10 +287,11 @@ class LiberoScene:
 
     def state(self) -> Float32[np.ndarray, "8"]:
         """The 8 numbers of the public datasets: the hand's position and rotation vector, and the two fingers."""
-        x, y, z, w = self.data.xquat[self.model.body(self.robot.robot_model.eef_name).id][[1, 2, 3, 0]]
-        sine = np.sqrt(max(1.0 - w * w, 0.0))
-        turn = np.array([x, y, z]) / sine * 2.0 * np.arccos(np.clip(w, -1.0, 1.0)) if sine > 1e-10 else np.zeros(3)
-        return np.concatenate([self.hand.position, turn, self.fingers]).astype(np.float32)
+        return self._seen.state
+
+    def pictures(self) -> Mapping[str, np.ndarray]:
+        """What ``film`` showed; empty without it."""
+        return self._seen.pictures
 
     def object_state(self) -> Float32[np.ndarray, "numbers"]:
         """Of every object of the suite: its offset from the hand, and the direction of its narrow side; zeros if it is not here.
@@ -249,13 +299,18 @@ class LiberoScene:
         The direction is the cosine and sine of twice its angle seen from above, since half a turn changes nothing.
         """
         found = np.zeros((len(slots(self.suite)), len(SLOT_NAMES)), np.float32)
-        hand = self.hand.position
         for place, name, narrow in self._slots:
-            pose = self.pose(name)
+            pose = self._seen.objects[name]
             x, y, _ = pose.rotation @ narrow
             angle = 2 * np.arctan2(y, x)
-            found[place] = [*(pose.position - hand), np.cos(angle), np.sin(angle)]
+            found[place] = [*(pose.position - self._seen.hand), np.cos(angle), np.sin(angle)]
         return found.ravel()
+
+    def _proprioception(self) -> Float32[np.ndarray, "8"]:
+        x, y, z, w = self.data.xquat[self.model.body(self.robot.robot_model.eef_name).id][[1, 2, 3, 0]]
+        sine = np.sqrt(max(1.0 - w * w, 0.0))
+        turn = np.array([x, y, z]) / sine * 2.0 * np.arccos(np.clip(w, -1.0, 1.0)) if sine > 1e-10 else np.zeros(3)
+        return np.concatenate([self.hand.position, turn, self.fingers]).astype(np.float32)
 
     def _observed_slots(self) -> list[tuple[int, str, np.ndarray]]:
         """Where each object is reported, by name, with its narrow side in its own frame.
@@ -285,6 +340,8 @@ class LiberoScene:
             self.steps,
             self.success,
             list(self._slots),
+            self._seen,
+            (self._sensor._time_since_last_sample, self._sensor._sampled),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -299,6 +356,8 @@ class LiberoScene:
         mujoco.mj_setState(self.model, self.data, snapshot.physics, mujoco.mjtState.mjSTATE_INTEGRATION)
         self.robot.gripper.current_action = snapshot.gripper.copy()
         self.steps, self.success, self._slots = snapshot.steps, snapshot.success, list(snapshot.slots)
+        self._seen = snapshot.seen
+        self._sensor._time_since_last_sample, self._sensor._sampled = snapshot.sensor
 
     def _physics(self) -> np.ndarray:
         import mujoco
