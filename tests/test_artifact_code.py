@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.groot.configuration_groot import GrootConfig
 from lerobot.policies.pi0_fast.configuration_pi0_fast import PI0FastConfig
 from lerobot.processor import ProcessorStepRegistry
-from safetensors.torch import load_file
-from small_policies import base_policy, ptr_policy, tensors_equal, train_batch
+from small_policies import ptr_policy, train_batch
 from test_artifact import PREPROCESSOR, SCORER, SMALL, with_processors
 
 from ptr_hf import PTRConfig, PTRPolicy
-from ptr_hf.artifacts.checks import check_artifact, check_tensors, load_scorer
+from ptr_hf.artifacts.checks import check_artifact, check_tensors
 from ptr_hf.artifacts.processor_checks import check_processors
 from ptr_hf.files.foreign_code import LEROBOTS_OWN, POLICY_CODE, STEP_CODE
 from ptr_hf.policies import supported_policies
@@ -187,48 +185,17 @@ class TestBaseConfigurations:
         assert not check_tensors(artifact.config, artifact, PTRPolicy)
 
 
-class TestScorerAlone:
-    def test_from_a_folder_without_the_base_policy(self, folder: Path, trained: PTRPolicy) -> None:
-        (folder / "model.safetensors").unlink()
-        scorer = load_scorer(folder)
-        assert tensors_equal(scorer.tensors, trained.side_state_dict())
-        assert scorer.config.hyperparameters() == trained.config.hyperparameters()
-        assert not scorer.shared_tower
+def test_a_snapshot_that_was_pulled_over_http(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent / "hub"))
+    from huggingface_hub import HfApi
+    from loopback_hub import LoopbackHub, connect
 
-    def test_it_scores_on_a_base_policy_that_is_at_hand(self, saved: Path, trained: PTRPolicy, points: Path) -> None:
-        scorer = load_scorer(saved)
-        policy = PTRPolicy(scorer.config, base_policy=base_policy("act", points))
-        assert not policy.load_state_dict(scorer.tensors, strict=False).unexpected_keys
-        batch = train_batch(policy, points, [3, 35])
-        scores = []
-        for each in (policy, trained):
-            torch.manual_seed(0)
-            scores.append(each.eval().compute(batch).score)
-        assert torch.equal(*scores)
-        assert scores[0].abs().sum() > 0
-        trained.train()
-
-    def test_over_http_two_files_are_enough(self, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.syspath_prepend(str(Path(__file__).parent / "hub"))
-        from huggingface_hub import HfApi
-        from loopback_hub import LoopbackHub, connect
-
-        with LoopbackHub() as hub:
-            connect(hub, monkeypatch, tmp_path / "home")
-            api = HfApi()
-            api.create_repo("lab/policy")
-            api.upload_folder(repo_id="lab/policy", folder_path=saved)
-            scorer = load_scorer("lab/policy", cache_dir=tmp_path / "cache")
-            pulled = {path.name for path in (tmp_path / "cache").rglob("snapshots/*/*")}
-            assert pulled == {"ptr_config.json", SCORER}
-            assert tensors_equal(scorer.tensors, load_file(saved / SCORER))
-            folder = Path(api.snapshot_download("lab/policy", cache_dir=tmp_path / "cache"))
-            artifact = check_artifact(folder)
-            assert (folder / SCORER).is_symlink()
-            assert check_tensors(artifact.config, artifact, PTRPolicy)
-
-    @pytest.mark.parametrize("name", ["ptr_config.json", SCORER])
-    def test_a_missing_file(self, folder: Path, name: str) -> None:
-        (folder / name).unlink()
-        with pytest.raises(FileNotFoundError, match=name):
-            load_scorer(folder)
+    with LoopbackHub() as hub:
+        connect(hub, monkeypatch, tmp_path / "home")
+        api = HfApi()
+        api.create_repo("lab/policy")
+        api.upload_folder(repo_id="lab/policy", folder_path=saved)
+        folder = Path(api.snapshot_download("lab/policy", cache_dir=tmp_path / "cache"))
+        artifact = check_artifact(folder)
+        assert (folder / SCORER).is_symlink()
+        assert check_tensors(artifact.config, artifact, PTRPolicy)

@@ -22,7 +22,7 @@ from test_artifact import ADAPTER_CONFIG, BASE, CONFIG, PREPROCESSOR, SCORER, SM
 from ptr_hf import PTRConfig
 from ptr_hf.artifacts.adapter_config import MAX_COST, _cost_of, check_adapter
 from ptr_hf.artifacts.checkpoint import is_ptr_source, load_weights
-from ptr_hf.artifacts.checks import check_artifact, load_scorer
+from ptr_hf.artifacts.checks import check_artifact
 from ptr_hf.artifacts.processor_checks import check_processors
 from ptr_hf.cli.export import export
 from ptr_hf.files.base_source import check_base
@@ -188,9 +188,7 @@ class TestNotARegularFile:
             lambda folder: export(folder, folder / "x"),
         ]
         if name == CONFIG:
-            reads += [is_ptr_source, load_scorer]
-        if name == SCORER:
-            reads += [load_scorer]
+            reads += [is_ptr_source]
         if name in ("config.json", BASE):
             reads += [check_base]
         if name.startswith("policy_"):

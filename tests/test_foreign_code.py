@@ -169,7 +169,7 @@ class TestBasePolicies:
         base.save_pretrained(tmp_path / "base")
         edit(tmp_path / "base" / "config.json", lambda own: own.update(vlm_model_name=str(evil)))
         with pytest.raises(ValueError, match=r"config.json: base.vlm_model_name names .*asks for code of its own"):
-            PTRPolicy(PTRConfig(preset="ptr", base_path=str(tmp_path / "base"), device="cpu", **SMALL))
+            PTRPolicy.from_base(PTRConfig(preset="ptr", base_path=str(tmp_path / "base"), device="cpu", **SMALL))
         # the user's own choice is not a file's, and is not asked for either
         base = {**json.loads((tmp_path / "base" / "config.json").read_text())}
         config = PTRConfig(preset="ptr", base=base, device="cpu", **SMALL)

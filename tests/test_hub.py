@@ -278,7 +278,7 @@ class TestLeRobot:
             strict=True,
         ):
             processor.save_pretrained(source, config_filename=f"policy_{name}.json")
-        policy = PTRPolicy(PTRConfig(device="cpu", base_path=str(source), **settings_of("act-belief")))
+        policy = PTRPolicy.from_base(PTRConfig(device="cpu", base_path=str(source), **settings_of("act-belief")))
         save(policy, points, tmp_path / "trained")
         shutil.rmtree(source)
         loaded = PTRPolicy.from_pretrained(tmp_path / "trained")
@@ -293,7 +293,7 @@ class TestLeRobot:
 
     def test_fields_given_beside_a_path_override_the_checkpoints(self, points: Path, tmp_path: Path) -> None:
         base_policy("act", points).save_pretrained(tmp_path)
-        policy = PTRPolicy(PTRConfig(device="cpu", base_path=str(tmp_path), base={"n_action_steps": 2}))
+        policy = PTRPolicy.from_base(PTRConfig(device="cpu", base_path=str(tmp_path), base={"n_action_steps": 2}))
         assert policy.base.config.n_action_steps == 2
         assert policy.base.config.chunk_size == 4
         assert tensors_equal(policy.base.state_dict(), base_policy("act", points).state_dict())

@@ -1,13 +1,14 @@
 """`PTRConfig`: a LeRobot policy configuration that wraps the configuration of a base policy."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import draccus
 import lerobot.policies  # noqa: F401  registers LeRobot's own policy configurations
+from draccus.parsers.decoding import decode_dataclass
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, LRSchedulerConfig, OptimizerConfig, XVLAAdamWConfig
 
@@ -36,6 +37,10 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
         1.0
     """
 
+    weights_reader: ClassVar[Callable[[Any, Any, Any], Any] | None] = None
+    """Under LeRobot's own loop: the weights that `weights` names, for a configuration, a dataset's folder and its metadata.
+    `lerobot_policy_ptr` sets it."""
+
     base: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "Configuration of the base policy, e.g. {type: act, chunk_size: 16}."}
     )
@@ -48,8 +53,6 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
             "it, LeRobot's training loop leaves it open (then the warm-up is the paper's 3000 steps)."
         },
     )
-    num_episodes: int = field(default=0, metadata={"help": "Episodes of the training data; set when it is known."})
-    num_slots: int = field(default=0, metadata={"help": "Stretches of them that have a verdict; set when it is known."})
     robots: list[str] = field(
         default_factory=list,
         metadata={
@@ -61,7 +64,6 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
         default_factory=dict,
         metadata={"help": "Which weights the policy was trained with, and what they are in sum; set when it is known."},
     )
-    num_tasks: int = field(default=0, metadata={"help": "Instructions of the training data; set when it is known."})
 
     def __post_init__(self, _filled: Mapping[str, Any] | None) -> None:
         PreTrainedConfig.__post_init__(self)
@@ -219,6 +221,15 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
         if self._base_config is not None:
             self.base = draccus.encode(self.base_config, PreTrainedConfig)
         super()._save_pretrained(save_directory)
+
+
+RETIRED = ("num_episodes", "num_slots", "num_tasks")
+"""Fields of earlier releases, which said how large the training data were: checkpoints that have them load."""
+
+
+@draccus.decode.register(PTRConfig)
+def _decode(raw: dict[str, Any], path: Sequence[str] = ()) -> PTRConfig:
+    return decode_dataclass(PTRConfig, {name: value for name, value in raw.items() if name not in RETIRED}, path)
 
 
 def chunk_settings(policy_config: type, size: int, settings: dict[str, Any]) -> dict[str, Any]:

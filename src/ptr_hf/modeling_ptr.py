@@ -27,7 +27,7 @@ from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.constants import ACTION_DIM_PAD, BASE_PREFIX
 from ptr_hf.data.bookkeeping import mend_metadata
 from ptr_hf.data.datasets import check_one_instruction
-from ptr_hf.data.masked_segments import many_masked
+from ptr_hf.data.masked_segments import MaskedSegments
 from ptr_hf.data.normalization import policy_statistics
 from ptr_hf.data.segments import (
     ACTION,
@@ -47,7 +47,7 @@ from ptr_hf.method import (
     ObjectiveOutput,
     PTRObjective,
 )
-from ptr_hf.pathway.build import BeliefModule, build_objective
+from ptr_hf.pathway.build import NO_DATA, BeliefModule, DataSizes, build_objective
 from ptr_hf.pathway.summaries import motion_of, summaries
 from ptr_hf.pathway.targets import consequence_targets, samples_of
 from ptr_hf.policies import AdapterBase, Views, make_adapter, refusal, supported_policies
@@ -66,18 +66,29 @@ class PTRPolicy(PreTrainedPolicy):
 
     Args:
         config: names the base policy and the method's hyperparameters.
-        base_policy: an existing LeRobot policy (or a PEFT model around one) to wrap; otherwise `config` builds or loads it.
+        base_policy: an existing LeRobot policy (or a PEFT model around one) to wrap; otherwise `config.base` describes a new
+            one. `from_base` loads the one that `config.base_path` names.
+        sizes: of the data whose verdicts are remembered; `set_episodes` chooses others.
         kwargs: what LeRobot's factory passes along (dataset statistics and metadata); they go to a base policy built here.
 
+    Raises:
+        ValueError: `config.base_path` names trained weights, and no `base_policy` has them.
+
     Example:
-        >>> policy = PTRPolicy(PTRConfig(base_path="lerobot/smolvla_base", num_belief_tokens=0))
+        >>> policy = PTRPolicy.from_base(PTRConfig(base_path="lerobot/smolvla_base", num_belief_tokens=0))
         >>> loss, metrics = policy(batch)
     """
 
     config_class = PTRConfig
     name = "ptr"
 
-    def __init__(self, config: PTRConfig, base_policy: nn.Module | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: PTRConfig,
+        base_policy: nn.Module | None = None,
+        sizes: DataSizes = NO_DATA,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(config)
         self.config: PTRConfig = config
         meta = kwargs.get("dataset_meta")
@@ -85,6 +96,12 @@ class PTRPolicy(PreTrainedPolicy):
             # lerobot-train asks for the processors next, which would normalise by what there is
             policy_statistics(config.base_config if base_policy is None else unwrap(base_policy).config, meta, None)
         if base_policy is None:
+            # LeRobot's factory, which names the data, has no later moment for weights than this
+            if config.base_path is not None and meta is None:
+                raise ValueError(
+                    f"PTRPolicy(config) loads no weights, and base_path={config.base_path} names some: call "
+                    "PTRPolicy.from_base(config)."
+                )
             base_policy = build_base(config, **kwargs)
         self.base: PreTrainedPolicy = base_policy
         self._adapter: AdapterBase | None = None
@@ -99,6 +116,8 @@ class PTRPolicy(PreTrainedPolicy):
         self.target_encoder: ConsequenceEncoder | None = None
         self.belief: BeliefModule | None = None
         self.frame_weights: FrameWeights | None = None
+        self._sizes = sizes
+        self._masked = MaskedSegments()
         # A tuple keeps a shared tower out of this module's parameters: the base policy owns them.
         self._shared_tower: tuple[nn.Module, ...] = ()
         if config.scorer:
@@ -113,13 +132,26 @@ class PTRPolicy(PreTrainedPolicy):
                 config.belief_temperature,
             )
         self.to(config.device)
-        # LeRobot's factory tells which data the policy is for
         if meta is not None:
             _check_bookkeeping(meta)
-            check_one_instruction(meta, config.layout)
+            self._meet_data(meta)
             self.set_episodes(EpisodeTable.from_metadata(meta, config.standardize_by))
-            self._read_weights(meta)
         self.reset()
+
+    @classmethod
+    def from_base(cls, config: PTRConfig) -> "PTRPolicy":
+        """A policy around the trained LeRobot policy that `config.base_path` names.
+
+        Args:
+            config: its `base` overrides fields of the trained policy's configuration.
+
+        Raises:
+            ValueError: the policy is not one that PTR supports, or its files are damaged or name code that would run.
+
+        Example:
+            >>> policy = PTRPolicy.from_base(PTRConfig(base_path="lerobot/smolvla_base"))
+        """
+        return cls(config, base_policy=build_base(config))
 
     # ---- construction ----------------------------------------------------------------------------------------------
 
@@ -148,10 +180,10 @@ class PTRPolicy(PreTrainedPolicy):
         self.target_encoder = ConsequenceEncoder(None if shared else tower, config.ema_decay, config.target_eps)
 
     def _new_objective(self) -> PTRObjective:
-        """A fresh objective for the data that the configuration knows of."""
+        """A fresh objective for the data that are known."""
         config, adapter = self.config, self.adapter
         target_dim = adapter.target_dim(self.target_layer) if config.reads_futures else 0
-        return build_objective(config, adapter.context_dim, adapter.action_dim, target_dim)
+        return build_objective(config, adapter.context_dim, adapter.action_dim, target_dim, self._sizes)
 
     def set_run_length(self, steps: int | None) -> None:
         """Fix the scorer's warm-up: a share of the run's steps, or the paper's count when the length is unknown."""
@@ -173,9 +205,9 @@ class PTRPolicy(PreTrainedPolicy):
         config, old = self.config, self.objective
         if old is None or old.weigher is None:
             return
-        sizes = (episodes.num_episodes, episodes.num_tasks, episodes.num_slots(config.slot_frames))
-        if sizes != (config.num_episodes, config.num_tasks, config.num_slots):
-            config.num_episodes, config.num_tasks, config.num_slots = sizes
+        sizes = DataSizes(episodes.num_episodes, episodes.num_slots(config.slot_frames), episodes.num_tasks)
+        if sizes != self._sizes:
+            self._sizes = sizes
             self.objective = self._new_objective()
             self.to(config.device)
             # heads that do not depend on the data are kept: a trained scorer can be reused on new demonstrations
@@ -201,14 +233,17 @@ class PTRPolicy(PreTrainedPolicy):
         self.frame_weights = weights
         self.config.weights_record = {} if weights is None else dict(weights.record)
 
-    def _read_weights(self, meta: Any) -> None:
-        """Under LeRobot's own loop: the weights that the configuration names, for the data that it is given."""
-        if self.config.weights is None:
-            return
-        from ptr_hf.scoring.given_weights import training_weights
-
-        # each process for itself: an inspection is the same on all of them
-        self.set_weights(training_weights(self.config, meta.root, meta))
+    def _meet_data(self, meta: LeRobotDatasetMetadata) -> None:
+        """Under LeRobot's own loop: whether it can read the data, and the weights that the configuration names for them."""
+        check_one_instruction(meta, self.config.layout)
+        if self.config.weights is not None:
+            if PTRConfig.weights_reader is None:
+                raise ValueError(
+                    f"weights={self.config.weights} are read by PTRTrainer, and by LeRobot's commands: elsewhere import "
+                    "lerobot_policy_ptr first."
+                )
+            # each process for itself: an inspection is the same on all of them
+            self.set_weights(PTRConfig.weights_reader(self.config, meta.root, meta))
 
     @property
     def weighs(self) -> bool:
@@ -264,7 +299,10 @@ class PTRPolicy(PreTrainedPolicy):
             plain = self._plain(batch)
             if self.training and self.weighs:
                 weighed = self._weighed(plain)
-                return (weighed, {}) if reduction == "none" else self._reduced(weighed)
+                if reduction == "none":
+                    return weighed, {}
+                loss = weighed_loss(weighed)
+                return loss, _native({"loss_action": loss, **weight_metrics(weighed)})
             if ACTION_DIM_PAD not in plain:
                 with self.adapter.features_scope(plain):
                     return self.base(plain)
@@ -278,10 +316,10 @@ class PTRPolicy(PreTrainedPolicy):
         named = {f"loss_{name}" if name != "loss" else name: value for name, value in terms.items()}
         named |= self.objective.metrics(output)
         masked = ~output.chunk_valid.view(self.config.layout.segment_length, -1).any(dim=0)
-        # One transfer for all of them; LeRobot's loop logs native numbers.
-        values = torch.stack([value.detach().double() for value in (*named.values(), masked.sum())]).tolist()
-        self._say_masked(int(values.pop()), len(masked))
-        return terms["loss"], dict(zip(named, values, strict=True))
+        values = _native({**named, "masked": masked.sum()})
+        if sentence := self._masked.count(int(values.pop("masked")), len(masked), "read so far"):
+            logger.warning("%s", sentence)
+        return terms["loss"], values
 
     def _weighed(self, plain: dict[str, Any]) -> ObjectiveOutput:
         """The loss and the given weight of every chunk."""
@@ -289,23 +327,6 @@ class PTRPolicy(PreTrainedPolicy):
         weight, valid = self.frame_weights.of(plain["index"]), ~plain[ACTION + PAD_SUFFIX].all(dim=1)
         loss = self.adapter.losses(self.adapter.arrange(plain))
         return weighed_chunks(loss, weight, valid, plain.get("task_index"), plain.get(SOURCE_INDEX))
-
-    @staticmethod
-    def _reduced(output: ObjectiveOutput) -> tuple[Tensor, dict[str, Any]]:
-        loss, metrics = weighed_loss(output), weight_metrics(output)
-        values = torch.stack([value.detach().double() for value in (loss, *metrics.values())]).tolist()
-        return loss, dict(zip(("loss_action", *metrics), values, strict=True))
-
-    _masked = (0, 0)
-    _said_masked = False
-
-    def _say_masked(self, masked: int, segments: int) -> None:
-        """Under LeRobot's own loop: say once where many segments hold nothing to learn from."""
-        self._masked = (self._masked[0] + masked, self._masked[1] + segments)
-        sentence = many_masked(*self._masked, "read so far")
-        if sentence is not None and not self._said_masked:
-            logger.warning("%s", sentence)
-            self._said_masked = True
 
     def _plain(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Without a scorer the base policy sees its own batch; several chunks become rows."""
@@ -619,7 +640,8 @@ class PTRPolicy(PreTrainedPolicy):
         """
         from ptr_hf.artifacts.checkpoint import load_policy
 
-        _check_bookkeeping(kwargs.get("dataset_meta"))
+        meta = kwargs.get("dataset_meta")
+        _check_bookkeeping(meta)
         policy = load_policy(
             cls,
             pretrained_name_or_path,
@@ -628,11 +650,15 @@ class PTRPolicy(PreTrainedPolicy):
             trusted_sources=trusted_sources,
             **kwargs,
         )
-        if kwargs.get("dataset_meta") is not None:
+        if meta is not None:
             # LeRobot's training loop, which reads the data itself, names them
-            check_one_instruction(kwargs["dataset_meta"], policy.config.layout)
-            policy._read_weights(kwargs["dataset_meta"])
+            policy._meet_data(meta)
         return policy
+
+
+def _native(values: dict[str, Tensor]) -> dict[str, Any]:
+    """Numbers as LeRobot's loop logs them; one transfer from the device for all."""
+    return dict(zip(values, torch.stack([value.detach().double() for value in values.values()]).tolist(), strict=True))
 
 
 def _check_bookkeeping(meta: Any) -> None:
@@ -644,6 +670,15 @@ def _check_bookkeeping(meta: Any) -> None:
 
 @no_foreign_code()
 def build_base(config: PTRConfig, **kwargs: Any) -> PreTrainedPolicy:
+    """The base policy that a configuration describes: new, or with the trained weights that `base_path` names.
+
+    Args:
+        config: of the PTR policy.
+        kwargs: as LeRobot's policies take them.
+
+    Raises:
+        ValueError: PTR does not support policies of its type.
+    """
     base_config = config.base_config
     if base_config.type not in supported_policies():
         raise ValueError(refusal(base_config.type))

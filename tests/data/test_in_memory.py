@@ -1,6 +1,5 @@
 """A data set read into memory gives the batches that LeRobot gives."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -159,49 +158,6 @@ class TestLoading:
         dataset = open_dataset(states, layout)
         memory = InMemorySegments(dataset, layout)
         assert_same(collate_segments([memory[3], memory[4]]), collated(dataset, [3, 4]))
-
-
-class TestCache:
-    def test_frames_are_decoded_once(self, point_videos: Path, tmp_path: Path) -> None:
-        layout = LAYOUTS["futures"]
-        dataset = open_dataset(point_videos, layout)
-        first = InMemorySegments(dataset, layout, frames_cache=tmp_path)
-        (file,) = tmp_path.glob("*.npy")
-        # A mark in the file shows up in what the next run reads: it took the frames from there.
-        marked = np.load(file, mmap_mode="r+")
-        marked[0] = 7
-        marked.flush()
-        again = InMemorySegments(dataset, layout, frames_cache=tmp_path)
-        assert (again[0]["observation.image"][0] == 7).all()
-        assert_same(first.__getitems__([40, 90]), collated(dataset, [40, 90]))
-        assert_same(again.__getitems__([40, 90]), collated(dataset, [40, 90]))
-        assert list(tmp_path.glob("*.npy")) == [file]
-
-    def test_writing_to_a_batch_leaves_the_file_alone(self, point_videos: Path, tmp_path: Path) -> None:
-        layout = LAYOUTS["plain"]
-        dataset = open_dataset(point_videos, layout)
-        memory = InMemorySegments(dataset, layout, frames_cache=tmp_path)
-        memory.__getitems__([0])["observation.image"].zero_()
-        assert_same(InMemorySegments(dataset, layout, frames_cache=tmp_path)[0], dataset[0])
-
-    @pytest.mark.full
-    def test_other_data_gets_a_file_of_its_own(self, point_videos: Path, tmp_path: Path) -> None:
-        layout = LAYOUTS["plain"]
-        other = write_dataset(tmp_path / "other", use_videos=True, seed=1)
-        for source, episodes in ((point_videos, None), (point_videos, [1]), (other, None)):
-            dataset = open_dataset(source, layout, episodes=episodes)
-            memory = InMemorySegments(dataset, layout, frames_cache=tmp_path / "cache")
-            assert_same(memory[3], dataset[3])
-        assert len(list((tmp_path / "cache").glob("*.npy"))) == 3
-
-    def test_a_decoding_that_was_broken_off_is_done_again(self, point_videos: Path, tmp_path: Path) -> None:
-        layout = LAYOUTS["plain"]
-        dataset = open_dataset(point_videos, layout)
-        InMemorySegments(dataset, layout, frames_cache=tmp_path)
-        (file,) = tmp_path.glob("*.npy")
-        os.truncate(file, 1000)
-        file.rename(file.with_suffix(".partial"))
-        assert_same(InMemorySegments(dataset, layout, frames_cache=tmp_path)[3], dataset[3])
 
 
 class TestRefusals:

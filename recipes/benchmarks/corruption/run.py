@@ -340,7 +340,6 @@ def _arguments(setting: Setting, folder: Path, steps: int, seed: int) -> dict[st
         "disable_tqdm": True,
         "use_cpu": True,
         "in_memory": True,
-        "frames_cache": str(folder.parent / "frames"),
         "seed": seed,
     }
 

@@ -11,7 +11,7 @@ Nothing that is read can execute: JSON and safetensors only, every key and every
 
 import copy
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,17 @@ from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from huggingface_hub.errors import OfflineModeIsEnabled
 from lerobot.configs import PreTrainedConfig
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
-from ptr_hf.artifacts.checks import PTR_SCORER_NAME, TOWER_PREFIX, check_artifact, check_processors, check_tensors
+from ptr_hf.artifacts.checks import (
+    PTR_SCORER_NAME,
+    check_artifact,
+    check_processors,
+    check_tensors,
+    compare_tensors,
+)
 from ptr_hf.artifacts.peft import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
@@ -41,6 +47,7 @@ from ptr_hf.constants import BASE_PREFIX
 from ptr_hf.files.base_source import check_base
 from ptr_hf.files.foreign_code import no_foreign_code
 from ptr_hf.files.hub_access import asking_the_hub
+from ptr_hf.files.reading import read_header
 from ptr_hf.files.regular import regular_file
 from ptr_hf.policies.base import unwrap
 
@@ -176,7 +183,8 @@ def load_policy(
         saved.device = config.device if config is not None else saved.device
     saved.base_path, provenance = None, saved.base_path
     check_tensors(saved, artifact, policy_class)
-    policy = policy_class(saved, base_policy=load_adapted_base(saved, folder) if artifact.adapter_alone else None)
+    base = load_adapted_base(saved, folder) if artifact.adapter_alone else None
+    policy = policy_class(saved, base_policy=base, sizes=artifact.sizes)
     saved.base_path = provenance
     load_weights(policy, folder, trusted_sources)
     if merge_adapter:
@@ -200,22 +208,23 @@ def load_weights(policy: Any, folder: Path, trusted: Collection[str] = ()) -> No
         FileNotFoundError, ValueError: as `load_policy`.
     """
     check_artifact(folder, trusted)
-    loaders: tuple[tuple[str, Callable[[Any, Path], None]], ...] = (
-        (SAFETENSORS_SINGLE_FILE, _load_base),
-        (PTR_SCORER_NAME, _load_side),
-    )
-    if isinstance(policy.base, PeftModel):
-        loaders = ((ADAPTER_WEIGHTS_NAME, _load_adapter), (PTR_SCORER_NAME, _load_side))
-    for name, load in loaders:
-        if regular_file(folder, name) is None:
+    adapted = isinstance(policy.base, PeftModel)
+    for name in (ADAPTER_WEIGHTS_NAME if adapted else SAFETENSORS_SINGLE_FILE, PTR_SCORER_NAME):
+        path = regular_file(folder, name)
+        if path is None:
             raise FileNotFoundError(f"The checkpoint in {folder} lacks {name}, which this policy needs.")
         try:
-            load(policy, folder / name)
+            if name == PTR_SCORER_NAME:
+                _load_side(policy, path)
+            elif adapted:
+                load_adapter(policy.base, path)
+            else:
+                load_model(policy.base, str(path), strict=True)
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{folder / name} is damaged or belongs to another policy: {error}") from error
+            raise ValueError(f"{path} is damaged or belongs to another policy: {error}") from error
 
 
-def resolve_folder(source: str | Path, **hub_kwargs: Any) -> Path:
+def resolve_folder(source: str | Path, patterns: Sequence[str] = LOADED, **hub_kwargs: Any) -> Path:
     """The local folder itself, or a snapshot of the Hub repo.
 
     Raises:
@@ -225,7 +234,7 @@ def resolve_folder(source: str | Path, **hub_kwargs: Any) -> Path:
         return Path(source)
     known = {name: value for name, value in hub_kwargs.items() if name in HUB_KWARGS}
     with asking_the_hub("policy", source):
-        return Path(snapshot_download(str(source), allow_patterns=list(LOADED), **known))
+        return Path(snapshot_download(str(source), allow_patterns=list(patterns), **known))
 
 
 def resolve_processors(source: str | Path, revision: str | None = None, trusted: Collection[str] = ()) -> Path:
@@ -234,46 +243,18 @@ def resolve_processors(source: str | Path, revision: str | None = None, trusted:
     Raises:
         ValueError: a processor would run code that is neither LeRobot's nor already imported.
     """
-    folder = (
-        Path(source)
-        if Path(source).is_dir()
-        else Path(snapshot_download(str(source), revision=revision, allow_patterns=[CONFIG_NAME, *LOADED_PROCESSORS]))
-    )
+    folder = resolve_folder(source, (CONFIG_NAME, *LOADED_PROCESSORS), revision=revision)
     check_processors(folder, trusted)
     return folder
 
 
-def _load_base(policy: Any, path: Path) -> None:
-    load_model(policy.base, str(path), strict=True)
-
-
-def _load_adapter(policy: Any, path: Path) -> None:
-    load_adapter(policy.base, path)
-
-
 def _load_side(policy: Any, path: Path) -> None:
-    own = policy.side_state_dict()
-    with safe_open(path, framework="pt") as file:
-        # Targets came from the policy's own frozen tower; a policy that trains it starts the moving average there.
-        trains_tower = policy.target_encoder is not None and not policy.target_encoder.shared
-        starts_average = trains_tower and (file.metadata() or {}).get("shared_tower") == "True"
-        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
-    if starts_average:
-        own = {name: value for name, value in own.items() if not name.startswith(TOWER_PREFIX)}
-    missing, unknown = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"{path} lacks {missing[:3]} and has unknown {unknown[:3]}: it belongs to another configuration."
-        )
-    for name, shape in stored.items():
-        if tuple(own[name].shape) != shape:
-            raise ValueError(f"{path}: {name} has shape {shape}, this policy needs {tuple(own[name].shape)}.")
-    device = next(policy.parameters()).device
-    tensors = load_file(path, device=str(device))
-    policy.load_state_dict(tensors, strict=False)
-    if starts_average:
-        tower = dict(policy.adapter.tower_parameters(policy.target_layer))
-        policy.target_encoder.tower.load_state_dict(tower, strict=True)
+    file, average = read_header(path), policy.target_encoder
+    compare_tensors(file, policy.side_state_dict())
+    policy.load_state_dict(load_file(path, device=str(next(policy.parameters()).device)), strict=False)
+    # Targets came from the policy's own frozen tower; a policy that trains it starts the moving average there.
+    if average is not None and not average.shared and file.metadata.get("shared_tower") == "True":
+        average.tower.load_state_dict(dict(policy.adapter.tower_parameters(policy.target_layer)), strict=True)
 
 
 def _recorded(config: dict[str, Any]) -> dict[str, Any]:

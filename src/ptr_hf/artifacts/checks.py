@@ -3,25 +3,22 @@
     check_artifact(folder)              files, names, JSON, headers, processors
     check_tensors(config, artifact, build)  every tensor's name and shape against the policy, which is built without memory for it
     check_processors(folder)            the processors alone, before LeRobot imports what their files name
-    load_scorer(source)                 the side pathway alone
 
 docs/artifacts.md lists the files of a checkpoint, who writes and reads each, and what is checked.
 """
 
 import copy
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from lerobot.policies.factory import get_policy_class
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
@@ -30,17 +27,17 @@ from ptr_hf.artifacts.peft import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from ptr_hf.artifacts.processor_checks import check_processors
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
 from ptr_hf.files.foreign_code import no_foreign_code
-from ptr_hf.files.reading import PICKLED, StoredFile, missing, printable, read_header, read_json
+from ptr_hf.files.reading import StoredFile, missing, printable, read_header, read_json
 from ptr_hf.files.regular import inside, quoted, regular_file
+from ptr_hf.pathway.build import DataSizes
 
 __all__ = [
     "ArtifactInfo",
-    "SavedScorer",
     "check_artifact",
     "check_processors",
     "check_tensors",
+    "compare_tensors",
     "expected_tensors",
-    "load_scorer",
     "read_config",
 ]
 
@@ -62,7 +59,6 @@ class ArtifactInfo:
         config: of its `ptr_config.json`; `base_path` is on record there, the base's configuration is complete without it.
         adapter_alone: whether a PEFT adapter stands in place of the base policy's weights.
         files: the headers of its safetensors files, by file name.
-        ignored: files that can hold pickled objects; none of them is ever opened.
         trusted: Hub ids or folders, named by the checkpoint, whose own code may run.
     """
 
@@ -70,8 +66,12 @@ class ArtifactInfo:
     config: PTRConfig
     adapter_alone: bool
     files: dict[str, StoredFile]
-    ignored: tuple[str, ...]
     trusted: tuple[str, ...] = ()
+
+    @property
+    def sizes(self) -> DataSizes:
+        """Of the data whose verdicts are stored."""
+        return DataSizes.stored({name: tensor.shape for name, tensor in self.files[PTR_SCORER_NAME].tensors.items()})
 
 
 def check_artifact(folder: str | Path, trusted: Collection[str] = ()) -> ArtifactInfo:
@@ -108,8 +108,7 @@ def check_artifact(folder: str | Path, trusted: Collection[str] = ()) -> Artifac
     for path in sorted(folder.glob("*.index.json")):
         _check_index(inside(folder, path.name))
     check_processors(folder, trusted)
-    ignored = tuple(sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED))
-    return ArtifactInfo(folder, config, adapter_alone, files, ignored, tuple(trusted))
+    return ArtifactInfo(folder, config, adapter_alone, files, tuple(trusted))
 
 
 def _check_lerobots_config(config: PTRConfig, folder: Path) -> None:
@@ -131,34 +130,24 @@ def _check_index(path: Path) -> None:
         inside(path.parent, name, named_in=path)
 
 
+type Expected = tuple[dict[str, dict[str, Tensor]], list[set[str]]]
+
 # ---- tensors -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ExpectedTensors:
-    """The tensors that a configuration asks for.
-
-    Attributes:
-        files: name -> tensor on the meta device, by file name.
-        tied: groups of names in the base that are one tensor, of which one may be stored for all.
-    """
-
-    files: dict[str, dict[str, Tensor]]
-    tied: tuple[frozenset[str], ...]
-
-
 @no_foreign_code()
-def expected_tensors(config: PTRConfig, artifact: ArtifactInfo, build: Callable[..., Any]) -> ExpectedTensors | None:
+def expected_tensors(config: PTRConfig, artifact: ArtifactInfo, build: Callable[..., Any]) -> Expected | None:
     """Every tensor of the policy that a configuration describes, from the policy built on the meta device (no memory).
 
     Args:
         config: of the policy; the artifact's own, or with the user's changes.
         artifact: the checkpoint; bounds how large the policy can be, and holds the adapter's configuration.
-        build: makes the policy from `config` and `base_policy`: the class `PTRPolicy`.
+        build: makes the policy from `config`, `base_policy` and `sizes`: the class `PTRPolicy`.
 
     Returns:
-        None where LeRobot cannot build the base policy without memory (multi_task_dit, evo1, groot and vla_jepa load a
-        pretrained backbone as they are built); then only the strict check at loading remains.
+        name -> tensor on the meta device, by file name; and groups of names in the base that are one tensor, of which one may
+        be stored for all. None where LeRobot cannot build the base policy without memory (multi_task_dit, evo1, groot and
+        vla_jepa load a pretrained backbone as they are built); then only the strict check at loading remains.
 
     Raises:
         ValueError: the configuration describes no policy, or one that is far larger than what is stored.
@@ -178,7 +167,7 @@ def expected_tensors(config: PTRConfig, artifact: ArtifactInfo, build: Callable[
             if artifact.adapter_alone:
                 peft_config = PeftConfig.from_pretrained(str(artifact.folder))
                 base = get_peft_model(base, peft_config)
-            policy = build(config, base_policy=base)
+            policy = build(config, base_policy=base, sizes=artifact.sizes)
     except OSError:
         # a backbone's configuration could not be fetched: no fault of the checkpoint
         raise
@@ -195,8 +184,8 @@ def expected_tensors(config: PTRConfig, artifact: ArtifactInfo, build: Callable[
     names: dict[int, set[str]] = {}
     for tensor_name, parameter in base.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), set()).add(tensor_name)
-    tied = tuple(frozenset(group) for group in names.values() if len(group) > 1)
-    return ExpectedTensors({name: dict(own), PTR_SCORER_NAME: policy.side_state_dict()}, tied)
+    tied = [group for group in names.values() if len(group) > 1]
+    return {name: dict(own), PTR_SCORER_NAME: policy.side_state_dict()}, tied
 
 
 @contextmanager
@@ -237,7 +226,7 @@ def check_tensors(config: PTRConfig, artifact: ArtifactInfo, build: Callable[...
     Args:
         config: of the policy to be built; its `device` plays no part.
         artifact: of the checkpoint to be loaded into it.
-        build: as of `expected_tensors`.
+        build: as in `expected_tensors`.
 
     Returns:
         False where LeRobot cannot build this base policy without memory, so that nothing was compared.
@@ -250,17 +239,27 @@ def check_tensors(config: PTRConfig, artifact: ArtifactInfo, build: Callable[...
     expected = expected_tensors(config, artifact, build)
     if expected is None:
         return False
-    for name, own in expected.files.items():
-        file = artifact.files[name]
-        if file.metadata.get("shared_tower") == "True":
-            # the moving average of a tower that was frozen starts at the policy's own
-            own = {key: value for key, value in own.items() if not key.startswith(TOWER_PREFIX)}
-        _compare(file, own, expected.tied)
+    files, tied = expected
+    for name, own in files.items():
+        compare_tensors(artifact.files[name], own, tied)
     return True
 
 
-def _compare(file: StoredFile, own: Mapping[str, Tensor], tied: tuple[frozenset[str], ...]) -> None:
+def compare_tensors(file: StoredFile, own: Mapping[str, Tensor], tied: Sequence[set[str]] = ()) -> None:
+    """Refuse a file whose tensors are not those of a policy.
+
+    Args:
+        file: its header.
+        own: the policy's tensors by name.
+        tied: groups of names that are one tensor.
+
+    Raises:
+        ValueError: tensors are missing, unknown, of another shape or another kind; the first three are named.
+    """
     stored = file.tensors
+    if file.metadata.get("shared_tower") == "True":
+        # the moving average of a tower that was frozen starts at the policy's own
+        own = {name: value for name, value in own.items() if not name.startswith(TOWER_PREFIX)}
     covered = {name for group in tied if group & stored.keys() for name in group}
     absent, unknown = sorted(own.keys() - stored.keys() - covered), sorted(stored.keys() - own.keys())
     if absent or unknown:
@@ -281,48 +280,3 @@ def _compare(file: StoredFile, own: Mapping[str, Tensor], tied: tuple[frozenset[
 def _first(names: list[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f"[{', '.join(map(quoted, names[:NAMED]))}]{more}"
-
-
-# ---- the side pathway alone ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SavedScorer:
-    """The side pathway of a checkpoint: scorer, belief, moving average, queue, controller and the episodes' verdicts.
-
-    Scoring new data needs the base policy too, since the scorer reads its features: put the side pathway on it by
-    `PTRPolicy(saved.config, base_policy=base)` and `load_state_dict(saved.tensors, strict=False)`.
-
-    Attributes:
-        config: of the policy.
-        tensors: as `PTRPolicy.side_state_dict()` names them.
-        shared_tower: whether targets came from the base policy's own frozen tower, which is then not among the tensors.
-    """
-
-    config: PTRConfig
-    tensors: dict[str, Tensor]
-    shared_tower: bool
-
-
-def load_scorer(source: str | Path, revision: str | None = None, **hub_kwargs: Any) -> SavedScorer:
-    """Read the side pathway alone: of a Hub repo, two files are downloaded and none of the base policy's weights.
-
-    Args:
-        source: folder or Hub id of a PTR checkpoint.
-        revision: on the Hub.
-        hub_kwargs: `token`, `cache_dir`, `force_download`, `local_files_only`.
-
-    Raises:
-        FileNotFoundError: the folder lacks one of the two files.
-        ValueError: one of them is damaged.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        folder = Path(hf_hub_download(str(source), PTR_CONFIG_NAME, revision=revision, **hub_kwargs)).parent
-        # a branch may move in between, a commit does not
-        hf_hub_download(str(source), PTR_SCORER_NAME, revision=folder.name, **hub_kwargs)
-    for name in (PTR_CONFIG_NAME, PTR_SCORER_NAME):
-        if regular_file(folder, name) is None:
-            raise FileNotFoundError(f"{folder} is no PTR checkpoint: {missing(folder, name)}")
-    config, file = read_config(folder), read_header(folder / PTR_SCORER_NAME)
-    return SavedScorer(config, load_file(file.path), file.metadata.get("shared_tower") == "True")

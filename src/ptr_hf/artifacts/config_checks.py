@@ -10,7 +10,7 @@ import draccus
 from lerobot.configs import PreTrainedConfig
 
 from ptr_hf.artifacts.adapter_config import check_adapter
-from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
+from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, RETIRED, PTRConfig
 from ptr_hf.files.foreign_code import check_policy_repos
 from ptr_hf.files.numbers import check_numbers
 from ptr_hf.files.reading import printable, read_json
@@ -27,7 +27,7 @@ def read_config(folder: Path) -> PTRConfig:
     """
     path = inside(folder, PTR_CONFIG_NAME)
     try:
-        raw = read_json(path)
+        raw = {name: value for name, value in read_json(path).items() if name not in RETIRED}
         choices = PreTrainedConfig.get_known_choices()
         if raw.get("type", "ptr") != "ptr":
             raise ValueError(f"its type is {quoted(raw['type'])}.")

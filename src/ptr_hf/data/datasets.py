@@ -26,6 +26,7 @@ from ptr_hf.data.bookkeeping import mend_dataset, mend_metadata
 from ptr_hf.data.dataset_files import damaged_file
 from ptr_hf.data.frame_times import check_rate, wrong_times
 from ptr_hf.data.given_datasets import check_given, check_unedited
+from ptr_hf.data.pictures import video_backend
 from ptr_hf.data.segment_dataset import SegmentDataset
 from ptr_hf.data.segments import ACTION, OBSERVATION_PREFIX, SegmentLayout
 from ptr_hf.files.hub_access import asking_the_hub
@@ -201,14 +202,13 @@ def open_dataset(
 
 def _settings_of(dataset: LeRobotDataset) -> dict[str, Any]:
     """The arguments of an open dataset that decide what is read, but for its episodes and offsets."""
-    backend, transforms = dataset._video_backend, dataset.image_transforms
+    transforms = dataset.image_transforms
     return {
         "revision": dataset.revision,
         "image_transforms": transforms,
         "tolerance_s": dataset.tolerance_s,
         "depth_output_unit": dataset.depth_output_unit,
-        # LeRobot's default is torchcodec also where it does not load
-        "video_backend": get_safe_default_video_backend() if backend == "torchcodec" else backend,
+        "video_backend": video_backend(dataset),
         # transforms get what they get in the user's dataset; else 8-bit frames, which are scaled on the device
         "return_uint8": transforms is None or dataset._return_uint8,
     }

@@ -63,13 +63,12 @@ def saying_masked(batches: Iterable[dict[str, Any]], screen: Screen | None = Non
             named,
             f" and {len(bad) - 10} more" if len(bad) > 10 else "",
         )
-    sentence = many_masked(masked, segments, "that were read")
-    if sentence is not None:
+    if sentence := many_masked(masked, segments, "that were read"):
         logger.warning("%s", sentence)
 
 
 class MaskedSegments:
-    """Counts wholly masked segments on the device; nothing leaves it before `read`."""
+    """Counts the wholly masked segments of a run; what is on the device stays there until `read`."""
 
     def __init__(self) -> None:
         self.clear()
@@ -99,8 +98,12 @@ class MaskedSegments:
         new = torch.zeros(2, dtype=torch.int64) if self._counts is None else self._counts
         total = accelerator.reduce(new.to(accelerator.device), reduction="sum")
         assert isinstance(total, Tensor)
-        masked, segments = total.tolist()
-        self._counts, self._seen = None, (self._seen[0] + masked, self._seen[1] + segments)
-        sentence = many_masked(*self._seen, f"read up to step {step}")
-        self._said = sentence is not None
+        self._counts, (masked, segments) = None, total.tolist()
+        return self.count(masked, segments, f"read up to step {step}")
+
+    def count(self, masked: int, segments: int, where: str) -> str | None:
+        """Note so many of so many segments; the sentence of `many_masked`, if it has not been said."""
+        self._seen = (self._seen[0] + masked, self._seen[1] + segments)
+        sentence = None if self._said else many_masked(*self._seen, where)
+        self._said = self._said or sentence is not None
         return sentence

@@ -13,15 +13,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from jaxtyping import Bool, Float
 from lerobot.configs import FeatureType, NormalizationMode, PreTrainedConfig
 from lerobot.datasets import LeRobotDatasetMetadata
-from lerobot.datasets.compute_stats import get_feature_stats
+from lerobot.datasets.compute_stats import (
+    RunningQuantileStats,
+    auto_downsample_height_width,
+    get_feature_stats,
+    sample_indices,
+)
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.processor import rename_stats
+from tqdm.auto import tqdm
 
-from ptr_hf.data.picture_statistics import is_depth, picture_statistics
-from ptr_hf.data.segments import ACTION
+from ptr_hf.data.datasets import open_dataset
+from ptr_hf.data.pictures import is_depth
+from ptr_hf.data.segments import ACTION, SegmentLayout
 
 Stats = Mapping[str, Any]
 """LeRobot's statistics of one feature: mean, std, min, max, count and quantiles."""
@@ -41,6 +49,8 @@ LEROBOTS_BINS = 5000
 """Of the histogram from which LeRobot estimates quantiles: two that lie in one bin it cannot tell apart."""
 LOOKED_AT = 100_000
 """Most frames that a median or a quantile is taken from; they are spread evenly."""
+
+ONE_FRAME = SegmentLayout(None, (0,), 1, 1, None)
 
 logger = logging.getLogger(__name__)
 
@@ -303,6 +313,29 @@ def _statistics_of(values: Float[np.ndarray, "frames numbers"], shape: tuple[int
     # in double precision, as LeRobot sums squares, which large values overflow in single
     computed = get_feature_stats(values, axis=0, keepdims=False)
     return {name: value if name == "count" else value.reshape(shape) for name, value in computed.items()}
+
+
+def picture_statistics(dataset: LeRobotDataset, key: str) -> dict[str, np.ndarray]:
+    """Per channel, each of shape (channels, 1, 1), over frames that are spread over the dataset, as many as LeRobot takes.
+
+    Args:
+        dataset: open; its image transforms are left out.
+        key: of the camera.
+    """
+    plain = open_dataset(dataset, ONE_FRAME)
+    plain.clear_image_transforms()
+    running = RunningQuantileStats()
+    places = sample_indices(len(plain))
+    for place in tqdm(places, desc=f"statistics of {key}", unit="frame"):
+        picture = plain[place][key]
+        scaled = picture.float() / 255.0 if picture.dtype == torch.uint8 else picture.float()
+        small = auto_downsample_height_width(scaled.numpy())
+        running.update(small.reshape(len(small), -1).T.astype(np.float64))
+    found = running.get_statistics()
+    return {
+        name: np.array([len(places)]) if name == "count" else np.asarray(value).reshape(-1, 1, 1)
+        for name, value in found.items()
+    }
 
 
 def _told(meta: LeRobotDatasetMetadata, key: str, fault: str) -> str:

@@ -1,7 +1,8 @@
-"""Some frames of one camera of an open dataset, whether it keeps them as video or as image files."""
+"""Frames of one camera of an open dataset, whether it keeps them as video or as image files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -22,7 +23,7 @@ def pictures(
         rows: of the frames, as the dataset is indexed.
 
     Raises:
-        ValueError, OSError, RuntimeError: a file cannot be read.
+        ValueError, OSError, RuntimeError, IndexError, SyntaxError: a file cannot be read.
     """
     meta = dataset.meta
     if camera not in meta.video_keys:
@@ -31,10 +32,16 @@ def pictures(
     times = dataset.hf_dataset.data.column("timestamp").to_numpy()[list(rows)]
     begin = float(meta.episodes[episode][f"videos/{camera}/from_timestamp"])
     path = Path(meta.root) / meta.get_video_file_path(episode, camera)
-    return decode_video_frames(
-        path,
-        [begin + float(time) for time in times],
-        dataset.tolerance_s,
-        get_safe_default_video_backend(),
-        return_uint8=True,
-    ).numpy()
+    times = [begin + float(time) for time in times]
+    return decode_video_frames(path, times, dataset.tolerance_s, video_backend(dataset), return_uint8=True).numpy()
+
+
+def video_backend(dataset: LeRobotDataset) -> str:
+    """What decodes a dataset's videos: LeRobot's default is torchcodec also where that does not load."""
+    backend = dataset._video_backend
+    return get_safe_default_video_backend() if backend == "torchcodec" else backend
+
+
+def is_depth(feature: Mapping[str, Any]) -> bool:
+    """Whether a camera measures distances, which LeRobot leaves in their unit."""
+    return bool((feature.get("info") or {}).get("is_depth_map", False))

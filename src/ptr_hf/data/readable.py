@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-from lerobot.datasets.video_utils import decode_video_frames
 from torch import Tensor
 
+from ptr_hf.data.pictures import pictures
 from ptr_hf.data.segments import ACTION, PAD_SUFFIX
 
 logger = logging.getLogger(__name__)
@@ -88,11 +88,7 @@ class ReadableDataset(LeRobotDataset):
             try:
                 row = self.hf_dataset[frame]
                 for key in self.meta.video_keys:
-                    episode = int(row["episode_index"])
-                    begin = self.meta.episodes[episode][f"videos/{key}/from_timestamp"]
-                    path = self.root / self.meta.get_video_file_path(episode, key)
-                    time = begin + row["timestamp"].item()
-                    decode_video_frames(path, [time], self.tolerance_s, self._video_backend, return_uint8=True)
+                    pictures(self, key, int(row["episode_index"]), [frame])
             except Exception:
                 return frame
         return place

@@ -58,12 +58,11 @@ _GROUPS: dict[int, tuple[str, ...]] = {
     10_000: ("num_train_timesteps", "action_num_timestep_buckets"),
     # what is only counted or compared
     MAX_COUNT: (
-        *("scheduler_decay_steps", "scheduler_warmup_steps", "max_steps", "save_steps", "run_steps", "num_episodes"),
-        *("num_slots", "scorer_warmup_steps", "score_refresh_steps", "controller_interval", "aggregation_frames"),
+        *("scheduler_decay_steps", "scheduler_warmup_steps", "max_steps", "save_steps", "run_steps"),
+        *("scorer_warmup_steps", "score_refresh_steps", "controller_interval", "aggregation_frames"),
         *("image_min_pixels", "image_max_pixels", "drop_n_last_frames", "max_episode_steps", "queue_size"),
         *("chunk_stride", "consequence_offset", "total_step", "tinit", "tfinal", "deltaT", "vocab_size"),
     ),
-    1_000_000: ("num_tasks",),
     # seeds and identities
     2**64: ("random_seed", "random_loc_seed", "projection_prng_key", "projection_seed", "proj_seed", "generator_seed"),
 }

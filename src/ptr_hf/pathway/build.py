@@ -1,6 +1,8 @@
 """The side pathway as a configuration describes it: the objective with its scorer, queue and controller, and the belief."""
 
+from collections.abc import Mapping
 from dataclasses import fields
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -31,6 +33,42 @@ ACTION_STRETCHES = 8
 """Stretches of a chunk whose action tokens are averaged for the scores: enough to see a delay, few enough to be cheap."""
 
 
+class DataSizes(NamedTuple):
+    """How much there is of the training data, where its verdicts are remembered.
+
+    Attributes:
+        episodes: of the data.
+        slots: stretches of them that have a verdict.
+        tasks: instructions.
+    """
+
+    episodes: int = 0
+    slots: int = 0
+    tasks: int = 1
+
+    @classmethod
+    def stored(cls, shapes: Mapping[str, tuple[int, ...]]) -> "DataSizes":
+        """Those that the tensors of a side pathway have, by their names.
+
+        Args:
+            shapes: of the tensors.
+        """
+        own = {name: shape for name, shape in shapes.items() if name.startswith("objective.weigher.") and shape}
+        return cls(**{what: shape[0] for name, shape in own.items() for end, what in _SIZED if name.endswith(end)})
+
+
+_SIZED = (
+    (".memory.first_slot", "episodes"),
+    (".memory.weight", "slots"),
+    (".values", "episodes"),
+    (".instruction.bias", "tasks"),
+)
+"""What the first dimension of some tensors of `ScoreWeigher` counts."""
+
+
+NO_DATA = DataSizes()
+
+
 class BeliefModule(nn.Module):
     """The belief's two learned parts, named apart from the base policy."""
 
@@ -40,13 +78,16 @@ class BeliefModule(nn.Module):
         self.memory = BeliefMemory(dim, num_tokens, backbone_dim)
 
 
-def build_objective(config: PTRConfig, context_dim: int, action_dim: int, target_dim: int) -> PTRObjective:
+def build_objective(
+    config: PTRConfig, context_dim: int, action_dim: int, target_dim: int, sizes: DataSizes
+) -> PTRObjective:
     """The objective of Eq. 32 with fresh scorer, empty queue and controller, and the strategy that weighs the loss.
 
     Args:
         config: of the policy; its base's features are known.
         context_dim, action_dim: widths of the adapter's h and e.
         target_dim: width of a consequence embedding, 0 where no futures are read.
+        sizes: of the training data.
     """
     state = config.robot_state_feature
     state_dim = state.shape[0] if state else 0
@@ -69,18 +110,18 @@ def build_objective(config: PTRConfig, context_dim: int, action_dim: int, target
         ObjectiveConfig(
             discount=config.consequence_discount ** ((config.consequence_offset or chunk) / chunk), **options
         ),
-        weigher=None if config.is_paper else _build_weigher(config, action_dim, target_dim),
+        weigher=None if config.is_paper else _build_weigher(config, action_dim, target_dim, sizes),
     )
 
 
-def _build_weigher(config: PTRConfig, action_dim: int, target_dim: int) -> ScoreWeigher:
-    """Score × Aggregation × WeightMap; what depends on the training data has the size that the configuration knows."""
+def _build_weigher(config: PTRConfig, action_dim: int, target_dim: int, sizes: DataSizes) -> ScoreWeigher:
+    """Score × Aggregation × WeightMap."""
     names = SCORES[config.score]
     memory = None
     if config.aggregation != "sample":
-        memory = SlotMemory(config.num_episodes, config.num_slots, len(names), config.slot_frames, config.score_horizon)
+        memory = SlotMemory(sizes.episodes, sizes.slots, len(names), config.slot_frames, config.score_horizon)
     return ScoreWeigher(
-        {name: _build_score(name, config, action_dim, target_dim) for name in names},
+        {name: _build_score(name, config, action_dim, target_dim, sizes) for name in names},
         memory,
         weight_map=config.weight_map,
         floor=config.weight_min,
@@ -92,7 +133,7 @@ def _build_weigher(config: PTRConfig, action_dim: int, target_dim: int) -> Score
     )
 
 
-def _build_score(name: str, config: PTRConfig, action_dim: int, target_dim: int) -> Score:
+def _build_score(name: str, config: PTRConfig, action_dim: int, target_dim: int, sizes: DataSizes) -> Score:
     if name in READINGS:
         return Reading(name)
     match name:
@@ -100,5 +141,5 @@ def _build_score(name: str, config: PTRConfig, action_dim: int, target_dim: int)
             width = min(ACTION_STRETCHES, config.resolved_chunk_size) * action_dim
             return ActionIdentification(target_dim, width, config.head_dim, config.cross_fit)
         case "instruction_identification":
-            return InstructionIdentification(target_dim, max(1, config.num_tasks), config.head_dim, config.cross_fit)
-    return OfEpisode(torch.zeros(config.num_episodes))
+            return InstructionIdentification(target_dim, sizes.tasks, config.head_dim, config.cross_fit)
+    return OfEpisode(torch.zeros(sizes.episodes))

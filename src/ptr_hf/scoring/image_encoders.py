@@ -192,7 +192,7 @@ def image_encoder(policy: Any, device: str) -> ImageEncoder:
         loaded.config.device = device
     else:
         check_base(policy)
-        loaded = PTRPolicy(PTRConfig(device=device, base_path=str(policy), preset="sft"))
+        loaded = PTRPolicy.from_base(PTRConfig(device=device, base_path=str(policy), preset="sft"))
     config = unwrap(loaded.base).config
     config.device = device
     if (resolve_processors(policy) / PROCESSOR_FILES[0]).is_file():

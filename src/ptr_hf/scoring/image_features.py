@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from ptr_hf.data.dataset_files import files_digest
 from ptr_hf.data.datasets import dataset_metadata, episode_spans, open_dataset
-from ptr_hf.data.picture_statistics import ONE_FRAME, is_depth
-from ptr_hf.data.pictures import pictures
+from ptr_hf.data.normalization import ONE_FRAME
+from ptr_hf.data.pictures import is_depth, pictures
 from ptr_hf.report.files import replacing
 from ptr_hf.scoring.image_encoders import ImageEncoder
 from ptr_hf.scoring.recordings import Recordings, single

@@ -87,9 +87,6 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
         metadata={"help": "Read the whole dataset into memory first, videos decoded; up to max_gigabytes."},
     )
     max_gigabytes: float = field(default=4.0, metadata={"help": "Most memory that in_memory may take."})
-    frames_cache: str | None = field(
-        default=None, metadata={"help": "Folder where in_memory keeps decoded videos for the next run."}
-    )
     cache_features: str | None = field(
         default=None,
         metadata={

@@ -89,7 +89,6 @@ def open_data(
             layout,
             in_memory=args.in_memory,
             max_gigabytes=args.max_gigabytes,
-            frames_cache=args.frames_cache,
         )
     renames = args.observation_renames if renames is None else renames
     check_fit(config.base_config, meta.features, renames, meta.repo_id, given=training and bool(args.rename_map))
@@ -99,7 +98,7 @@ def open_data(
     meta.episodes, meta.tasks, meta.info = dataset.meta.episodes, dataset.meta.tasks, dataset.meta.info
     if not args.in_memory:
         return dataset
-    return InMemorySegments(dataset, layout, max_gigabytes=args.max_gigabytes, frames_cache=args.frames_cache)
+    return InMemorySegments(dataset, layout, max_gigabytes=args.max_gigabytes)
 
 
 def described(given: DataSource, meta: Metadata, args: PTRTrainingArguments) -> tuple[TrainingData, ...]:

@@ -28,7 +28,7 @@ from ptr_hf.training.launcher_watch import watch_launcher
 MAY_DIFFER = frozenset(
     {
         # where a rank runs, reads, caches and logs
-        *("local_rank", "output_dir", "logging_dir", "run_name", "truth", "frames_cache", "max_gigabytes"),
+        *("local_rank", "output_dir", "logging_dir", "run_name", "truth", "max_gigabytes"),
         *("log_level", "log_level_replica", "disable_tqdm", "report_to", "resume_from_checkpoint"),
         *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
         *("dataloader_persistent_workers", "device", "pretrained_path", "base_path"),

@@ -72,7 +72,7 @@ def resolve_policy(
     if meta is not None:
         _fit_to_robot(config, renamed_features(meta.features, args.observation_renames), meta.repo_id)
     if not adapted:
-        return PTRPolicy(config)
+        return PTRPolicy.from_base(config)
     trained = build_base(config)
     trained.config.pretrained_path = Path(model)
     return PTRPolicy(config, base_policy=wrap_with_peft(trained, peft_config, args.peft_overrides).to(args.device))

@@ -5,7 +5,6 @@ not. `MixtureSampler` draws the sources at their shares.
 """
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from torchvision.transforms.v2 import functional as images
 
 from ptr_hf.data.datasets import check_episodes, episode_spans, open_dataset
 from ptr_hf.data.frame_times import check_rate
-from ptr_hf.data.in_memory import InMemorySegments, collate_segments
+from ptr_hf.data.in_memory import InMemorySegments, collate_segments, positions_of
 from ptr_hf.data.mixture.action_space import to_slots
 from ptr_hf.data.mixture.metadata import MixtureMetadata, Source
 from ptr_hf.data.segment_dataset import TASK, TASK_INDEX
@@ -45,7 +44,7 @@ class Mixture(Dataset[dict[str, Any]]):
         meta: of the mixture.
         layout: the offsets to read.
         in_memory: read the datasets into memory first, as `InMemorySegments` does.
-        max_gigabytes, frames_cache: for that; the limit is each dataset's.
+        max_gigabytes: the most that each dataset may take there.
 
     Attributes:
         meta, layout: as given.
@@ -63,7 +62,6 @@ class Mixture(Dataset[dict[str, Any]]):
         *,
         in_memory: bool = False,
         max_gigabytes: float = 4.0,
-        frames_cache: str | Path | None = None,
     ) -> None:
         self.meta, self.layout = meta, layout
         self.datasets: list[LeRobotDataset] = []
@@ -86,7 +84,6 @@ class Mixture(Dataset[dict[str, Any]]):
                     dataset,
                     layout,
                     max_gigabytes=max_gigabytes,
-                    frames_cache=frames_cache,
                     frame_stride=source.frame_stride,
                 )
                 if in_memory
@@ -116,10 +113,7 @@ class Mixture(Dataset[dict[str, Any]]):
         Raises:
             IndexError: a position is outside the mixture.
         """
-        rows = torch.as_tensor(indices, dtype=torch.int64)
-        if ((rows < -len(self)) | (rows >= len(self))).any():
-            raise IndexError(f"The mixture has positions 0 to {len(self) - 1}; the batch asks for {list(indices)}.")
-        rows = torch.where(rows < 0, rows + len(self), rows)
+        rows = positions_of(indices, len(self), "mixture")
         number = torch.searchsorted(self._ends, rows, right=True)
         parts, order = [], []
         for source in self.meta.sources:
