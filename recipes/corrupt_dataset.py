@@ -34,13 +34,14 @@ from lerobot.utils.constants import DEFAULT_FEATURES
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from tqdm import tqdm
 
+from episodes import Episode, write_demonstrations
+from faults import IMAGE_KINDS, KINDS, CorruptionPlan
 from ptr_hf.cli import interrupts
 from ptr_hf.cli.parser import OptionParser
 from ptr_hf.cli.refusals import refusals
 from ptr_hf.data.bookkeeping import mend_dataset
-from ptr_hf.data.corruption import IMAGE_KINDS, KINDS, CorruptionPlan, Episode, TruthRecord
 from ptr_hf.data.datasets import dataset_metadata, episode_spans
-from ptr_hf.data.demonstrations import Truth, save_truth, truth_path, write_demonstrations
+from ptr_hf.data.demonstrations import Truth, TruthRecord, save_truth, truth_path
 
 PROGRAM = "corrupt_dataset.py"
 NUMBERS = ("float", "int", "uint", "bool")

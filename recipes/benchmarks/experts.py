@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
-from ptr_hf.data.corruption import Episode
+from episodes import Episode
 from ptr_hf.envs.metaworld import SIMILAR_SCENES, MetaworldScene, instruction
 
 

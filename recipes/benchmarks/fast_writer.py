@@ -23,8 +23,7 @@ from lerobot.datasets.io_utils import write_info, write_stats, write_table_one_r
 from lerobot.datasets.utils import DEFAULT_EPISODES_PATH, EPISODES_DIR, VIDEO_DIR
 from lerobot.utils.utils import flatten_dict
 
-from ptr_hf.data.corruption import Episode
-from ptr_hf.data.demonstrations import stream_feature
+from episodes import Episode, stream_feature
 
 Stats = dict[str, np.ndarray]
 _stats: dict[bytes, Stats] = {}  # most streams come back unchanged in the next dataset

@@ -8,6 +8,7 @@ episodes alone are used. Without --dataset these are the bundled demonstrations.
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,12 @@ import numpy as np
 from lerobot.datasets import LeRobotDatasetMetadata
 from sklearn.metrics import roc_auc_score
 
-from ptr_hf.data.corruption import IMAGE_KINDS, Episode, corrupt
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where `episodes` and `faults` lie
+from episodes import Episode
+from faults import IMAGE_KINDS, corrupt
 from ptr_hf.data.datasets import episode_spans, open_dataset
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth, truth_path
-from ptr_hf.data.picture_statistics import ONE_FRAME
+from ptr_hf.data.normalization import ONE_FRAME
 from ptr_hf.data.pictures import pictures
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.scoring.completeness import Completeness

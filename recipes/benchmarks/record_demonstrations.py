@@ -35,8 +35,9 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # where the package `benchmarks` lies
 from benchmarks.experts import Recording, record_demonstrations, similar_instructions
-from ptr_hf.data.corruption import CorruptionPlan, Episode, TruthRecord
-from ptr_hf.data.demonstrations import SPLITS, EpisodeSource, Truth, save_truth, truth_path, write_demonstrations
+from episodes import Episode, write_demonstrations
+from faults import CorruptionPlan
+from ptr_hf.data.demonstrations import SPLITS, EpisodeSource, Truth, TruthRecord, save_truth, truth_path
 from ptr_hf.envs.metaworld import FPS, MetaworldScene
 
 CHANNELS = ["x", "y", "z", "gripper"]

@@ -9,17 +9,10 @@ import pytest
 import torch
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
+from episodes import Episode, write_demonstrations
+from faults import CorruptionPlan
 from ptr_hf.data import demonstrations
-from ptr_hf.data.corruption import CLEAN, CorruptionPlan, Episode
-from ptr_hf.data.demonstrations import (
-    BUNDLED,
-    Truth,
-    bundled_demonstrations,
-    load_truth,
-    save_truth,
-    truth_path,
-    write_demonstrations,
-)
+from ptr_hf.data.demonstrations import BUNDLED, CLEAN, Truth, bundled_demonstrations, load_truth, save_truth, truth_path
 
 CHUNK = 16
 KINDS = ("noise", "truncation", "wrong_instruction", "wrong_convention")

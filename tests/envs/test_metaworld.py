@@ -17,8 +17,7 @@ from lerobot.envs.utils import preprocess_observation
 from torch.nn.functional import adaptive_avg_pool2d
 
 from benchmarks.experts import record_demonstrations, record_expert, similar_instructions
-from ptr_hf.data.corruption import CLEAN
-from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
+from ptr_hf.data.demonstrations import CLEAN, bundled_demonstrations, load_truth
 from ptr_hf.envs.metaworld import FPS, MetaworldScene, instruction
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "benchmarks" / "record_demonstrations.py"

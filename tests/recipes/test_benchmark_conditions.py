@@ -28,8 +28,8 @@ from benchmarks.corruption.conditions import (
 )
 from benchmarks.corruption.recordings import ENCODER
 from benchmarks.fast_writer import VideoSource, write_frames
-from ptr_hf.data.corruption import CLEAN, Episode
-from ptr_hf.data.demonstrations import load_truth, save_truth, write_demonstrations
+from episodes import Episode, write_demonstrations
+from ptr_hf.data.demonstrations import CLEAN, load_truth, save_truth
 from ptr_hf.envs.metaworld import FPS
 from ptr_hf.envs.metaworld_tasks import BenchmarkScene, task_instruction
 

@@ -12,9 +12,8 @@ from demonstrations import write_dataset
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from stand_ins import INSTRUCTIONS, LIBERO, ROBOCASA, write_stand_in
 
-from ptr_hf.data.corruption import IMAGE_KINDS, TruthRecord
-from ptr_hf.data.demonstrations import Truth, load_truth
-from ptr_hf.data.image_faults import frozen, shifted
+from faults import IMAGE_KINDS, frozen, shifted
+from ptr_hf.data.demonstrations import Truth, TruthRecord, load_truth
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "corrupt_dataset.py"
 LENGTHS = (10, 13, 11, 12, 11, 12, 10, 13)

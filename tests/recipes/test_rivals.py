@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import rivals
-from ptr_hf.data.corruption import CLEAN, TruthRecord
-from ptr_hf.data.demonstrations import Truth
+from ptr_hf.data.demonstrations import CLEAN, Truth, TruthRecord
 
 KINDS = ("noise", CLEAN, "delay", CLEAN, "delay")
 TRUTH = Truth(tuple(TruthRecord(episode, kind, "reach", "reach") for episode, kind in enumerate(KINDS)))

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from small_policies import base_policy, save_alone, tensors_equal
 
 from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments, score_dataset
-from ptr_hf.data.corruption import TruthRecord
-from ptr_hf.data.demonstrations import Truth, save_truth
+from ptr_hf.data.demonstrations import Truth, TruthRecord, save_truth
 
 PRESETS = ("ptr_consequence", "small_loss", "oracle", "random_weights")
 STEPS, WARMUP, CORRUPTED = 6, 2, 2

@@ -26,8 +26,8 @@ from benchmarks.corruption.recordings import (
     simulator_versions,
 )
 from benchmarks.fast_writer import VideoSource, write_frames
-from ptr_hf.data.corruption import CLEAN, PAPER_SHARES, CorruptionPlan, draw_episodes
-from ptr_hf.data.demonstrations import Truth, save_truth
+from faults import PAPER_SHARES, CorruptionPlan, draw_episodes
+from ptr_hf.data.demonstrations import CLEAN, Truth, save_truth
 from ptr_hf.envs.metaworld import FPS
 from ptr_hf.envs.metaworld_tasks import PUCK_TASKS, Track, task_instruction
 

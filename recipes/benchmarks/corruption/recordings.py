@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from benchmarks.experts import Recording, record_expert
 from benchmarks.fast_writer import write_frames
-from ptr_hf.data.corruption import CLEAN, Episode, TruthRecord
-from ptr_hf.data.demonstrations import EpisodeSource, Truth, load_truth, save_truth, write_demonstrations
+from episodes import Episode, write_demonstrations
+from ptr_hf.data.demonstrations import CLEAN, EpisodeSource, Truth, TruthRecord, load_truth, save_truth
 from ptr_hf.envs.metaworld import FPS, MetaworldScene
 from ptr_hf.envs.metaworld_tasks import PUCK_TASKS, BenchmarkScene, Goals, Track, task_instruction
 

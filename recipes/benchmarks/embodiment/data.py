@@ -17,8 +17,8 @@ from tqdm import tqdm
 from benchmarks.embodiment.arms import ARMS, EXPERT, FPS, SLOPPY, ArmScene, Demonstration, record
 from benchmarks.embodiment.cameras import KEY, VIEWS, Camera
 from benchmarks.fast_writer import write_frames
-from ptr_hf.data.corruption import Episode, TruthRecord
-from ptr_hf.data.demonstrations import EpisodeSource, Truth, save_truth, write_demonstrations
+from episodes import Episode, write_demonstrations
+from ptr_hf.data.demonstrations import EpisodeSource, Truth, TruthRecord, save_truth
 from ptr_hf.data.mixture.config import MixtureConfig, SourceConfig
 
 ENCODER = RGBEncoderConfig(vcodec="h264", g=2, crf=15, preset="fast")

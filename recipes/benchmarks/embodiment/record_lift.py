@@ -25,8 +25,8 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where the package `benchmarks` lies
 from benchmarks.embodiment.arms import ARMS, EXPERT, FPS, TASK, ArmScene, Demonstration, record
 from benchmarks.embodiment.cameras import Camera
-from ptr_hf.data.corruption import Episode, TruthRecord
-from ptr_hf.data.demonstrations import EpisodeSource, Truth, save_truth, write_demonstrations
+from episodes import Episode, write_demonstrations
+from ptr_hf.data.demonstrations import EpisodeSource, Truth, TruthRecord, save_truth
 
 NAME = "robosuite_lift"
 CAMERA = "observation.images.front"

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.fast_writer import write_frames
 from benchmarks.scaling.ranks import full_queue, part, samples_of
-from ptr_hf.data.corruption import Episode
+from episodes import Episode
 from ptr_hf.data.datasets import check_dataset, open_dataset
 from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.method import CandidateQueue, Candidates, GlobalRows, build_candidates, identification_loss

@@ -1,23 +1,19 @@
-"""The demonstrations shipped with the package, writing new ones, and the truth about what was corrupted in them.
+"""The demonstrations shipped with the package, and the truth about what was corrupted in demonstrations.
 
 The truth lives in a sidecar *beside* the dataset's folder, ``<folder>.truth.json``. Training never reads it: it is there
 for the oracle control and for judging scores afterwards.
 """
 
 import json
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool
-from lerobot.configs.video import RGBEncoderConfig
-from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from ptr_hf.data.corruption import CLEAN, Episode, TruthRecord
-
+CLEAN = "clean"
 BUNDLED = Path(__file__).parent / "bundled"
 SPLITS = {
     "train": "metaworld_uneven",
@@ -49,6 +45,21 @@ def bundled_demonstrations(split: Literal["train", "heldout", "lift", "states"] 
             "`python recipes/benchmarks/record_demonstrations.py`."
         )
     return path
+
+
+@dataclass(frozen=True)
+class TruthRecord:
+    """What was done to one episode: the sidecar holds one per corruption, and one of kind ``clean`` for the others."""
+
+    episode_index: int
+    kind: str
+    source_task: str
+    task: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -131,71 +142,3 @@ def save_truth(dataset: Path, truth: Truth) -> Path:
     file = truth_path(dataset)
     file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return file
-
-
-def write_demonstrations(
-    path: Path,
-    episodes: Iterable[Episode],
-    fps: int,
-    names: Mapping[str, Sequence[str]] | None = None,
-    robot_type: str | None = None,
-    encoder: RGBEncoderConfig | None = None,
-    overwrite: bool = False,
-) -> int:
-    """Writes episodes as a LeRobotDataset in the folder ``path``; streams of shape (steps, H, W, 3) uint8 become videos.
-
-    Args:
-        path: the dataset's folder; its name is the dataset's.
-        episodes: all with the same features.
-        fps: control steps per second; every step is a frame.
-        names: feature -> names of its channels.
-        robot_type: stored in the metadata.
-        encoder: of the videos; LeRobot's default otherwise.
-        overwrite: replaces an existing folder.
-
-    Returns:
-        The number of episodes written.
-
-    Raises:
-        FileExistsError: if the folder exists and ``overwrite`` is False.
-        ValueError: if there are no episodes.
-    """
-    if path.exists():
-        if not overwrite:
-            raise FileExistsError(f"{path} exists; pass --overwrite to replace it or choose another folder.")
-        shutil.rmtree(path)
-    dataset: LeRobotDataset | None = None
-    count = 0
-    for episode in episodes:
-        if dataset is None:
-            features = {key: stream_feature(value, (names or {}).get(key)) for key, value in episode.frames.items()}
-            dataset = LeRobotDataset.create(
-                repo_id=path.name,
-                fps=fps,
-                features=features,
-                root=path,
-                robot_type=robot_type,
-                video_backend="pyav",  # nothing is read back
-                rgb_encoder=encoder,
-                streaming_encoding=True,
-                encoder_queue_maxsize=1_000_000,  # a full queue would drop frames
-                encoder_threads=1,  # the same bytes whatever the machine's number of cores
-            )
-        for step in range(episode.length):
-            dataset.add_frame({key: value[step] for key, value in episode.frames.items()} | {"task": episode.task})
-        dataset.save_episode()
-        count += 1
-    if dataset is None:
-        raise ValueError("There are no episodes to write.")
-    dataset.finalize()
-    for file in path.rglob("*"):
-        if file.is_file():
-            file.chmod(0o644)  # LeRobot moves videos out of a private temporary file, which nobody else could read
-    return count
-
-
-def stream_feature(stream: np.ndarray, names: Sequence[str] | None = None) -> dict[str, Any]:
-    """LeRobot's description of a stream (steps, ...): images of 8 bits are videos."""
-    if stream.dtype == np.uint8 and stream.ndim == 4:
-        return {"dtype": "video", "shape": stream.shape[1:], "names": ["height", "width", "channels"]}
-    return {"dtype": str(stream.dtype), "shape": stream.shape[1:], "names": None if names is None else list(names)}

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptr_hf.data import corruption
-from ptr_hf.data.corruption import CLEAN, IMAGE_KINDS, KINDS, PAPER_SHARES, CorruptionPlan, Episode, corrupt
-from ptr_hf.data.image_faults import shifted
+import faults
+from episodes import Episode
+from faults import IMAGE_KINDS, KINDS, PAPER_SHARES, CorruptionPlan, corrupt, shifted
+from ptr_hf.data.demonstrations import CLEAN
 
 TASKS = ("reach", "push", "pick and place", "open the faucet")
 
@@ -60,67 +61,65 @@ def test_a_seed_decides_everything(kind: str, seed: int) -> None:
 
 @given(length=st.integers(10, 500), seed=st.integers(0, 2**32 - 1))
 def test_truncation_keeps_40_to_70_percent(length: int, seed: int) -> None:
-    steps = corruption.draw_truncation(length, seed)
+    steps = faults.draw_truncation(length, seed)
     assert 0.4 * length <= steps <= 0.7 * length
 
 
 def test_truncation_reaches_both_ends_of_its_range() -> None:
-    drawn = {corruption.draw_truncation(100, seed) for seed in range(1000)}
+    drawn = {faults.draw_truncation(100, seed) for seed in range(1000)}
     assert drawn == set(range(40, 71))
 
 
 def test_truncation_needs_a_whole_number_of_steps() -> None:
     with pytest.raises(ValueError, match="widen the range"):
-        corruption.draw_truncation(1, seed=0)
+        faults.draw_truncation(1, seed=0)
     with pytest.raises(ValueError, match="Cannot keep 51 steps"):
-        corruption.truncate(episode(50), 51)
+        faults.truncate(episode(50), 51)
 
 
 def test_noise_has_the_asked_standard_deviation_and_respects_bounds() -> None:
     clean = episode(5000)
     clean = clean.with_actions(np.zeros((5000, 4), np.float32))
-    noise = corruption.add_action_noise(clean, seed=1, std=0.3).actions
+    noise = faults.add_action_noise(clean, seed=1, std=0.3).actions
     assert noise.std() == pytest.approx(0.3, rel=0.02)
     assert abs(noise.mean()) < 0.01
     assert np.abs(noise).max() > 0.2
-    bounded = corruption.add_action_noise(clean, seed=1, std=0.3, bounds=(-0.2, 0.2)).actions
+    bounded = faults.add_action_noise(clean, seed=1, std=0.3, bounds=(-0.2, 0.2)).actions
     np.testing.assert_allclose(bounded, np.clip(noise, -0.2, 0.2), atol=1e-7)
 
 
 def test_noise_differs_between_seeds() -> None:
-    one, other = (corruption.add_action_noise(episode(), seed).actions for seed in (1, 2))
+    one, other = (faults.add_action_noise(episode(), seed).actions for seed in (1, 2))
     assert not np.array_equal(one, other)
 
 
 def test_wrong_convention_is_its_own_inverse() -> None:
     clean = episode()
-    flipped = corruption.flip_convention(clean, axes=(0, 1))
+    flipped = faults.flip_convention(clean, axes=(0, 1))
     np.testing.assert_array_equal(flipped.actions[:, :2], -clean.actions[:, :2])
     np.testing.assert_array_equal(flipped.actions[:, 2:], clean.actions[:, 2:])
-    np.testing.assert_array_equal(corruption.flip_convention(flipped, axes=(0, 1)).actions, clean.actions)
+    np.testing.assert_array_equal(faults.flip_convention(flipped, axes=(0, 1)).actions, clean.actions)
 
 
 def test_delay_moves_actions_later_and_holds_the_first() -> None:
     clean = episode(20)
-    delayed = corruption.delay_actions(clean, steps=3).actions
+    delayed = faults.delay_actions(clean, steps=3).actions
     np.testing.assert_array_equal(delayed[3:], clean.actions[:-3])
     np.testing.assert_array_equal(delayed[:3], np.repeat(clean.actions[:1], 3, 0))
-    np.testing.assert_array_equal(
-        corruption.delay_actions(clean, steps=99).actions, np.repeat(clean.actions[:1], 20, 0)
-    )
+    np.testing.assert_array_equal(faults.delay_actions(clean, steps=99).actions, np.repeat(clean.actions[:1], 20, 0))
     with pytest.raises(ValueError, match="delay"):
-        corruption.delay_actions(clean, steps=-1)
+        faults.delay_actions(clean, steps=-1)
 
 
 def test_scaling_and_zeroing_can_be_limited_to_axes() -> None:
     clean = episode()
-    scaled = corruption.scale_actions(clean, 0.5, axes=(0, 1, 2)).actions
+    scaled = faults.scale_actions(clean, 0.5, axes=(0, 1, 2)).actions
     np.testing.assert_array_equal(scaled[:, :3], clean.actions[:, :3] * 0.5)
     np.testing.assert_array_equal(scaled[:, 3], clean.actions[:, 3])
-    zeroed = corruption.zero_actions(clean, axes=(0,)).actions
+    zeroed = faults.zero_actions(clean, axes=(0,)).actions
     assert not zeroed[:, 0].any()
     np.testing.assert_array_equal(zeroed[:, 1:], clean.actions[:, 1:])
-    assert not corruption.zero_actions(clean).actions.any()
+    assert not faults.zero_actions(clean).actions.any()
 
 
 def test_noise_in_part_leaves_the_rest() -> None:
@@ -171,10 +170,10 @@ def test_the_plan_takes_the_episode_before_and_for_the_first_the_second() -> Non
 
 
 def test_a_wrong_instruction_is_another_one_and_all_are_drawn() -> None:
-    drawn = {corruption.draw_instruction("push", TASKS, seed) for seed in range(200)}
+    drawn = {faults.draw_instruction("push", TASKS, seed) for seed in range(200)}
     assert drawn == set(TASKS) - {"push"}
     with pytest.raises(ValueError, match="no instruction other than 'push'"):
-        corruption.draw_instruction("push", ["push", "push"], seed=0)
+        faults.draw_instruction("push", ["push", "push"], seed=0)
 
 
 def test_unknown_corruptions_and_parameters_are_refused() -> None:

@@ -17,17 +17,16 @@ or the pictures of one camera alone; states stay what the robot did. Truncation 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import UInt8
 
-from ptr_hf.constants import ACTION
-from ptr_hf.data.image_faults import Pictures, draw_shift, draw_stretch, frozen, held, shifted
+from episodes import Episode, Pictures
+from ptr_hf.data.demonstrations import CLEAN, TruthRecord
 
-CLEAN = "clean"
 KINDS = (
     "noise",
     "truncation",
@@ -44,50 +43,6 @@ KINDS = (
 IMAGE_KINDS = ("camera_moved", "wrong_camera", "frozen_frames")
 """These need a camera, and leave everything but its pictures as it was."""
 PAPER_SHARES = {"noise": 0.30, "truncation": 0.25, "wrong_instruction": 0.20}
-
-Actions = Float[np.ndarray, "steps action"]
-
-
-@dataclass(frozen=True)
-class Episode:
-    """One demonstration: ``frames`` maps a feature's key to its array of shape (steps, ...), ``task`` is the instruction.
-
-    Raises:
-        ValueError: if there are no actions or the streams differ in length.
-    """
-
-    frames: Mapping[str, np.ndarray]
-    task: str
-
-    def __post_init__(self) -> None:
-        if ACTION not in self.frames:
-            raise ValueError(f"An episode needs an '{ACTION}' stream; it has {sorted(self.frames)}.")
-        lengths = {key: len(value) for key, value in self.frames.items()}
-        if len(set(lengths.values())) > 1 or self.length == 0:
-            raise ValueError(f"Every stream of an episode needs the same number of steps, at least one; got {lengths}.")
-
-    @property
-    def length(self) -> int:
-        return len(self.frames[ACTION])
-
-    @property
-    def actions(self) -> Actions:
-        return self.frames[ACTION]
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        """The streams of colour pictures (steps, height, width, 3), 8 bits a value."""
-        return tuple(
-            sorted(key for key, value in self.frames.items() if value.dtype == np.uint8 and value.shape[3:] == (3,))
-        )
-
-    def with_actions(self, actions: Actions) -> "Episode":
-        """The same episode with other action labels, in the recorded dtype."""
-        return Episode({**self.frames, ACTION: actions.astype(self.actions.dtype)}, self.task)
-
-    def with_pictures(self, camera: str, pictures: Pictures) -> "Episode":
-        """The same episode with other pictures of one camera."""
-        return Episode({**self.frames, camera: pictures}, self.task)
 
 
 def add_action_noise(episode: Episode, seed: int, std: float = 0.1, bounds: Sequence[float] | None = None) -> Episode:
@@ -167,6 +122,44 @@ def add_noise_in_part(
     noisy = add_action_noise(episode, seed, std, bounds).actions
     inside = (np.arange(episode.length) >= start) & (np.arange(episode.length) < start + steps)
     return episode.with_actions(np.where(inside[:, None], noisy, episode.actions))
+
+
+def shifted(pictures: Pictures, down: int, right: int) -> Pictures:
+    """Every picture moved by so many pixels, as if the camera had been turned; its edge fills what comes into view."""
+    rows = np.clip(np.arange(pictures.shape[1]) - down, 0, pictures.shape[1] - 1)
+    columns = np.clip(np.arange(pictures.shape[2]) - right, 0, pictures.shape[2] - 1)
+    return pictures[:, rows][:, :, columns]
+
+
+def draw_shift(size: Sequence[int], seed: int, shift: float) -> tuple[int, int]:
+    """Pixels down and right, in a drawn direction, as far as a share `shift` of the shorter side of (height, width)."""
+    angle = np.random.default_rng(seed).uniform(0, 2 * np.pi)
+    far = shift * min(size)
+    return round(far * np.sin(angle)), round(far * np.cos(angle))
+
+
+def frozen(pictures: Pictures, start: int, steps: int) -> Pictures:
+    """The picture of step `start` for `steps` steps; after them the camera shows the present again."""
+    source = np.arange(len(pictures))
+    source[start : start + steps] = start
+    return pictures[source]
+
+
+def held(pictures: Pictures, steps: int) -> UInt8[np.ndarray, "held height width 3"]:
+    """The first `steps` pictures, or all and then the last one again and again."""
+    return pictures[np.minimum(np.arange(steps), len(pictures) - 1)]
+
+
+def draw_stretch(length: int, seed: int, share: float) -> tuple[int, int]:
+    """First step and number of steps of a stretch of an episode, as long as a share of its `length`.
+
+    Raises:
+        ValueError: if the share is not above 0 and at most 1.
+    """
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"A stretch is a share of the episode above 0 and at most 1, not {share}.")
+    steps = max(1, round(share * length))
+    return int(np.random.default_rng(seed).integers(0, length - steps, endpoint=True)), steps
 
 
 def corrupt(
@@ -255,21 +248,6 @@ def _other_pictures(episode: Episode, camera: str, beside: Episode | None) -> tu
     if beside is None:
         raise ValueError("wrong_camera takes a second camera of the same size, or a second episode; there is neither.")
     return "the episode beside it", beside.frames[camera]
-
-
-@dataclass(frozen=True)
-class TruthRecord:
-    """What was done to one episode: the sidecar holds one per corruption, and one of kind ``clean`` for the others."""
-
-    episode_index: int
-    kind: str
-    source_task: str
-    task: str
-    parameters: dict[str, Any] = field(default_factory=dict)
-    seed: int | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
