@@ -255,11 +255,16 @@ class TestTraining:
 
     @pytest.mark.full
     def test_a_resumed_run_equals_one_that_was_not_stopped(self, content: dict[str, Any], tmp_path: Path) -> None:
-        # 18 + 30 frames: an epoch ends between the checkpoint and the end
-        content["sources"][0]["episodes"] = [3]
-        content["sources"][1]["episodes"] = [1]
-        content["fps"] = 10
-        settings = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "save_total_limit": 0}
+        # 18 + 24 frames: an epoch ends between the checkpoint and the end
+        (points, _) = content["sources"]
+        content["sources"] = [points | {"episodes": [3]}, points | {"episodes": [1], "name": "others"}]
+        settings = {
+            "max_steps": 8,
+            "per_device_train_batch_size": 8,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "save_total_limit": 0,
+        }
         whole = trained(content, tmp_path / "whole", **settings)
         assert whole.state.epoch is not None
         assert whole.state.epoch > 1

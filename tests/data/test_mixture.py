@@ -1,14 +1,11 @@
 """Several datasets as one: slots, cameras, numbers, shares, order, normalisation."""
 
-import shutil
 from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from demonstrations import write_dataset
@@ -157,45 +154,6 @@ class TestCameras:
         assert batch["observation.images.wrist_padding_mask"].tolist() == [False, True]
         assert not batch[CAMERA][1].any()
         assert batch["observation.images.wrist"][1].any()
-
-
-class TestRates:
-    @pytest.mark.full
-    def test_a_rate_reads_every_nth_frame(self, content: dict[str, Any], metaworld: str) -> None:
-        content["fps"] = 10
-        content["sources"] = content["sources"][::-1]
-        mixture = opened(content)
-        episode, first, length = mixture.episode_spans()[0]
-        assert episode == 1
-        native = open_dataset(metaworld, LAYOUT)
-        start = int(native.meta.episodes["dataset_from_index"][1])
-        assert length == -(-int(native.meta.episodes["length"][1]) // 8)
-        sample = mixture[first + 2]
-        assert int(sample["frame_index"]) == 2
-        assert int(sample["index"]) == mixture.meta.episodes["dataset_from_index"][1] + 2
-        at = SPACE.positions(mixture.meta.sources[0].robot.action)
-        for step in range(3):
-            assert torch.equal(sample["action"][step, list(at)], native[start + 8 * (2 + step)]["action"][0])
-
-    def test_a_rate_that_does_not_divide_is_refused(self, content: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match=r"10 frames a second, which fps=3 of the mixture does not divide"):
-            opened({**content, "fps": 3})
-
-    def test_a_source_recorded_at_another_rate_than_it_says_is_refused(
-        self, content: dict[str, Any], tmp_path: Path
-    ) -> None:
-        sources = [dict(source) for source in content["sources"]]
-        folder = shutil.copytree(sources[0]["dataset"], tmp_path / "off")
-        (path,) = (folder / "data").rglob("*.parquet")
-        table = pq.read_table(path)
-        place = table.schema.get_field_index("timestamp")
-        slower = pa.array(table["timestamp"].to_numpy() * 2, pa.float32())
-        pq.write_table(table.set_column(place, table.schema.field(place), slower), path)
-        sources[0]["dataset"] = str(folder)
-        with pytest.raises(
-            ValueError, match=r"mixture's fps=10 cannot be kept.*off are 0.2 s apart by their timestamps"
-        ):
-            opened({**content, "sources": sources, "fps": 10})
 
 
 class TestShares:

@@ -123,7 +123,6 @@ def open_dataset(
     *,
     episodes: Sequence[int] | None = None,
     revision: str | None = None,
-    frame_stride: int = 1,
     root: Path | None = None,
     download_videos: bool = True,
     announce: Callable[[str], None] = logger.warning,
@@ -138,7 +137,6 @@ def open_dataset(
         layout: the offsets to read.
         episodes: a subset; None takes all, or those of the open dataset.
         revision: of the Hub repo.
-        frame_stride: recorded frames to one step of the layout.
         root: folder for what is fetched from the Hub; None takes LeRobot's cache.
         download_videos: whether a Hub dataset's videos are fetched; without them no video is looked at.
         announce: is given a sentence for everything that was set right in memory.
@@ -161,10 +159,9 @@ def open_dataset(
         )
     settings = {
         "layout": layout,
-        "frame_stride": frame_stride,
         "root": root or meta.root,
         "episodes": None if episodes is None else list(episodes),
-        "delta_timestamps": layout.delta_timestamps(list(meta.features), meta.fps / frame_stride),
+        "delta_timestamps": layout.delta_timestamps(list(meta.features), meta.fps),
         "revision": revision,
         "download_videos": download_videos,
         **settings,
@@ -237,16 +234,13 @@ def check_dataset(dataset: LeRobotDataset, layout: SegmentLayout) -> None:
     check_episodes(dataset.meta, dataset.episodes, layout)
 
 
-def check_episodes(
-    meta: LeRobotDatasetMetadata, episodes: Sequence[int] | None, layout: SegmentLayout, frame_stride: int = 1
-) -> None:
+def check_episodes(meta: LeRobotDatasetMetadata, episodes: Sequence[int] | None, layout: SegmentLayout) -> None:
     """Refuse episodes that have nothing to learn from under this layout, going by the metadata alone.
 
     Args:
         meta: of the dataset.
         episodes: that are read; None for all.
         layout: to read them at.
-        frame_stride: recorded frames to one step of the layout.
 
     Raises:
         ValueError: no frames, a chunk or a segment longer than every episode, or no chunk with a recorded consequence.
@@ -254,7 +248,7 @@ def check_episodes(
     if ACTION not in meta.features:
         raise ValueError(f"The dataset {meta.repo_id} has no {ACTION!r} feature, which a policy learns.")
     lengths = np.asarray(meta.episodes["length"])
-    longest = int(-(-(lengths if episodes is None else lengths[list(episodes)]).max(initial=0) // frame_stride))
+    longest = int((lengths if episodes is None else lengths[list(episodes)]).max(initial=0))
     if longest == 0:
         raise ValueError(f"The dataset {meta.repo_id} is empty: it has no frames to train on.")
     chunk = max(layout.action_steps) + 1

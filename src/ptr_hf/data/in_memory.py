@@ -47,7 +47,6 @@ class InMemorySegments(Dataset[dict[str, Any]]):
         dataset: an open LeRobotDataset, with all episodes or some of them; its own `delta_timestamps` do not matter.
         layout: the offsets to read.
         max_gigabytes: the most that columns and frames may take, 10^9 bytes each.
-        frame_stride: recorded frames to one step of the layout.
 
     Attributes:
         dataset, meta, layout: as given.
@@ -63,10 +62,8 @@ class InMemorySegments(Dataset[dict[str, Any]]):
         layout: SegmentLayout,
         *,
         max_gigabytes: float = 4.0,
-        frame_stride: int = 1,
     ) -> None:
         self.dataset, self.meta, self.layout = dataset, dataset.meta, layout
-        self._frame_stride = frame_stride
         _check_supported(dataset, max_gigabytes)
         for sentence in mend_dataset(dataset):
             logger.warning("%s", sentence)
@@ -153,7 +150,7 @@ class InMemorySegments(Dataset[dict[str, Any]]):
         self, rows: Int[Tensor, " batch"], offsets: list[int] | None
     ) -> tuple[Int[Tensor, "batch steps"], Bool[Tensor, "batch steps"]]:
         """Positions at the offsets, held at the episode's ends, and whether they were."""
-        wanted = rows.unsqueeze(1) + torch.tensor(offsets or [0]) * self._frame_stride
+        wanted = rows.unsqueeze(1) + torch.tensor(offsets or [0])
         first, last = self._first[rows].unsqueeze(1), self._last[rows].unsqueeze(1)
         return wanted.clamp(first, last), (wanted < first) | (wanted > last)
 

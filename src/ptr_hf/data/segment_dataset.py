@@ -31,16 +31,13 @@ class SegmentDataset(ReadableDataset):
     Args:
         repo_id: as of a LeRobotDataset.
         layout: the offsets to read.
-        frame_stride: recorded frames to one step of the layout.
         settings: of a LeRobotDataset, `delta_timestamps` among them.
     """
 
-    def __init__(self, repo_id: str, *, layout: SegmentLayout, frame_stride: int = 1, **settings: Any) -> None:
+    def __init__(self, repo_id: str, *, layout: SegmentLayout, **settings: Any) -> None:
         super().__init__(repo_id, **settings)
         self.layout = layout
-        self._stride = frame_stride
         self._features: FeatureStore | None = None
-        self._steps = [start * frame_stride for start in layout.chunk_starts]
         self._first, self._last = episode_bounds(self)
         self._columns = self.hf_dataset.select_columns(chunk_columns(self.meta.features, layout))
 
@@ -54,7 +51,7 @@ class SegmentDataset(ReadableDataset):
             item = self._with_features(item, place, self._features)
         if not self._columns.column_names:
             return item
-        rows = [min(place + step, int(self._last[place])) for step in self._steps]
+        rows = [min(place + step, int(self._last[place])) for step in self.layout.chunk_starts]
         for key, values in self._columns[rows].items():
             item[CHUNK_PREFIX + key] = torch.stack(values) if isinstance(values[0], Tensor) else values
         tasks = item[CHUNK_PREFIX + TASK_INDEX].tolist()
@@ -79,14 +76,14 @@ class SegmentDataset(ReadableDataset):
     def _with_features(self, item: dict[str, Any], place: int, store: FeatureStore) -> dict[str, Any]:
         offsets = self.layout.observation_offsets
         first, last = int(self._first[place]), int(self._last[place])
-        rows = [min(max(place + step * self._stride, first), last) for step in offsets or [0]]
+        rows = [min(max(place + step, first), last) for step in offsets or [0]]
         found = store.read(rows)
         if any(not value.isfinite().all() for value in found.values()):
             found = {key: value.nan_to_num(0.0, 0.0, 0.0) for key, value in found.items()}
             item[ACTION], item[ACTION + PAD_SUFFIX] = as_unreadable(item[ACTION], self.reader.delta_indices[ACTION], 0)
         if offsets is None:
             return item | {key: value[0] for key, value in found.items()}
-        beyond = torch.tensor([not first <= place + step * self._stride <= last for step in offsets])
+        beyond = torch.tensor([not first <= place + step <= last for step in offsets])
         return item | found | {key + PAD_SUFFIX: beyond for key in found}
 
     def drop(self, keys: Collection[str]) -> None:

@@ -131,7 +131,7 @@ def score_dataset(
     source = np.full(len(order), opened.meta.repo_id, dtype=object)
     frame = table["index"] - starts
     if isinstance(opened, Mixture):
-        source, table["episode_index"], frame, table["index"] = opened.meta.located(table["episode_index"], frame)
+        source, table["episode_index"], table["index"] = opened.meta.located(table["episode_index"], frame)
     return ChunkScores(**table | {"task": names[table["task"]]}, frame_index=frame, source=source, verdicts=by_score)
 
 

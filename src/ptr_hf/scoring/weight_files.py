@@ -58,7 +58,6 @@ class FrameTable:
         meta: LeRobotDatasetMetadata,
         episodes: Sequence[int] | None = None,
         *,
-        frame_stride: int = 1,
         name: str | None = None,
     ) -> "FrameTable":
         """The table of a LeRobotDataset.
@@ -66,13 +65,12 @@ class FrameTable:
         Args:
             meta: of the dataset.
             episodes: that are read; None for all.
-            frame_stride: recorded frames to one that is read.
             name: by default the dataset's Hub id.
         """
         first = np.asarray(meta.episodes["dataset_from_index"], dtype=np.int64)
         length = np.asarray(meta.episodes["length"], dtype=np.int64)
         chosen = range(len(first)) if episodes is None else episodes
-        read = [np.arange(first[episode], first[episode] + length[episode], frame_stride) for episode in chosen]
+        read = [np.arange(first[episode], first[episode] + length[episode]) for episode in chosen]
         revision = getattr(meta, "revision", None)
         return cls(name or meta.repo_id, meta.repo_id, revision, first, length, np.concatenate(read))
 
@@ -112,10 +110,7 @@ def frame_tables(
         episodes: that are read of a single dataset; a mixture's metadata knows its own.
     """
     if isinstance(meta, MixtureMetadata):
-        return [
-            FrameTable.of(source.meta, source.episodes, frame_stride=source.frame_stride, name=source.name)
-            for source in meta.sources
-        ]
+        return [FrameTable.of(source.meta, source.episodes, name=source.name) for source in meta.sources]
     return [FrameTable.of(meta, episodes)]
 
 
@@ -132,7 +127,7 @@ def in_training_order(meta: LeRobotDatasetMetadata | MixtureMetadata, weights: S
     for source, own in zip(meta.sources, weights, strict=True):
         episodes = source.meta.episodes
         spans = zip(episodes["dataset_from_index"], episodes["length"], strict=True)
-        parts += [own[first : first + length : source.frame_stride] for first, length in spans]
+        parts += [own[first : first + length] for first, length in spans]
     return np.concatenate(parts)
 
 

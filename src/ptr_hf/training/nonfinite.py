@@ -137,7 +137,7 @@ class NonFiniteGuard(TrainerCallback):
         if meta is None:
             return frame
         start = meta.episodes["dataset_from_index"][frame.episode]
-        names, episodes, _, indices = meta.located(np.array([frame.episode]), np.array([frame.index - start]))
+        names, episodes, indices = meta.located(np.array([frame.episode]), np.array([frame.index - start]))
         return BadFrame(frame.kind, int(indices[0]), int(episodes[0]), str(names[0]))
 
     def _kept(self, frames: Counter[BadFrame], lost: int) -> dict[Kind, list[BadFrame]]:

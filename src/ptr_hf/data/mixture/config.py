@@ -75,7 +75,6 @@ class MixtureConfig:
         action_space: `standard`: the 200 named slots; `compact`: those that some source uses, in the same order. None:
             standard, where the policy takes vectors that wide, else compact.
         image_size: (height, width) of every camera; None: the policy's, or the first source's that has the camera.
-        fps: rate that every source is read at; it must divide each source's own. None: each at its own.
         streaming: fetch and read a few episodes at a time instead of all, for data that does not fit the disk.
         stream_episodes: so many of each source, among whose samples a stream is shuffled.
 
@@ -89,7 +88,6 @@ class MixtureConfig:
     statistics: str = "source"
     action_space: str | None = None
     image_size: tuple[int, int] | None = None
-    fps: int | None = None
     streaming: bool = False
     stream_episodes: int = 64
 
@@ -111,9 +109,9 @@ class MixtureConfig:
                 raise ValueError(
                     f"{what}={value!r} of the mixture is unknown: choose one of {', '.join(filter(None, known))}."
                 )
-        if self.temperature <= 0 or self.stream_episodes < 1 or (self.fps is not None and self.fps < 1):
+        if self.temperature <= 0 or self.stream_episodes < 1:
             raise ValueError(
-                f"temperature={self.temperature}, stream_episodes={self.stream_episodes}, fps={self.fps}: each must be positive."
+                f"temperature={self.temperature}, stream_episodes={self.stream_episodes}: each must be positive."
             )
         given = {name: source.share for name, source in zip(names, self.sources, strict=True)}
         if self.how_shared == "fixed":

@@ -17,7 +17,6 @@ from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2 import functional as images
 
 from ptr_hf.data.datasets import check_episodes, episode_spans, open_dataset
-from ptr_hf.data.frame_times import check_rate
 from ptr_hf.data.in_memory import InMemorySegments, collate_segments, positions_of
 from ptr_hf.data.mixture.action_space import to_slots
 from ptr_hf.data.mixture.metadata import MixtureMetadata, Source
@@ -51,8 +50,7 @@ class Mixture(Dataset[dict[str, Any]]):
         datasets: open, by source.
 
     Raises:
-        ValueError: a dataset holds nothing to learn from under this layout, or was recorded at another rate than it says where
-            the mixture chooses one.
+        ValueError: a dataset holds nothing to learn from under this layout.
     """
 
     def __init__(
@@ -66,39 +64,18 @@ class Mixture(Dataset[dict[str, Any]]):
         self.meta, self.layout = meta, layout
         self.datasets: list[LeRobotDataset] = []
         self._segments: list[LeRobotDataset | InMemorySegments] = []
-        self._positions: list[Int[Tensor, " frames"]] = []
         for source in meta.sources:
             dataset = open_dataset(
-                source.config.dataset,
-                layout,
-                episodes=source.config.episodes,
-                revision=source.config.revision,
-                frame_stride=source.frame_stride,
+                source.config.dataset, layout, episodes=source.config.episodes, revision=source.config.revision
             )
-            check_episodes(source.meta, source.episodes, layout, source.frame_stride)
-            if meta.config.fps is not None and (wrong := check_rate(dataset)):
-                raise ValueError(f"The mixture's fps={meta.config.fps:g} cannot be kept. {wrong}")
+            check_episodes(source.meta, source.episodes, layout)
             self.datasets.append(dataset)
             self._segments.append(
-                InMemorySegments(
-                    dataset,
-                    layout,
-                    max_gigabytes=max_gigabytes,
-                    frame_stride=source.frame_stride,
-                )
-                if in_memory
-                else dataset
+                InMemorySegments(dataset, layout, max_gigabytes=max_gigabytes) if in_memory else dataset
             )
-            spans = episode_spans(dataset)
-            self._positions.append(
-                torch.cat([torch.arange(first, first + length, source.frame_stride) for _, first, length in spans])
-            )
-        self._ends = torch.tensor([len(positions) for positions in self._positions]).cumsum(0)
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
+        self.sizes = tuple(map(len, self.datasets))
         """Samples of every source."""
-        return tuple(len(positions) for positions in self._positions)
+        self._ends = torch.tensor(self.sizes).cumsum(0)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -119,22 +96,20 @@ class Mixture(Dataset[dict[str, Any]]):
         for source in self.meta.sources:
             own = (number == source.number).nonzero()[:, 0]
             if len(own):
-                local = rows[own] - (int(self._ends[source.number]) - self.sizes[source.number])
-                places = self._positions[source.number][local].tolist()
-                batch = _read(self._segments[source.number], places)
+                first = int(self._ends[source.number]) - self.sizes[source.number]
+                batch = _read(self._segments[source.number], (rows[own] - first).tolist())
                 parts.append(unified(batch, source, self.meta, self.layout))
                 order.append(own)
         return _joined(parts, torch.cat(order))
 
     def episode_spans(self) -> list[tuple[int, int, int]]:
         """(episode, first position, length) of every episode that is read."""
-        spans, position = [], 0
-        for source, dataset in zip(self.meta.sources, self.datasets, strict=True):
-            for episode, _, length in episode_spans(dataset):
-                frames = -(-length // source.frame_stride)
-                spans.append((source.first_episode + episode, position, frames))
-                position += frames
-        return spans
+        starts = [int(end) - size for end, size in zip(self._ends, self.sizes, strict=True)]
+        return [
+            (source.first_episode + episode, start + first, length)
+            for source, dataset, start in zip(self.meta.sources, self.datasets, starts, strict=True)
+            for episode, first, length in episode_spans(dataset)
+        ]
 
 
 class MixtureSampler(Sampler[int]):
@@ -200,14 +175,13 @@ def unified(batch: dict[str, Any], source: Source, meta: MixtureMetadata, layout
         result[key + CAMERA_MASK_SUFFIX] = torch.full((count,), key in own)
         if steps is not None:
             result[key + PAD_SUFFIX] = pads[0]
-    episode = batch["episode_index"]
-    frame = torch.div(batch["frame_index"], source.frame_stride, rounding_mode="floor")
+    episode, frame = batch["episode_index"], batch["frame_index"]
     task = source.tasks[batch["task_index"]]
     names = meta.tasks.index
     if CHUNK_PREFIX + TASK_INDEX in batch:
         of_chunks = source.tasks[batch[CHUNK_PREFIX + TASK_INDEX]]
-        result[CHUNK_PREFIX + "timestamp"] = batch[CHUNK_PREFIX + "timestamp"]
-        result[CHUNK_PREFIX + "frame_index"] = batch[CHUNK_PREFIX + "frame_index"] // source.frame_stride
+        for key in (CHUNK_PREFIX + "timestamp", CHUNK_PREFIX + "frame_index"):
+            result[key] = batch[key]
         result[CHUNK_PREFIX + TASK_INDEX] = of_chunks
         result[CHUNK_PREFIX + TASK] = [tuple(names[number] for number in column) for column in of_chunks.T.tolist()]
     return result | {

@@ -36,7 +36,6 @@ class Source:
         robot: which slot every entry of its action and state goes to.
         action, state: those slots as positions in the mixture's vector.
         cameras: the dataset's key of every camera -> the mixture's.
-        frame_stride: recorded frames to one of the mixture's.
         first_frame: (episodes,) number in the mixture of every episode's first frame.
         first_episode: number in the mixture of its first episode.
         tasks: (tasks,) number in the mixture of every instruction.
@@ -49,7 +48,6 @@ class Source:
     action: tuple[int, ...]
     state: tuple[int, ...]
     cameras: dict[str, str]
-    frame_stride: int
     first_frame: Int[Tensor, " episodes"]
     first_episode: int
     tasks: Int[Tensor, " tasks"]
@@ -69,9 +67,8 @@ class Source:
 
     @property
     def frames(self) -> int:
-        """The mixture's frames in the episodes that are read."""
-        lengths = np.asarray(self.meta.episodes["length"])[list(self.episodes)]
-        return int(np.ceil(lengths / self.frame_stride).sum())
+        """In the episodes that are read."""
+        return int(np.asarray(self.meta.episodes["length"])[list(self.episodes)].sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +82,7 @@ class MixtureMetadata:
         features: action, state and cameras as in LeRobot's `info.json`.
         tasks: instruction -> task_index, all sources'.
         episodes: a row an episode, with the columns `source` and `embodiment`.
-        fps: frames a second; the first source's, where each has its own.
+        fps: frames a second of the first source; each is read at its own.
     """
 
     config: MixtureConfig
@@ -152,26 +149,25 @@ class MixtureMetadata:
 
     def located(
         self, episode: Int[np.ndarray, " rows"], frame: Int[np.ndarray, " rows"]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Where frames of the mixture are recorded.
 
         Args:
             episode: in the mixture.
-            frame: in its episode, at the mixture's rate.
+            frame: in its episode.
 
         Returns:
-            source names, episode in the source, frame in the episode, and frame in the source's dataset.
+            source names, episode in the source, and frame in the source's dataset.
         """
         starts = np.array([source.first_episode for source in self.sources])
         number = np.searchsorted(starts, episode, side="right") - 1
         names = np.array(self.names, dtype=object)[number]
         own = episode - starts[number]
-        recorded = frame * np.array([source.frame_stride for source in self.sources])[number]
         first = np.empty_like(own)
         for source in self.sources:
             rows = number == source.number
             first[rows] = np.asarray(source.meta.episodes["dataset_from_index"])[own[rows]]
-        return names, own, recorded, first + recorded
+        return names, own, first + frame
 
     @classmethod
     def read(
@@ -186,8 +182,8 @@ class MixtureMetadata:
             widest: vector that the policy takes, which decides where the configuration leaves the space open.
 
         Raises:
-            ValueError: a dataset cannot be read, has no action, or does not fit its robot's layout; a rate does not divide
-                a source's; or the robots are not those of `like`.
+            ValueError: a dataset cannot be read, has no action, or does not fit its robot's layout; or the robots are not
+                those of `like`.
         """
         metas = [dataset_metadata(source.dataset, source.revision, source.episodes) for source in config.sources]
         robots = [_robot(source, meta) for source, meta in zip(config.sources, metas, strict=True)]
@@ -199,19 +195,17 @@ class MixtureMetadata:
             space = space.compact(robots, ("action",))
             if any(robot.state for robot in robots):
                 state_space = state_space.compact(robots, ("state",))
-        strides = [_frame_stride(config, meta) for meta in metas]
         instructions: dict[str, int] = {}
         if like is not None:
             instructions |= dict(zip(like.tasks.index, like.tasks["task_index"], strict=True))
         sources: list[Source] = []
         first_frame = first_episode = 0
-        for number, (given, meta, robot, stride) in enumerate(zip(config.sources, metas, robots, strides, strict=True)):
+        for number, (given, meta, robot) in enumerate(zip(config.sources, metas, robots, strict=True)):
             recorded = meta.tasks["task_index"].sort_values().index
             called = [given.tasks.get(task, task) for task in recorded]
             _check_renames(given, meta, recorded)
             _check_chosen_episodes(given, meta)
-            lengths = np.ceil(np.asarray(meta.episodes["length"]) / stride).astype(np.int64)
-            starts = first_frame + np.concatenate([[0], lengths.cumsum()])
+            starts = first_frame + np.concatenate([[0], np.cumsum(meta.episodes["length"])])
             sources.append(
                 Source(
                     number,
@@ -221,7 +215,6 @@ class MixtureMetadata:
                     action=space.positions(robot.action),
                     state=state_space.positions(robot.state),
                     cameras={key: given.rename.get(key, key) for key in meta.camera_keys},
-                    frame_stride=stride,
                     first_frame=torch.from_numpy(starts[:-1]),
                     first_episode=first_episode,
                     tasks=torch.tensor([instructions.setdefault(task, len(instructions)) for task in called]),
@@ -236,7 +229,7 @@ class MixtureMetadata:
             _features(config, sources, space, state_space) if like is None else like.features,
             pd.DataFrame({"task_index": list(instructions.values())}, index=pd.Index(instructions, name="task")),
             _episodes(sources),
-            fps=metas[0].fps / strides[0],
+            fps=metas[0].fps,
         )
 
 
@@ -247,17 +240,6 @@ def _robot(source: SourceConfig, meta: LeRobotDatasetMetadata) -> EmbodimentLayo
         return resolve_layout(source.embodiment, meta.features, name=source.called)
     except ValueError as error:
         raise ValueError(f"Source {source.called} of the mixture: {error}") from error
-
-
-def _frame_stride(config: MixtureConfig, meta: LeRobotDatasetMetadata) -> int:
-    if config.fps is None:
-        return 1
-    if meta.fps % config.fps:
-        raise ValueError(
-            f"{meta.repo_id} was recorded at {meta.fps:g} frames a second, which fps={config.fps} of the mixture does not "
-            "divide: choose a rate that divides every source's, or leave fps out to read each at its own."
-        )
-    return int(meta.fps // config.fps)
 
 
 def _check_same_robots(config: MixtureConfig, robots: Sequence[EmbodimentLayout], like: MixtureMetadata) -> None:
@@ -328,7 +310,7 @@ def _episodes(sources: Sequence[Source]) -> datasets.Dataset:
     """A row an episode: its frames in the mixture, its instructions, source and robot."""
     columns: dict[str, list[Any]] = {}
     for source in sources:
-        lengths = np.ceil(np.asarray(source.meta.episodes["length"]) / source.frame_stride).astype(int)
+        lengths = np.asarray(source.meta.episodes["length"])
         tasks = [[source.config.tasks.get(task, task) for task in tasks] for tasks in source.meta.episodes["tasks"]]
         own = {
             "episode_index": (source.first_episode + np.arange(len(lengths))).tolist(),

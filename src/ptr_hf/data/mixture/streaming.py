@@ -19,7 +19,7 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ptr_hf.data.datasets import check_episodes, episode_spans, is_dataset_folder, open_dataset
+from ptr_hf.data.datasets import check_episodes, is_dataset_folder, open_dataset
 from ptr_hf.data.in_memory import collate_segments
 from ptr_hf.data.mixture.dataset import unified
 from ptr_hf.data.mixture.metadata import MixtureMetadata, Source
@@ -48,7 +48,7 @@ class StreamingMixture(IterableDataset[dict[str, Any]]):
         self.meta, self.layout, self.seed = meta, layout, seed
         self.epoch = 0
         for source in meta.sources:
-            check_episodes(source.meta, source.episodes, layout, source.frame_stride)
+            check_episodes(source.meta, source.episodes, layout)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order; Accelerate calls this."""
@@ -90,17 +90,11 @@ class StreamingMixture(IterableDataset[dict[str, Any]]):
                     self.layout,
                     episodes=blocks[number],
                     revision=source.config.revision,
-                    frame_stride=source.frame_stride,
                     root=root,
                     announce=announce,
                 )
-                positions = [
-                    position
-                    for _, first, length in episode_spans(dataset)
-                    for position in range(first, first + length, source.frame_stride)
-                ]
                 try:
-                    for position in draws.permutation(positions).tolist():
+                    for position in draws.permutation(len(dataset)).tolist():
                         yield sample_of(unified(collate_segments([dataset[position]]), source, self.meta, self.layout))
                 finally:
                     if root is not None:
