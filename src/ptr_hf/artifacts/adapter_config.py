@@ -4,12 +4,15 @@ PEFT matches the patterns of `adapter_config.json` with every module of the poli
 keep it busy for ever, so only those pass whose matching is bounded; the ones that LeRobot and PEFT write are among them.
 """
 
+from collections.abc import Iterable
+
 # Python's own parser of regular expressions; it has no public name
 from re import _parser as regex  # type: ignore[attr-defined]
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from ptr_hf.artifacts.peft import ADAPTER_CONFIG_NAME
 from ptr_hf.files.numbers import check_numbers
 from ptr_hf.files.regular import quoted
 
@@ -32,37 +35,54 @@ _SLOW_STARTS = ("corda", "eva", "loftq", "lora_ga", "pissa_niter")
 """New weights that are computed at length, from data or in as many rounds as the name says."""
 
 
-def check_adapter(content: dict[str, Any]) -> None:
+def check_adapter(content: dict[str, Any], where: str = ADAPTER_CONFIG_NAME) -> None:
     """Check an adapter's configuration before PEFT reads it.
 
     Args:
         content: of `adapter_config.json`.
+        where: the file, for the error message.
 
     Raises:
         ValueError: a setting that could run for long, load what is elsewhere or import code; names the setting.
     """
-    source = content.get("base_model_name_or_path")
-    if source is not None and not isinstance(source, str):
-        raise ValueError(f"base_model_name_or_path must be a Hub id or a folder, not {quoted(source)}.")
-    _check_method(content.get("peft_type"))
-    check_numbers(content)
-    for name, value in content.items():
-        if value in (None, [], {}, False):
-            continue
-        if name in _NEVER:
-            raise ValueError(f"{name}={quoted(value)} is not used by adapters of policies: remove it.")
-        if name in _PATTERNS:
-            _check_pattern(name, value)
-        elif name in _NAMES:
-            _check_names(name, [value] if isinstance(value, str) else value)
-        elif name in _KEYED:
-            _check_keys(name, value)
-        elif isinstance(value, dict) and name not in _NOTES:
-            raise ValueError(f"{name}={quoted(value)} is not used by adapters of policies: remove it.")
-        elif name.startswith("init_") and str(value).startswith(_SLOW_STARTS):
-            raise ValueError(
-                f"{name}={quoted(value)} computes new weights at length before the stored ones replace them: set it to true."
-            )
+    check_numbers(content, where)
+    try:
+        source = content.get("base_model_name_or_path")
+        if source is not None and not isinstance(source, str):
+            raise ValueError(f"base_model_name_or_path must be a Hub id or a folder, not {quoted(source)}.")
+        _check_method(content.get("peft_type"))
+        for name, value in content.items():
+            if value not in (None, [], {}, False):
+                _check_setting(name, value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check_setting(name: str, value: Any) -> None:
+    if name in _NEVER or (isinstance(value, dict) and name not in (*_KEYED, *_NOTES, *_PATTERNS, *_NAMES)):
+        raise ValueError(f"{name}={quoted(value)} is not used by adapters of policies: remove it.")
+    if name in _PATTERNS and isinstance(value, str):
+        _check_cost(name, [value])
+    elif name in (*_PATTERNS, *_NAMES):
+        names = [value] if isinstance(value, str) else value
+        if not isinstance(names, list) or len(names) > MAX_NAMES:
+            raise ValueError(f"{name} must be a list of at most {MAX_NAMES} names.")
+        for own in names:
+            if not _is_plain(own):
+                raise ValueError(f"{name} names {quoted(own)}: letters, digits, '_', '-' and '.' make a module's name.")
+    elif name in _KEYED:
+        if (
+            not isinstance(value, dict)
+            or len(value) > MAX_KEYS
+            or not all(isinstance(v, int | float) for v in value.values())
+        ):
+            raise ValueError(f"{name} must give numbers to at most {MAX_KEYS} names of modules.")
+        # PEFT puts a wildcard before each
+        _check_cost(name, value, NAME_LENGTH)
+    elif name.startswith("init_") and str(value).startswith(_SLOW_STARTS):
+        raise ValueError(
+            f"{name}={quoted(value)} computes new weights at length before the stored ones replace them: set it to true."
+        )
 
 
 def _check_method(kind: Any) -> None:
@@ -72,44 +92,19 @@ def _check_method(kind: Any) -> None:
         raise ValueError(f"the method (peft_type) {quoted(kind)} is none that adapts a policy's layers, as LORA does.")
 
 
-def _check_names(name: str, value: Any) -> None:
-    if not isinstance(value, list) or len(value) > MAX_NAMES:
-        raise ValueError(f"{name} must be a list of at most {MAX_NAMES} names.")
-    for own in value:
-        if not _is_plain(own):
-            raise ValueError(f"{name} names {quoted(own)}: letters, digits, '_', '-' and '.' make a module's name.")
-
-
 def _is_plain(name: Any) -> bool:
     return isinstance(name, str) and 0 < len(name) <= 512 and all(part.isalnum() or part in "_-." for part in name)
 
 
-def _check_pattern(name: str, value: Any) -> None:
-    if isinstance(value, str):
-        if _cost_of(name, value) > MAX_COST:
-            raise ValueError(f"{name}={quoted(value)} {_TOO_SLOW}")
-    else:
-        _check_names(name, value)
-
-
-def _check_keys(name: str, value: Any) -> None:
-    if (
-        not isinstance(value, dict)
-        or len(value) > MAX_KEYS
-        or not all(isinstance(v, int | float) for v in value.values())
-    ):
-        raise ValueError(f"{name} must give numbers to at most {MAX_KEYS} names of modules.")
-    # PEFT puts a wildcard before each
+def _check_cost(name: str, patterns: Iterable[str], factor: int = 1) -> None:
     total = 0
-    for key in value:
-        total += NAME_LENGTH * _cost_of(name, key)
+    for pattern in patterns:
+        total += factor * _cost_of(name, pattern)
         if total > MAX_COST:
-            raise ValueError(f"{name}, {quoted(key)} {_TOO_SLOW}")
-
-
-_TOO_SLOW = (
-    "could take for ever to match: use names of modules, or at most three wildcards in a row and none inside another."
-)
+            raise ValueError(
+                f"{name}={quoted(pattern)} could take for ever to match: use names of modules, or at most three wildcards in a "
+                "row and none inside another."
+            )
 
 
 def _cost_of(name: str, pattern: str) -> int:

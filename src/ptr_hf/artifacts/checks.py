@@ -22,7 +22,8 @@ from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 from torch import Tensor
 from torch.nn.modules import module as torch_module
 
-from ptr_hf.artifacts.config_checks import check_adapter_config, check_values, read_config
+from ptr_hf.artifacts.adapter_config import check_adapter
+from ptr_hf.artifacts.config_checks import check_values, read_config
 from ptr_hf.artifacts.peft import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME
 from ptr_hf.artifacts.processor_checks import check_processors
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
@@ -103,7 +104,7 @@ def check_artifact(folder: str | Path, trusted: Collection[str] = ()) -> Artifac
     _check_lerobots_config(config, folder)
     adapter_config = regular_file(folder, ADAPTER_CONFIG_NAME)
     if adapter_config is not None:
-        check_adapter_config(adapter_config)
+        check_adapter(read_json(adapter_config), str(adapter_config))
     files = {name: read_header(folder / name) for name in stored}
     for path in sorted(folder.glob("*.index.json")):
         _check_index(inside(folder, path.name))

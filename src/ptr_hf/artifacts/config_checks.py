@@ -9,7 +9,6 @@ from typing import Any
 import draccus
 from lerobot.configs import PreTrainedConfig
 
-from ptr_hf.artifacts.adapter_config import check_adapter
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, RETIRED, PTRConfig
 from ptr_hf.files.foreign_code import check_policy_repos
 from ptr_hf.files.numbers import check_numbers
@@ -45,7 +44,7 @@ def read_config(folder: Path) -> PTRConfig:
         config = draccus.decode(PTRConfig, {name: value for name, value in raw.items() if name != "type"})
         # the stored configuration is complete; where it came from may be gone, and is not looked up
         config.base_path, source = None, config.base_path
-        assert config.base_config is not None
+        config.base_config  # noqa: B018  reads it
         config.base_path = source
     except FileNotFoundError:
         raise
@@ -75,21 +74,6 @@ def check_values(config: PTRConfig, folder: Path, trusted: Collection[str] = ())
     Raises:
         ValueError: a number is larger than any policy needs, or a repo's code would run.
     """
-    try:
-        check_numbers(config.to_dict())
-    except ValueError as error:
-        raise ValueError(f"The configuration of {folder}: {error}") from error
-    base = config.base_config
-    check_policy_repos(base.type, vars(base), f"The configuration of {folder}", trusted)
-
-
-def check_adapter_config(path: Path) -> None:
-    """Check a PEFT adapter's configuration.
-
-    Raises:
-        ValueError: names the file and the setting.
-    """
-    try:
-        check_adapter(read_json(path))
-    except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
+    where, base = f"The configuration of {folder}", config.base_config
+    check_numbers(config.to_dict(), where)
+    check_policy_repos(base.type, vars(base), where, trusted)

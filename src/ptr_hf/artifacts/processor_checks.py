@@ -58,10 +58,7 @@ def _check_step(folder: Path, path: Path, where: str, step: Any, trusted: Collec
     if not isinstance(settings, dict):
         raise ValueError(f"{where} has a config that is no object.")
     name = _registered(where, step)
-    try:
-        check_numbers(settings)
-    except ValueError as error:
-        raise ValueError(f"{where} ({name}): {error}") from error
+    check_numbers(settings, f"{where} ({name})")
     check_step_repos(name, settings, f"{where} ({name})", trusted)
     if "state_file" in step:
         state = inside(folder, step["state_file"], named_in=path)

@@ -7,7 +7,6 @@ from them is set right in memory and said in a sentence each; what does not is r
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,46 +72,197 @@ def mend_metadata(
     """
     said = [*_mend_tasks(meta), *_mend_rows(meta)]
     files = data_files(Path(meta.root))
-    if not files:
-        if complete:
-            raise ValueError(f"The dataset {meta.repo_id} cannot be read: files are missing in {meta.root}/data.")
-        return said + _number_by_length(meta)
-    frames = read_frame_columns(files)
-    known = range(len(meta.episodes))
-    chosen = list(known) if episodes is None else sorted(set(episodes) & set(known))
-    runs = _runs(meta, frames, chosen, strangers=episodes is None)
-    here = [episode for episode in chosen if episode in runs]
-    if complete and len(here) < len(chosen):
-        lacking = [episode for episode in chosen if episode not in runs]
-        where = meta.get_data_file_path(lacking[0])
+    if files:
+        return said + _Comparison(meta, read_frame_columns(files), episodes).mend(complete, fixed_index)
+    if complete:
+        raise ValueError(f"The dataset {meta.repo_id} cannot be read: files are missing in {meta.root}/data.")
+    return said + _number_by_length(meta)
+
+
+class _Comparison:
+    """A dataset's metadata beside the frames of its data files.
+
+    Args:
+        meta: its rows are in the order of the episodes.
+        frames: of the data files.
+        episodes: those that are read; None for all.
+
+    Attributes:
+        here: episodes that are read and have frames, rising.
+        start, count: (here,) position of each one's first frame, and how many it has.
+        place: (frames,) position of every frame in its episode.
+    """
+
+    def __init__(self, meta: LeRobotDatasetMetadata, frames: FrameColumns, episodes: Sequence[int] | None) -> None:
+        self.meta, self.frames = meta, frames
+        known = len(meta.episodes)
+        self.chosen = np.arange(known) if episodes is None else np.intersect1d(episodes, np.arange(known))
+        starts = np.flatnonzero(np.diff(frames.episode, prepend=frames.episode[:1] - 1))
+        counts = np.diff(starts, append=len(frames))
+        found = frames.episode[starts]
+        strange = np.flatnonzero((found < 0) | (found >= known))
+        if episodes is None and len(strange):
+            raise ValueError(
+                f"{frames.file_of(starts[strange[0]])} has frames of episode {found[strange[0]]}, and meta/episodes of "
+                f"{meta.repo_id} knows 0 to {known - 1}: its recording or copy was cut short. Copy or convert the dataset anew."
+            )
+        own = np.isin(found, self.chosen)
+        self.here, first = np.unique(found[own], return_index=True)
+        again = np.setdiff1d(np.arange(own.sum()), first)
+        if len(again):
+            raise ValueError(
+                f"The frames of episode {found[own][again[0]]} of {meta.repo_id} do not lie together: "
+                f"{frames.file_of(starts[own][again[0]])} has some of them after those of other episodes. {_LEAVE_OUT}"
+            )
+        self.start, self.count = starts[own][first], counts[own][first]
+        self.place = np.arange(len(frames)) - np.repeat(starts, counts)
+
+    def mend(self, complete: bool, fixed_index: bool) -> list[str]:
+        """Sentences for everything that was set right."""
+        meta, lacking = self.meta, np.setdiff1d(self.chosen, self.here).tolist()
+        if complete and lacking:
+            raise ValueError(
+                f"{_listed(lacking)} of {meta.repo_id} in meta/episodes, but no data file has frames of "
+                f"{'it' if len(lacking) == 1 else 'them'} ({meta.get_data_file_path(lacking[0])} should). {_LEAVE_OUT}"
+            )
+        self._check_frames()
+        said = self._lengths()
+        if len(self.here) == len(meta.episodes):
+            said += self._numbers()
+        else:
+            first, last = (values[self.here] for values in _bounds(meta))
+            # whatever the other episodes are
+            fits = np.array_equal(self.frames.index[self.start], first) and np.array_equal(last - first, self.count)
+            said += [] if fits and len(self.here) else _number_by_length(meta)
+        said += [*self._places(), *self._instructions()]
+        if fixed_index:
+            self._check_index()
+        return said
+
+    def _check_frames(self) -> None:
+        """Every frame of an episode is there, once and in order."""
+        frames = self.frames
+        wrong = np.flatnonzero((frames.frame != self.place) & np.isin(frames.episode, self.here))
+        if not len(wrong):
+            return
+        episode = frames.episode[wrong[0]]
+        found = frames.frame[frames.episode == episode]
+        values, times = np.unique(found, return_counts=True)
+        if times.max() > 1:
+            what = f"are incomplete or doubled: frame {values[times > 1][0]} is there {times.max()} times"
+        elif np.array_equal(values, np.arange(len(found))):
+            what = "are out of order"
+        else:
+            what = f"are incomplete: frame {self.place[wrong[0]]} is missing"
         raise ValueError(
-            f"{_listed(lacking)} of {meta.repo_id} in meta/episodes, but no data file has frames of "
-            f"{'it' if len(lacking) == 1 else 'them'} ({where} should). {_LEAVE_OUT}"
+            f"The frames of episode {episode} of {self.meta.repo_id} {what} in {frames.file_of(wrong[0])}. {_LEAVE_OUT}"
         )
-    for episode in here:
-        _check_frames(meta, frames, episode, runs[episode])
-    said += _mend_lengths(meta, runs, here)
-    if len(here) == len(meta.episodes):
-        said += _number_by_place(meta, runs, len(frames))
-    elif not _numbers_fit(meta, frames, runs, here):
-        said += _number_by_length(meta)
-    said += _mend_places(meta, frames, runs, here)
-    said += _mend_instructions(meta, frames, runs, here)
-    if fixed_index:
-        _check_index(meta, frames, runs, here)
-    return said
 
+    def _lengths(self) -> list[str]:
+        """An episode's length is the number of its frames, where its bounds agree with them."""
+        meta, length = self.meta, np.array(self.meta.episodes[LENGTH])
+        first, last = (values[self.here] for values in _bounds(meta))
+        wrong = np.flatnonzero(self.count != length[self.here])
+        for place in wrong[(self.count != last - first)[wrong]][:1]:
+            raise ValueError(
+                f"Episode {self.here[place]} of {meta.repo_id} has {length[self.here[place]]} frames by meta/episodes and "
+                f"{self.count[place]} in {meta.get_data_file_path(int(self.here[place]))}: frames or metadata are missing. "
+                f"{_LEAVE_OUT}"
+            )
+        if not len(wrong):
+            return []
+        length[self.here] = self.count
+        _replace(meta, {LENGTH: length})
+        return [
+            f"The length of episode {self.here[wrong[0]]} in meta/episodes of {meta.repo_id} is not that of its frames: "
+            f"{len(wrong)} are counted anew in memory."
+        ]
 
-@dataclass(frozen=True)
-class _Run:
-    """Where an episode's frames lie among all."""
+    def _numbers(self) -> list[str]:
+        """Of a dataset that is read whole LeRobot takes a frame's number for its place."""
+        said, meta = [], self.meta
+        first, last = _bounds(meta)
+        off = np.flatnonzero((first != self.start) | (last != self.start + self.count))
+        if len(off):
+            _replace(meta, {FROM: self.start, TO: self.start + self.count})
+            said.append(_derived(meta, int(off[0])))
+        total = len(self.frames)
+        if meta.info.total_frames != total:
+            said.append(
+                f"meta/info.json of {meta.repo_id} counts {meta.info.total_frames} frames; {total} are there and read."
+            )
+            meta.info.total_frames = total
+        return said
 
-    start: int
-    stop: int
+    def _places(self) -> list[str]:
+        """The data file of every episode, by which LeRobot fetches it and a stream keeps it."""
+        meta, names = self.meta, ("data/chunk_index", "data/file_index")
+        if not set(names) <= set(meta.episodes.column_names):
+            raise ValueError(
+                f"meta/episodes of {meta.repo_id} lacks {names[0]} or {names[1]}: convert the dataset anew."
+            )
+        root, given = Path(meta.root), np.stack([meta.episodes[name] for name in names], axis=1)
+        numbers = {
+            root / meta.data_path.format(chunk_index=chunk, file_index=file): (chunk, file)
+            for chunk, file in np.unique(given, axis=0).tolist()
+        }
+        files = [self.frames.file_of(start) for start in self.start]
+        found = np.array([numbers.get(file, (-1, -1)) for file in files]).reshape(-1, 2)
+        wrong = np.flatnonzero((found != given[self.here]).any(axis=1))
+        if not len(wrong):
+            return []
+        known = found[:, 0] >= 0
+        given[self.here[known]] = found[known]
+        _replace(meta, dict(zip(names, given.T, strict=True)))
+        return [
+            f"meta/episodes of {meta.repo_id} names another data file for episode {self.here[wrong[0]]} than the one its frames "
+            f"are in ({files[wrong[0]].relative_to(root)}): the frames are read where they are."
+        ]
 
-    @property
-    def length(self) -> int:
-        return self.stop - self.start
+    def _instructions(self) -> list[str]:
+        """Every frame's instruction exists, and meta/episodes lists the episode's own."""
+        meta, names = self.meta, self.meta.tasks.index.tolist()
+        recorded = list(meta.episodes[TASKS]) if TASKS in meta.episodes.column_names else None
+        wrong = []
+        for episode, start, count in zip(self.here.tolist(), self.start, self.count, strict=True):
+            numbers = np.unique(self.frames.task[start : start + count]).tolist()
+            where = self.frames.file_of(start)
+            unknown = [number for number in numbers if not 0 <= number < len(names)]
+            if unknown:
+                raise ValueError(
+                    f"Episode {episode} of {meta.repo_id} has task_index {unknown[0]} in {where}, and meta/tasks.parquet has no "
+                    f"such instruction (it has 0 to {len(names) - 1}): add it there."
+                )
+            own = [names[number] for number in numbers]
+            listed = own if recorded is None else list(recorded[episode] or ())
+            if set(listed) == set(own):
+                continue
+            if listed and set(listed) <= set(names) and not set(listed) & set(own):
+                raise ValueError(
+                    f"Episode {episode} of {meta.repo_id} is {listed[0]!r} by meta/episodes and {own[0]!r} by task_index in "
+                    f"{where} and meta/tasks.parquet: one of the three is wrong. Mend it, or convert the dataset anew."
+                )
+            wrong.append(episode)
+            recorded[episode] = own  # type: ignore[index]
+        if not wrong:
+            return []
+        _replace(meta, {TASKS: recorded})
+        return [
+            f"meta/episodes of {meta.repo_id} lists other instructions for episode {wrong[0]} than its frames have: those of the "
+            "frames are used."
+        ]
+
+    def _check_index(self) -> None:
+        """The column `index` counts the frames as the metadata do."""
+        frames, first = self.frames, np.asarray(self.meta.episodes[FROM])
+        own = np.flatnonzero(np.isin(frames.episode, self.here))
+        wrong = own[frames.index[own] != first[frames.episode[own]] + self.place[own]]
+        if len(wrong):
+            raise ValueError(
+                f"The column 'index' of {frames.file_of(wrong[0])} does not count the frames of episode "
+                f"{frames.episode[wrong[0]]}: convert the dataset anew, or train with PTRTrainer (ptr-train), which numbers them "
+                "itself."
+            )
 
 
 def _check_rows(dataset: LeRobotDataset, episode: np.ndarray, frame: np.ndarray) -> None:
@@ -126,19 +276,6 @@ def _check_rows(dataset: LeRobotDataset, episode: np.ndarray, frame: np.ndarray)
             f"The frames of episode {found} of {dataset.repo_id} are incomplete or out of order in the open dataset, and not in "
             "its files: it was filtered or changed in memory. Open it anew, with episodes=[...] for some of them."
         )
-
-
-def _check_index(
-    meta: LeRobotDatasetMetadata, frames: FrameColumns, runs: dict[int, _Run], here: Sequence[int]
-) -> None:
-    first = np.asarray(meta.episodes[FROM])
-    for episode in here:
-        run = runs[episode]
-        if not np.array_equal(frames.index[run.start : run.stop], first[episode] + np.arange(run.length)):
-            raise ValueError(
-                f"The column 'index' of {frames.file_of(run.start)} does not count the frames of episode {episode}: convert the "
-                "dataset anew, or train with PTRTrainer (ptr-train), which numbers them itself."
-            )
 
 
 def _mend_tasks(meta: LeRobotDatasetMetadata) -> list[str]:
@@ -219,174 +356,11 @@ def _number_by_length(meta: LeRobotDatasetMetadata) -> list[str]:
     return [_derived(meta, 0)]
 
 
-def _runs(
-    meta: LeRobotDatasetMetadata, frames: FrameColumns, chosen: Sequence[int], strangers: bool
-) -> dict[int, _Run]:
-    """Where every episode's frames lie; each has to lie together."""
-    edges = np.flatnonzero(np.diff(frames.episode)) + 1
-    starts = np.concatenate([[0], edges]) if len(frames) else edges
-    stops = np.concatenate([edges, [len(frames)]]) if len(frames) else edges
-    wanted, count = set(chosen), len(meta.episodes)
-    runs: dict[int, _Run] = {}
-    for episode, start, stop in zip(frames.episode[starts].tolist(), starts.tolist(), stops.tolist(), strict=True):
-        if not 0 <= episode < count:
-            if strangers:
-                raise ValueError(
-                    f"{frames.file_of(start)} has frames of episode {episode}, and meta/episodes of {meta.repo_id} knows 0 to "
-                    f"{count - 1}: its recording or copy was cut short. Copy or convert the dataset anew."
-                )
-        elif episode not in runs:
-            runs[episode] = _Run(start, stop)
-        elif episode in wanted:
-            raise ValueError(
-                f"The frames of episode {episode} of {meta.repo_id} do not lie together: {frames.file_of(start)} has some of "
-                f"them after those of other episodes. {_LEAVE_OUT}"
-            )
-    return runs
-
-
-def _check_frames(meta: LeRobotDatasetMetadata, frames: FrameColumns, episode: int, run: _Run) -> None:
-    """Every frame of the episode is there, once and in order."""
-    found, number = frames.frame[run.start : run.stop], np.arange(run.length)
-    wrong = np.flatnonzero(found != number)
-    if not len(wrong):
-        return
-    if np.array_equal(np.sort(found), number):
-        what = "are out of order"
-    elif len(np.unique(found)) < run.length:
-        values, times = np.unique(found, return_counts=True)
-        what = f"are incomplete or doubled: frame {values[times > 1][0]} is there {times.max()} times"
-    else:
-        what = f"are incomplete: frame {wrong[0]} is missing"
-    raise ValueError(
-        f"The frames of episode {episode} of {meta.repo_id} {what} in {frames.file_of(run.start + int(wrong[0]))}. {_LEAVE_OUT}"
-    )
-
-
-def _mend_lengths(meta: LeRobotDatasetMetadata, runs: dict[int, _Run], here: Sequence[int]) -> list[str]:
-    """An episode's length is the number of its frames, where its bounds agree with them."""
-    length = np.array(meta.episodes[LENGTH])
-    first, last = _bounds(meta)
-    wrong = []
-    for episode in here:
-        count = runs[episode].length
-        if count == length[episode]:
-            continue
-        if count != last[episode] - first[episode]:
-            raise ValueError(
-                f"Episode {episode} of {meta.repo_id} has {length[episode]} frames by meta/episodes and {count} in "
-                f"{meta.get_data_file_path(episode)}: frames or metadata are missing. {_LEAVE_OUT}"
-            )
-        wrong.append(episode)
-        length[episode] = count
-    if not wrong:
-        return []
-    _replace(meta, {LENGTH: length})
-    return [
-        f"The length of episode {wrong[0]} in meta/episodes of {meta.repo_id} is not that of its frames: {len(wrong)} are "
-        "counted anew in memory."
-    ]
-
-
-def _number_by_place(meta: LeRobotDatasetMetadata, runs: dict[int, _Run], total: int) -> list[str]:
-    """Of a dataset that is read whole LeRobot takes a frame's number for its place."""
-    said = []
-    starts, length = np.array([runs[episode].start for episode in sorted(runs)]), np.asarray(meta.episodes[LENGTH])
-    first, last = _bounds(meta)
-    off = np.flatnonzero((first != starts) | (last != starts + length))
-    if len(off):
-        _replace(meta, {FROM: starts, TO: starts + length})
-        said.append(_derived(meta, int(off[0])))
-    if meta.info.total_frames != total:
-        said.append(
-            f"meta/info.json of {meta.repo_id} counts {meta.info.total_frames} frames; {total} are there and read."
-        )
-        meta.info.total_frames = total
-    return said
-
-
-def _numbers_fit(
-    meta: LeRobotDatasetMetadata, frames: FrameColumns, runs: dict[int, _Run], here: Sequence[int]
-) -> bool:
-    """Whether the episodes that are read are numbered alike in metadata and data, whatever the others are."""
-    first, last = _bounds(meta)
-    return bool(here) and all(
-        frames.index[runs[episode].start] == first[episode] and last[episode] - first[episode] == runs[episode].length
-        for episode in here
-    )
-
-
 def _bounds(meta: LeRobotDatasetMetadata) -> tuple[np.ndarray, np.ndarray]:
     """As recorded; none is -1."""
     if not {FROM, TO} <= set(meta.episodes.column_names):
         return (np.full(len(meta.episodes), -1),) * 2
     return np.asarray(meta.episodes[FROM]), np.asarray(meta.episodes[TO])
-
-
-def _mend_places(
-    meta: LeRobotDatasetMetadata, frames: FrameColumns, runs: dict[int, _Run], here: Sequence[int]
-) -> list[str]:
-    """The data file of every episode, by which LeRobot fetches it and a stream keeps it."""
-    names = ("data/chunk_index", "data/file_index")
-    if not set(names) <= set(meta.episodes.column_names):
-        raise ValueError(f"meta/episodes of {meta.repo_id} lacks {names[0]} or {names[1]}: convert the dataset anew.")
-    root = Path(meta.root)
-    given = [np.array(meta.episodes[name]) for name in names]
-    numbers: dict[Path, tuple[int, int]] = {}
-    for chunk, file in set(zip(*(values.tolist() for values in given), strict=True)):
-        numbers[root / meta.data_path.format(chunk_index=chunk, file_index=file)] = (chunk, file)
-    wrong = []
-    for episode in here:
-        path = frames.file_of(runs[episode].start)
-        own = numbers.get(path)
-        if own != (given[0][episode], given[1][episode]):
-            wrong.append(episode)
-            if own is not None:
-                given[0][episode], given[1][episode] = own
-    if not wrong:
-        return []
-    _replace(meta, dict(zip(names, given, strict=True)))
-    return [
-        f"meta/episodes of {meta.repo_id} names another data file for episode {wrong[0]} than the one its frames are in "
-        f"({frames.file_of(runs[wrong[0]].start).relative_to(root)}): the frames are read where they are."
-    ]
-
-
-def _mend_instructions(
-    meta: LeRobotDatasetMetadata, frames: FrameColumns, runs: dict[int, _Run], here: Sequence[int]
-) -> list[str]:
-    """Every frame's instruction exists, and meta/episodes lists the episode's own."""
-    names: list[str] = meta.tasks.index.tolist()
-    recorded = list(meta.episodes[TASKS]) if TASKS in meta.episodes.column_names else None
-    wrong = []
-    for episode in here:
-        run = runs[episode]
-        numbers = np.unique(frames.task[run.start : run.stop]).tolist()
-        unknown = [number for number in numbers if not 0 <= number < len(names)]
-        if unknown:
-            raise ValueError(
-                f"Episode {episode} of {meta.repo_id} has task_index {unknown[0]} in {frames.file_of(run.start)}, and "
-                f"meta/tasks.parquet has no such instruction (it has 0 to {len(names) - 1}): add it there."
-            )
-        own = [names[number] for number in numbers]
-        if recorded is None or set(recorded[episode] or ()) == set(own):
-            continue
-        listed = list(recorded[episode] or ())
-        if listed and set(listed) <= set(names) and not set(listed) & set(own):
-            raise ValueError(
-                f"Episode {episode} of {meta.repo_id} is {listed[0]!r} by meta/episodes and {own[0]!r} by task_index in "
-                f"{frames.file_of(run.start)} and meta/tasks.parquet: one of the three is wrong. Mend it, or convert the dataset "
-                "anew."
-            )
-        wrong.append(episode)
-        recorded[episode] = own
-    if not wrong or recorded is None:
-        return []
-    _replace(meta, {TASKS: recorded})
-    return [
-        f"meta/episodes of {meta.repo_id} lists other instructions for episode {wrong[0]} than its frames have: those of the "
-        "frames are used."
-    ]
 
 
 def _replace(meta: LeRobotDatasetMetadata, columns: dict[str, Any], order: np.ndarray | None = None) -> None:

@@ -39,9 +39,6 @@ def check_base(source: str | Path, revision: str | None = None, trusted: Collect
     if path is None:
         return
     content = read_json(path)
-    try:
-        check_numbers(content)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    check_numbers(content, str(path))
     names = {name: value for name, value in content.items() if value not in trusted}
     check_policy_repos(str(content.get("type")), names, str(path))

@@ -31,21 +31,19 @@ def asking_the_hub(kind: str, source: str | Path) -> Iterator[None]:
     except HFValidationError as error:
         name = "a repo" if kind == "policy" else f"a {kind}"
         raise ValueError(f"{source} is neither a folder nor the name of {name} on the Hub (user/name).") from error
-    except OfflineModeIsEnabled as error:
-        reason = "HF_HUB_OFFLINE is set and it is not in the cache; unset it, or give a folder"
-        raise ValueError(_sentence(kind, source, reason)) from error
-    except GatedRepoError as error:
-        reason = "access to it has to be granted on its page; then log in with `hf auth login`"
-        raise ValueError(_sentence(kind, source, reason)) from error
-    except RepositoryNotFoundError as error:
-        reason = "there is no such repo, or it is private; check the name, or log in with `hf auth login`"
-        raise ValueError(_sentence(kind, source, reason)) from error
-    except RevisionNotFoundError as error:
-        raise ValueError(_sentence(kind, source, "the repo has no such revision")) from error
-    except (LocalEntryNotFoundError, httpx.TransportError) as error:
-        reason = "the Hub does not answer and it is not in the cache; check the connection, or give a folder"
-        raise ValueError(_sentence(kind, source, reason)) from error
+    except tuple(_REASONS) as error:
+        reason = next(reason for refusal, reason in _REASONS.items() if isinstance(error, refusal))
+        raise ValueError(f"The {kind} {source} is no folder here and cannot be had from the Hub: {reason}.") from error
 
 
-def _sentence(kind: str, source: str | Path, reason: str) -> str:
-    return f"The {kind} {source} is no folder here and cannot be had from the Hub: {reason}."
+_LOGIN = "log in with `hf auth login`"
+_SILENT = "the Hub does not answer and it is not in the cache; check the connection, or give a folder"
+_REASONS: dict[type[Exception], str] = {
+    OfflineModeIsEnabled: "HF_HUB_OFFLINE is set and it is not in the cache; unset it, or give a folder",
+    GatedRepoError: f"access to it has to be granted on its page; then {_LOGIN}",
+    RepositoryNotFoundError: f"there is no such repo, or it is private; check the name, or {_LOGIN}",
+    RevisionNotFoundError: "the repo has no such revision",
+    LocalEntryNotFoundError: _SILENT,
+    httpx.TransportError: _SILENT,
+}
+"""By the Hub's refusal; a gated repo is refused as one that is not found, too, and so stands before it."""

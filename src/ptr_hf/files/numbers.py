@@ -73,16 +73,23 @@ LIMITS = {name: limit for limit, names in _GROUPS.items() for name in names}
 """The largest absolute value of a field, by its name."""
 
 
-def check_numbers(content: Any, name: str = "") -> None:
+def check_numbers(content: Any, where: str = "") -> None:
     """Refuse a number that is larger than any policy needs.
 
     Args:
         content: parsed JSON; the numbers of a list are taken as its field's.
-        name: of the content, for the error message.
+        where: what holds it, at the beginning of the error message.
 
     Raises:
         ValueError: names the number, its value and the limit.
     """
+    try:
+        _check(content, "")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from None
+
+
+def _check(content: Any, name: str) -> None:
     key = name.rpartition(".")[2]
     if isinstance(content, dict):
         if key in ("input_features", "output_features") and len(content) > MAX_FEATURES:
@@ -90,10 +97,10 @@ def check_numbers(content: Any, name: str = "") -> None:
         for own, value in content.items():
             if own in _STATISTICS:
                 continue
-            check_numbers(value, f"{name}.{own}" if name else str(own))
+            _check(value, f"{name}.{own}" if name else str(own))
     elif isinstance(content, list | tuple):
         for value in content:
-            check_numbers(value, name)
+            _check(value, name)
         if key == "shape":
             _check_shape(content, name)
     else:

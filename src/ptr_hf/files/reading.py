@@ -96,8 +96,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if regular_file(path.parent, path.name, limit=MAX_JSON_BYTES) is None:
         raise FileNotFoundError(f"{path} is missing.")
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_not_finite)
-        _check_values(content)
+        content = json.loads(path.read_bytes(), object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+        if _depth(content) > MAX_JSON_DEPTH + 1:
+            raise RecursionError
     except RecursionError:
         raise ValueError(f"{path} does not parse: it is nested deeper than {MAX_JSON_DEPTH} levels.") from None
     except ValueError as error:
@@ -118,23 +119,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _not_finite(text: str) -> None:
-    raise ValueError(f"{text} is no number.")
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no number, or too large a one.")
+    return value
 
 
-def _check_values(content: Any) -> None:
-    level = [content]
-    for _ in range(MAX_JSON_DEPTH + 1):
-        if any(isinstance(value, float) and not math.isfinite(value) for value in level):
-            raise ValueError("a number is too large.")
-        level = [
-            item
-            for value in level
-            if isinstance(value, dict | list)
-            for item in (value.values() if isinstance(value, dict) else value)
-        ]
-    if level:
-        raise ValueError(f"it is nested deeper than {MAX_JSON_DEPTH} levels.")
+def _depth(content: Any) -> int:
+    inner = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
 
 
 def read_header(path: Path) -> StoredFile:
