@@ -15,7 +15,7 @@ import math
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -255,8 +255,8 @@ def check_settings(
     settings = {
         "policy_path": given.policy_path,
         "match": given.match,
-        "mixture": json.loads(mixture.to_json()),
-        "heldout": json.loads(heldout.to_json()),
+        "mixture": asdict(mixture),
+        "heldout": asdict(heldout),
         "hyperparameters": args.hyperparameters(),
         "optimisation": {name: str(vars(args)[name]) for name in OPTIMISATION},
     }

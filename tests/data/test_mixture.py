@@ -323,9 +323,9 @@ class TestWrongConfigurations:
     @pytest.mark.parametrize(
         ("episodes", "sentence"),
         [
-            ([0, 99, -1], "episodes of the source points names -1, 99, which the dataset lacks: give each of 0 to"),
-            ([2, 0, 2], "episodes of the source points names 2, which it names more than once"),
-            ([], "episodes of the source points is empty"),
+            ([0, 99, -1], "episodes of the source points names 99, -1: give some of 0 to"),
+            ([2, 0, 2], "episodes of the source points names 2: give .* each at most once"),
+            ([], "episodes of the source points names none"),
         ],
     )
     def test_episodes_that_cannot_be_read(self, content: dict[str, Any], episodes: list[int], sentence: str) -> None:

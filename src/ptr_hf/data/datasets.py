@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HFValidationError
 from lerobot.configs import FeatureType, PreTrainedConfig
@@ -23,7 +25,6 @@ from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from ptr_hf.constants import EMPTY_CAMERA
 from ptr_hf.data.bookkeeping import mend_dataset, mend_metadata
-from ptr_hf.data.dataset_files import damaged_file
 from ptr_hf.data.frame_times import check_rate, wrong_times
 from ptr_hf.data.given_datasets import check_given, check_unedited
 from ptr_hf.data.pictures import video_backend
@@ -98,7 +99,7 @@ def _mended_metadata(
     except (CompatibilityError, NotImplementedError) as error:
         raise ValueError(f"The dataset {source} has another format than LeRobot reads. {str(error).strip()}") from error
     except (ValueError, KeyError, TypeError, OSError, DatasetsError, pa.ArrowException) as error:
-        damage = None if folder is None else damaged_file(folder)
+        damage = None if folder is None else _damaged_file(folder)
         if damage is None:
             raise
         raise ValueError(f"The dataset {source} cannot be read: {damage}. Copy it anew.") from error
@@ -115,6 +116,41 @@ def _check_folder(folder: Path) -> None:
         for path in (folder / "meta" / "tasks.parquet", folder / "meta" / "episodes"):
             if not path.exists():
                 raise ValueError(f"The dataset {folder} cannot be read: {path} is missing. Copy it anew.")
+
+
+def _damaged_file(root: Path, thorough: bool = False) -> str | None:
+    """The first file of a dataset's metadata and data that cannot be read, in words; None where all can.
+
+    Args:
+        root: of the dataset.
+        thorough: read all of the data files, not only what says what is in them.
+    """
+    for path in sorted((root / "meta").glob("*.json")):
+        try:
+            json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            return f"{path} is damaged ({error})"
+    tables = [root / "meta" / "tasks.parquet", *sorted((root / "meta" / "episodes").glob("*/*.parquet"))]
+    for path in [*tables, *sorted((root / "data").glob("*/*.parquet"))]:
+        try:
+            if path.is_file():
+                with pq.ParquetFile(path) as file:
+                    for group in range(file.num_row_groups if thorough else 0):
+                        file.read_row_group(group)
+        except (OSError, pa.ArrowException) as error:
+            return f"{path} is damaged or cut off ({str(error).strip().splitlines()[0]})"
+    return None
+
+
+def files_digest(dataset: LeRobotDataset) -> str:
+    """A digest of a dataset's frames: its data and video files by name, size and time, its revision and its episodes."""
+    root = Path(dataset.root)
+    digest = hashlib.sha256(f"{dataset.revision} {dataset.episodes}".encode())
+    files = [path for part in ("data", "videos") for path in sorted((root / part).rglob("*")) if path.is_file()]
+    for path in files:
+        about = path.stat()
+        digest.update(f"{path.relative_to(root)} {about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def open_dataset(
@@ -175,7 +211,7 @@ def open_dataset(
             # LeRobot found files, of other episodes alone, and does not think of fetching these
             dataset = SegmentDataset(meta.repo_id, force_cache_sync=True, **settings)
     except (OSError, HFValidationError, DatasetsError, pa.ArrowException) as error:
-        damage = damaged_file(Path(root or meta.root), thorough=True)
+        damage = _damaged_file(Path(root or meta.root), thorough=True)
         if damage is not None:
             raise ValueError(f"The dataset {meta.repo_id} cannot be read: {damage}. Copy it anew.") from error
         # LeRobot asks the Hub for what a local folder lacks.

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+import av
 import numpy as np
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
-from ptr_hf.data.dataset_files import video_seconds
+from lerobot.datasets.video_utils import get_video_duration_in_s
 
 RATE_TOLERANCE = 0.1
 """The frames' mean rate may differ by so much of the rate in info.json."""
@@ -103,3 +103,38 @@ def _check_spans(dataset: LeRobotDataset, key: str, chosen: Sequence[int]) -> No
                     f"meta/episodes of {dataset.repo_id} gives episodes {one} and {other} the same part of {path}, at "
                     f"{begin[other]:.4g} s: one of them would show the other's frames. Convert the dataset anew."
                 )
+
+
+def video_seconds(path: Path) -> float:
+    """How long a video is by its own header.
+
+    Raises:
+        ValueError: the file is missing, damaged, or shorter than its own parts say, as after a broken copy.
+    """
+    try:
+        if path.suffix == ".mp4":
+            _check_boxes(path)
+        return get_video_duration_in_s(path)
+    except (OSError, ValueError, IndexError, TypeError, av.FFmpegError) as error:
+        raise ValueError(f"The video {path} is damaged or cut off ({error}): copy it anew.") from error
+
+
+def _check_boxes(path: Path) -> None:
+    """An MP4 is a row of boxes, each of which says how long it is: their ends have to be the file's."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        place = 0
+        while place < size:
+            file.seek(place)
+            header = file.read(16)
+            length = int.from_bytes(header[:4], "big")
+            if length == 1:
+                length = int.from_bytes(header[8:16], "big")
+            elif length == 0:
+                # the last box goes on to the end
+                return
+            if len(header) < 8 or length < 8 or place + length > size:
+                raise ValueError(f"it has {size} bytes and says that there are more")
+            place += length
+    if not size:
+        raise ValueError("it is empty")

@@ -13,8 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from ptr_hf.data.dataset_files import files_digest
-from ptr_hf.data.datasets import dataset_metadata, episode_spans, open_dataset
+from ptr_hf.data.datasets import dataset_metadata, episode_spans, files_digest, open_dataset
 from ptr_hf.data.normalization import ONE_FRAME
 from ptr_hf.data.pictures import is_depth, pictures
 from ptr_hf.report.files import replacing

@@ -17,8 +17,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from ptr_hf.constants import ACTION
-from ptr_hf.data.dataset_files import files_digest
-from ptr_hf.data.datasets import open_dataset
+from ptr_hf.data.datasets import files_digest, open_dataset
 from ptr_hf.data.feature_store import FeatureStore, Field
 from ptr_hf.data.in_memory import collate_segments
 from ptr_hf.data.segment_dataset import SegmentDataset

@@ -60,11 +60,6 @@ class ActionSpace:
         """How many slots there are."""
         return len(self.slots)
 
-    @property
-    def size(self) -> int:
-        """How many slots there are."""
-        return len(self.slots)
-
     @classmethod
     def standard(cls, size: int = STANDARD_SIZE) -> "ActionSpace":
         """The slots of docs/mixtures.md; whatever `size` leaves beyond the named ones is reserved.
@@ -143,13 +138,9 @@ class EmbodimentLayout:
         for feature, slots in (("action", self.action), ("state", self.state)):
             _refuse_repeated(slots, f"In the {feature} of the layout {self.name!r} each entry needs a slot of its own")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain strings and lists, for JSON and YAML."""
-        return {"name": self.name, "action": list(self.action), "state": list(self.state)}
-
     @classmethod
     def from_dict(cls, given: Mapping[str, Any], name: str = "robot") -> "EmbodimentLayout":
-        """The layout that `to_dict` or a user wrote down.
+        """The layout that a user wrote down.
 
         Args:
             given: `action`, and `state` and `name` where there are any.
@@ -161,7 +152,7 @@ class EmbodimentLayout:
         unknown = sorted(map(str, set(given) - {"name", "action", "state"}))
         if unknown or "action" not in given:
             wrong = f"has {', '.join(map(repr, unknown))}, which is not read" if unknown else "has no 'action'"
-            raise ValueError(f"This layout {wrong}. {_how_to_write(None, None)}")
+            raise ValueError(f"This layout {wrong}. {_WRITTEN}{_EXAMPLE}")
         lists = {}
         for feature in ("action", "state"):
             slots = given.get(feature) or []
@@ -343,16 +334,16 @@ def _given_layout(robot: str | Path | Mapping[str, Any] | EmbodimentLayout, name
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(
             f"There is no ready layout {_with_nearest(str(robot), LAYOUTS)}. Choose one of {', '.join(LAYOUTS)}, "
-            f"or write one. {_how_to_write(None, None)}"
+            f"or write one. {_WRITTEN}{_EXAMPLE}"
         )
     if not path.is_file():
-        raise ValueError(f"There is no layout file {str(path)!r}. {_how_to_write(None, None)}")
+        raise ValueError(f"There is no layout file {str(path)!r}. {_WRITTEN}{_EXAMPLE}")
     try:
         written = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"The layout file {str(path)!r} is not YAML: {error}") from error
     if not isinstance(written, Mapping):
-        raise ValueError(f"The layout file {str(path)!r} holds no layout. {_how_to_write(None, None)}")
+        raise ValueError(f"The layout file {str(path)!r} holds no layout. {_WRITTEN}{_EXAMPLE}")
     return EmbodimentLayout.from_dict(written, path.stem)
 
 
@@ -412,20 +403,23 @@ def _refuse_contradiction(
         )
 
 
-def _how_to_write(features: Mapping[str, Any] | None, space: ActionSpace | None) -> str:
+def _how_to_write(features: Mapping[str, Any], space: ActionSpace) -> str:
     """How a layout is written, with whatever the dataset's names tell already."""
-    lists = {"action": ["right_arm_joint_1", "right_arm_joint_2", "right_gripper"]}
-    lists["state"] = lists["action"]
-    if features is not None and space is not None:
-        lists = {}
-        for part, size in _sizes(features).items():
-            names = feature_names(features[FEATURES[part]])
-            slots: list[str | None] = [None] * size
-            if names is not None:
-                slots = slots_of_names(names, frozenset(space.slots), is_action=part == "action")
-            lists[part] = [slot or "'?'" for slot in slots]
-    lines = "\n".join(f"  {part}: [{', '.join(slots)}]" for part, slots in lists.items())
-    return f"A layout names the slot of every entry, in order (docs/mixtures.md lists the slots):\nembodiment:\n{lines}"
+    lines = ""
+    for part, size in _sizes(features).items():
+        slots = _named(features, part, space) or [None] * size
+        lines += f"\n  {part}: [{', '.join(slot or "'?'" for slot in slots)}]"
+    return f"{_WRITTEN}{lines}"
+
+
+def _named(features: Mapping[str, Any], part: str, space: ActionSpace) -> list[str | None] | None:
+    """The slots that a feature's names tell; None where the entries have no names."""
+    names = feature_names(features[FEATURES[part]])
+    return None if names is None else slots_of_names(names, frozenset(space.slots), is_action=part == "action")
+
+
+_WRITTEN = "A layout names the slot of every entry, in order (docs/mixtures.md lists the slots):\nembodiment:"
+_EXAMPLE = "".join(f"\n  {part}: [right_arm_joint_1, right_arm_joint_2, right_gripper]" for part in ("action", "state"))
 
 
 def _with_nearest(name: str, known: Iterable[str]) -> str:

@@ -1,6 +1,5 @@
 """What a mixture of datasets is made of: read from YAML, a dict, or a list of datasets."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -141,15 +140,17 @@ class MixtureConfig:
         Raises:
             ValueError: there is no such source, or no other one.
         """
-        if name not in self.names:
-            raise ValueError(f"The mixture has no source {name!r}; it has {', '.join(self.names)}.")
-        return replace(self, sources=[source for source in self.sources if source.called != name])
+        found = self._place(name)
+        return replace(self, sources=[*self.sources[:found], *self.sources[found + 1 :]])
 
     def only(self, name: str) -> "MixtureConfig":
         """The mixture of one source alone, for a specialist; a compact action space becomes that of its robot."""
+        return replace(self, sources=[self.sources[self._place(name)]])
+
+    def _place(self, name: str) -> int:
         if name not in self.names:
             raise ValueError(f"The mixture has no source {name!r}; it has {', '.join(self.names)}.")
-        return replace(self, sources=[source for source in self.sources if source.called == name])
+        return self.names.index(name)
 
     def shares_of(self, sizes: Sequence[int]) -> tuple[float, ...]:
         """π: the share of samples that each source is given.
@@ -218,15 +219,6 @@ class MixtureConfig:
             return cls([_source(item) for item in given])
         return None
 
-    def to_json(self) -> str:
-        """For a record of the run; open datasets by their names."""
-        sources = [
-            {name: _plain(value) for name, value in vars(source).items() if value not in (None, {})}
-            for source in self.sources
-        ]
-        rest = {name: value for name, value in vars(self).items() if name != "sources"}
-        return json.dumps({"sources": sources, **rest}, indent=2)
-
 
 def _source(item: Any) -> SourceConfig:
     if isinstance(item, SourceConfig):
@@ -246,9 +238,3 @@ def _beside(item: Any, folder: Path | None) -> Any:
         if isinstance(value, str) and (folder / value).exists():
             placed[key] = str(folder / value)
     return placed
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, LeRobotDataset):
-        return value.repo_id
-    return str(value) if isinstance(value, Path) else value

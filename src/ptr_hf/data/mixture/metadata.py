@@ -4,6 +4,7 @@ One action and state vector of named slots, all cameras at one size, episodes, f
 that policies, episode tables and reports see one data set in LeRobot's words.
 """
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,20 +134,6 @@ class MixtureMetadata:
         """π: the share of samples of each source."""
         return self.config.shares_of([source.frames for source in self.sources])
 
-    def source(self, name: str) -> Source:
-        """The source of that name, or the one whose robot has it.
-
-        Raises:
-            ValueError: there is none, or several sources have that robot.
-        """
-        found = [source for source in self.sources if source.name == name]
-        found = found or [source for source in self.sources if source.robot.name == name]
-        if len(found) != 1:
-            raise ValueError(
-                f"{name!r} names {len(found)} sources of the mixture; choose one of {', '.join(self.names)}."
-            )
-        return found[0]
-
     def located(
         self, episode: Int[np.ndarray, " rows"], frame: Int[np.ndarray, " rows"]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -270,18 +257,13 @@ def _check_renames(source: SourceConfig, meta: LeRobotDatasetMetadata, tasks: Co
 
 
 def _check_chosen_episodes(source: SourceConfig, meta: LeRobotDatasetMetadata) -> None:
-    if (chosen := source.episodes) is None:
-        return
-    lacking = sorted({episode for episode in chosen if not 0 <= episode < meta.total_episodes})
-    twice = sorted({episode for episode in chosen if chosen.count(episode) > 1})
-    for wrong, why in ((lacking, "the dataset lacks"), (twice, "it names more than once")):
-        if wrong:
-            raise ValueError(
-                f"episodes of the source {source.called} names {', '.join(map(str, wrong))}, which {why}: give each of 0 to "
-                f"{meta.total_episodes - 1} at most once."
-            )
-    if not chosen:
-        raise ValueError(f"episodes of the source {source.called} is empty: leave it out for all, or the source.")
+    times = Counter(source.episodes or ())
+    wrong = [episode for episode, count in times.items() if count > 1 or not 0 <= episode < meta.total_episodes]
+    if wrong or source.episodes == []:
+        raise ValueError(
+            f"episodes of the source {source.called} names {', '.join(map(str, wrong)) or 'none'}: give some of 0 to "
+            f"{meta.total_episodes - 1}, each at most once, or leave episodes out for all."
+        )
 
 
 def _features(

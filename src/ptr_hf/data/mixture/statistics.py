@@ -35,27 +35,22 @@ class Placed:
     @classmethod
     def in_slots(cls, stats: Stats, positions: Sequence[int], size: int) -> "Placed":
         """The statistics of a vector, each entry moved to its slot."""
-        values: dict[str, NDArray[np.float64]] = {}
-        for name, value in stats.items():
-            if name != "count":
-                values[name] = np.full(size, np.nan)
-                values[name][list(positions)] = np.asarray(value, dtype=np.float64).reshape(-1)
-        return cls(values, _count(stats))
+        own = cls.of_frames(stats)
+        values = {name: np.full(size, np.nan) for name in own.values}
+        for name, value in own.values.items():
+            values[name][list(positions)] = value.reshape(-1)
+        return cls(values, own.count)
 
     @classmethod
     def of_frames(cls, stats: Stats) -> "Placed":
         """The statistics of a camera, per channel."""
         values = {name: np.asarray(value, dtype=np.float64) for name, value in stats.items() if name != "count"}
-        return cls(values, _count(stats))
+        return cls(values, int(np.asarray(stats.get("count", 1)).reshape(-1)[0]))
 
     def within(self, other: "Placed") -> "Placed":
         """These statistics in the entries that ``other`` has, NaN elsewhere."""
         known = np.isfinite(next(iter(other.values.values())))
         return Placed({name: np.where(known, value, np.nan) for name, value in self.values.items()}, self.count)
-
-
-def _count(stats: Stats) -> int:
-    return int(np.asarray(stats.get("count", 1)).reshape(-1)[0])
 
 
 def pooled(parts: Sequence[Placed]) -> Placed:
