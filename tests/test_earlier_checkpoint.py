@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments
+from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments
 from ptr_hf.policies.tiny import tiny_act
 
 EARLIER = Path(__file__).with_name("earlier_checkpoint")
@@ -102,6 +103,14 @@ def test_it_goes_on_as_it_did(expected: dict[str, Any], tmp_path: Path) -> None:
     found = outcome(trainer)
     for name, values in expected["outcome"].items():
         assert found[name] == pytest.approx(values, rel=1e-3), name
+
+
+def test_lerobot_parses_its_configuration_which_says_how_large_the_data_were() -> None:
+    folder = EARLIER / f"checkpoint-{SAVED}"
+    assert "num_episodes" in json.loads((folder / "config.json").read_text())
+    config = PreTrainedConfig.from_pretrained(folder)
+    assert isinstance(config, PTRConfig)
+    assert config.num_episodes is None
 
 
 def test_its_policy_acts_as_it_did(expected: dict[str, Any]) -> None:

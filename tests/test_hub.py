@@ -297,6 +297,8 @@ class TestLeRobot:
         assert policy.base.config.n_action_steps == 2
         assert policy.base.config.chunk_size == 4
         assert tensors_equal(policy.base.state_dict(), base_policy("act", points).state_dict())
+        with pytest.raises(ValueError, match=r"loads no weights, and base_path=.* call PTRPolicy.from_base"):
+            PTRPolicy(PTRConfig(device="cpu", base_path=str(tmp_path)))
 
 
 Damage = Callable[[Path], None]

@@ -1,14 +1,13 @@
 """`PTRConfig`: a LeRobot policy configuration that wraps the configuration of a base policy."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import draccus
 import lerobot.policies  # noqa: F401  registers LeRobot's own policy configurations
-from draccus.parsers.decoding import decode_dataclass
 from lerobot.configs import NormalizationMode, PreTrainedConfig
 from lerobot.optim import AdamWConfig, LRSchedulerConfig, OptimizerConfig, XVLAAdamWConfig
 
@@ -19,6 +18,8 @@ from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.scores import WHOLE_EPISODE
 
 PTR_CONFIG_NAME = "ptr_config.json"
+RETIRED = ("num_episodes", "num_slots", "num_tasks")
+"""Fields that said how large the training data were: LeRobot parses files of earlier releases, which have them, by itself."""
 
 
 @PreTrainedConfig.register_subclass("ptr")
@@ -65,7 +66,12 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
         metadata={"help": "Which weights the policy was trained with, and what they are in sum; set when it is known."},
     )
 
+    num_episodes: int | None = field(default=None, metadata={"help": "Not read any more."})
+    num_slots: int | None = field(default=None, metadata={"help": "Not read any more."})
+    num_tasks: int | None = field(default=None, metadata={"help": "Not read any more."})
+
     def __post_init__(self, _filled: Mapping[str, Any] | None) -> None:
+        self.num_episodes = self.num_slots = self.num_tasks = None
         PreTrainedConfig.__post_init__(self)
         PTRHyperparameters.__post_init__(self, _filled)
         self._base_config: PreTrainedConfig | None = None
@@ -221,15 +227,6 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
         if self._base_config is not None:
             self.base = draccus.encode(self.base_config, PreTrainedConfig)
         super()._save_pretrained(save_directory)
-
-
-RETIRED = ("num_episodes", "num_slots", "num_tasks")
-"""Fields of earlier releases, which said how large the training data were: checkpoints that have them load."""
-
-
-@draccus.decode.register(PTRConfig)
-def _decode(raw: dict[str, Any], path: Sequence[str] = ()) -> PTRConfig:
-    return decode_dataclass(PTRConfig, {name: value for name, value in raw.items() if name not in RETIRED}, path)
 
 
 def chunk_settings(policy_config: type, size: int, settings: dict[str, Any]) -> dict[str, Any]:

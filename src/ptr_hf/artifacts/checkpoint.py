@@ -42,7 +42,7 @@ from ptr_hf.artifacts.peft import (
     source_of,
 )
 from ptr_hf.artifacts.sources import named_source
-from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
+from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, RETIRED, PTRConfig
 from ptr_hf.constants import BASE_PREFIX
 from ptr_hf.files.base_source import check_base
 from ptr_hf.files.foreign_code import no_foreign_code
@@ -265,7 +265,7 @@ def _recorded(config: dict[str, Any]) -> dict[str, Any]:
             content[key] = named_source(content[key]).name
     if config.get("weights"):
         config["weights"] = Path(config["weights"]).name
-    return config | {"pretrained_path": None}
+    return {name: value for name, value in config.items() if name not in RETIRED} | {"pretrained_path": None}
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -23,8 +23,15 @@ from ptr_hf.data.bookkeeping import mend_dataset
 from ptr_hf.data.datasets import episode_spans
 from ptr_hf.data.normalization import column_of
 from ptr_hf.data.pictures import pictures
-from ptr_hf.data.readable import ReadableDataset, as_unreadable, unreadable_frame
-from ptr_hf.data.segment_dataset import TASK, TASK_INDEX, chunk_columns, episode_bounds
+from ptr_hf.data.segment_dataset import (
+    TASK,
+    TASK_INDEX,
+    SegmentDataset,
+    as_unreadable,
+    chunk_columns,
+    episode_bounds,
+    unreadable_frame,
+)
 from ptr_hf.data.segments import ACTION, CHUNK_PREFIX, OBSERVATION_PREFIX, PAD_SUFFIX, SegmentLayout, sample_of
 
 GIGABYTE = 10**9
@@ -80,7 +87,7 @@ class InMemorySegments(Dataset[dict[str, Any]]):
                 self._columns[key] = _read_column(dataset, key)
         loaded = {key: _decoded(dataset, key) for key in self.meta.camera_keys}
         self._frames = {key: frames for key, (frames, _) in loaded.items()}
-        wrong_times = dataset.wrong_times if isinstance(dataset, ReadableDataset) else frozenset()
+        wrong_times = dataset.wrong_times if isinstance(dataset, SegmentDataset) else frozenset()
         self._unreadable = sorted(wrong_times.union(*(places for _, places in loaded.values())))
         for place in self._unreadable:
             logger.warning("%s", unreadable_frame(dataset, place))

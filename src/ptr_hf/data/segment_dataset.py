@@ -1,8 +1,15 @@
-"""A LeRobotDataset that reads segments: every chunk with the instruction, and whatever else, of its own first frame."""
+"""A LeRobotDataset that reads segments: every chunk with the instruction, and whatever else, of its own first frame.
+
+One frame that cannot be read (a damaged picture, a timestamp that fits no frame) does not end it. The sample that needs it is
+replaced by another one whose actions are NaN: that is how a bad sample looks to `Screen`, which leaves it out, counts it and
+names it.
+"""
 
 import copy
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,14 +21,20 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
 
 from ptr_hf.data.feature_store import FeatureStore
-from ptr_hf.data.readable import ReadableDataset, as_unreadable
+from ptr_hf.data.pictures import pictures
 from ptr_hf.data.segments import ACTION, CHUNK_PREFIX, OBSERVATION_PREFIX, PAD_SUFFIX, SegmentLayout
 
 TASK = "task"
 TASK_INDEX = "task_index"
+NAMED = 10
+"""Frames that are named by each process that reads; the others are counted."""
+KEPT = ("index", "episode_index", "frame_index", "timestamp", "task_index", "task")
+"""What a stand-in has of the sample that it stands for."""
+
+logger = logging.getLogger(__name__)
 
 
-class SegmentDataset(ReadableDataset):
+class SegmentDataset(LeRobotDataset):
     """LeRobot's items at a segment layout, and the per-frame columns of every chunk.
 
     LeRobot gives all columns but observations and actions of the anchor frame alone. Where a segment has several chunks, an
@@ -32,7 +45,12 @@ class SegmentDataset(ReadableDataset):
         repo_id: as of a LeRobotDataset.
         layout: the offsets to read.
         settings: of a LeRobotDataset, `delta_timestamps` among them.
+
+    Attributes:
+        wrong_times: positions of frames whose timestamp is another frame's; no sample reads them.
     """
+
+    wrong_times: frozenset[int] = frozenset()
 
     def __init__(self, repo_id: str, *, layout: SegmentLayout, **settings: Any) -> None:
         super().__init__(repo_id, **settings)
@@ -42,21 +60,85 @@ class SegmentDataset(ReadableDataset):
         self._columns = self.hf_dataset.select_columns(chunk_columns(self.meta.features, layout))
 
     def __getitem__(self, idx: int | slice) -> Any:
-        """LeRobot's item, or a list of them, with the columns of every chunk."""
-        item = super().__getitem__(idx)
+        """LeRobot's item, or a list of them, with the columns of every chunk; or a stand-in, and a warning that names the frame.
+
+        Raises:
+            Exception: what reading raises, where no item of the dataset can be read.
+        """
         if isinstance(idx, slice):
-            return item
+            return super().__getitem__(idx)
         place = int(idx) % len(self)
+        item = self._read(place)
         if self._features is not None:
             item = self._with_features(item, place, self._features)
-        if not self._columns.column_names:
-            return item
-        rows = [min(place + step, int(self._last[place])) for step in self.layout.chunk_starts]
-        for key, values in self._columns[rows].items():
-            item[CHUNK_PREFIX + key] = torch.stack(values) if isinstance(values[0], Tensor) else values
-        tasks = item[CHUNK_PREFIX + TASK_INDEX].tolist()
-        item[CHUNK_PREFIX + TASK] = [self.meta.tasks.iloc[task].name for task in tasks]
+        if self._columns.column_names:
+            rows = [min(place + step, int(self._last[place])) for step in self.layout.chunk_starts]
+            for key, values in self._columns[rows].items():
+                item[CHUNK_PREFIX + key] = torch.stack(values) if isinstance(values[0], Tensor) else values
+            tasks = item[CHUNK_PREFIX + TASK_INDEX].tolist()
+            item[CHUNK_PREFIX + TASK] = [self.meta.tasks.iloc[task].name for task in tasks]
         return item
+
+    def _read(self, place: int) -> dict[str, Any]:
+        """LeRobot's item, or a stand-in."""
+        wrong = self.wrong_times and sorted(self.wrong_times.intersection(self._needed(place, self.meta.video_keys)))
+        if wrong:
+            return self._stand_in(place, wrong[0], "its timestamp is not that of this frame")
+        try:
+            return super().__getitem__(place)
+        except Exception as error:
+            try:
+                return self._stand_in(place, self._unreadable(place), f"{type(error).__name__}: {_first_line(error)}")
+            except (RuntimeError, TypeError):
+                raise error from None
+
+    def _stand_in(self, place: int, frame: int, why: str) -> dict[str, Any]:
+        """A sample that is left out: another one's contents under this one's numbers."""
+        row = self.hf_dataset.select_columns([name for name in KEPT if name in self.hf_dataset.column_names])[place]
+        row["task"] = self.meta.tasks.iloc[int(row["task_index"])].name
+        item = {**self._donor(), **row}
+        steps = self.reader.delta_indices[ACTION]
+        item[ACTION], item[ACTION + PAD_SUFFIX] = as_unreadable(item[ACTION], steps, frame - place)
+        self._name(frame, why)
+        return item
+
+    def _donor(self) -> dict[str, Any]:
+        for place in np.linspace(0, len(self) - 1, 8).astype(int).tolist():
+            try:
+                return super().__getitem__(place)
+            except Exception:
+                continue
+        raise RuntimeError("no item can be read")
+
+    def _needed(self, place: int, keys: Collection[str]) -> list[int]:
+        """Positions of the frames at which a sample has some features."""
+        steps = {step for key in keys for step in self.reader.delta_indices.get(key, [0])}
+        first, last = int(self._first[place]), int(self._last[place])
+        return sorted({min(max(place + step, first), last) for step in steps})
+
+    def _unreadable(self, place: int) -> int:
+        """The first frame that the sample needs and that cannot be read by itself; its own where all can."""
+        # with an action LeRobot decodes the pictures of its row
+        for frame in self._needed(place, self.meta.features):
+            try:
+                row = self.hf_dataset[frame]
+                for key in self.meta.video_keys:
+                    pictures(self, key, int(row["episode_index"]), [frame])
+            except Exception:
+                return frame
+        return place
+
+    @cached_property
+    def _named(self) -> set[int]:
+        return set()
+
+    def _name(self, frame: int, why: str) -> None:
+        """Say once which frame it was, in the process that reads."""
+        if frame in self._named or len(self._named) > NAMED:
+            return
+        self._named.add(frame)
+        more = " Further ones are counted alone." if len(self._named) > NAMED else ""
+        logger.warning("%s%s", unreadable_frame(self, frame, why), more)
 
     def use_features(self, store: FeatureStore) -> None:
         """Read what is stored of every frame in the place of pictures: nothing is decoded any more.
@@ -127,3 +209,41 @@ def episode_bounds(dataset: LeRobotDataset) -> tuple[Int[np.ndarray, " frames"],
     starts = np.flatnonzero(np.diff(episode, prepend=episode[:1] - 1))
     lengths = np.diff(starts, append=len(episode))
     return np.repeat(starts, lengths), np.repeat(starts + lengths - 1, lengths)
+
+
+def as_unreadable(action: Tensor, steps: Sequence[int], offset: int) -> tuple[Tensor, Tensor]:
+    """Actions of a segment that `Screen` leaves out and names by a frame, and their padding.
+
+    Args:
+        action: (steps, ...) of any segment.
+        steps: their frames, counted from the segment's first.
+        offset: of the frame; the segment's first stands for one that no action is at.
+
+    Raises:
+        TypeError: the actions are whole numbers, among which there is no NaN.
+    """
+    if not action.is_floating_point():
+        raise TypeError("Actions that are whole numbers cannot be left out.")
+    there = torch.tensor(steps) == (offset if offset in steps else 0)
+    spoiled = torch.zeros_like(action)
+    spoiled[there] = torch.nan
+    # what is padding names no frame
+    return spoiled, ~there
+
+
+def unreadable_frame(dataset: LeRobotDataset, place: int, why: str = "") -> str:
+    """The sentence about a frame that cannot be read.
+
+    Args:
+        dataset: it is of.
+        place: of the frame among those of the dataset.
+        why: in words; by default nothing is said of it.
+    """
+    table = dataset.hf_dataset.data
+    episode, number = (table.column(name)[place].as_py() for name in ("episode_index", "frame_index"))
+    because = f" ({why})" if why else ""
+    return f"Frame {number} of episode {episode} of {dataset.repo_id} cannot be read{because}: samples that need it are left out."
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]
