@@ -236,10 +236,6 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "no base": (lambda folder: (folder / BASE).unlink(), f"is no PTR checkpoint: it lacks {BASE}"),
     "symlink out of the folder": (linked(SCORER, "../elsewhere"), f"{SCORER} is a symlink that leads out"),
     "config linked elsewhere": (linked(CONFIG, "../elsewhere"), f"{CONFIG} is a symlink that leads out"),
-    "shard outside": (
-        content("x.safetensors.index.json", '{"weight_map": {"a": "../../base/model.safetensors"}}'),
-        r"x.safetensors.index.json names it, but '../../base/model.safetensors' is no plain file name",
-    ),
     "missing tensor": (tensors(SCORER, lambda own: own.pop(QUEUE)), rf"{SCORER} lacks \['{QUEUE}'\]"),
     "unknown tensors": (
         tensors(BASE, lambda own: own.update({f"stray{i}": torch.zeros(1) for i in range(5)})),

@@ -62,13 +62,6 @@ def test_the_standard_space_has_200_slots_of_which_eight_are_reserved() -> None:
     assert len(SPACE) == 200
     assert SPACE.positions(["left_arm_joint_1", "right_arm_joint_1", "right_gripper"]) == (0, 61, 96)
     assert SPACE.slots[-9:] == ("environment_40", *(f"reserved_{number}" for number in range(1, 9)))
-    assert ActionSpace.standard(192).slots == SPACE.slots[:192]
-    assert len(ActionSpace.standard(256)) == 256
-
-
-def test_a_standard_space_cannot_be_smaller_than_its_names() -> None:
-    with pytest.raises(ValueError, match=r"names 192 slots, so it cannot have 191: use at least 192, or compact"):
-        ActionSpace.standard(191)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

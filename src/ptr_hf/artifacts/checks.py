@@ -29,7 +29,7 @@ from ptr_hf.artifacts.processor_checks import check_processors
 from ptr_hf.configuration_ptr import PTR_CONFIG_NAME, PTRConfig
 from ptr_hf.files.foreign_code import no_foreign_code
 from ptr_hf.files.reading import StoredFile, missing, printable, read_header, read_json
-from ptr_hf.files.regular import inside, quoted, regular_file
+from ptr_hf.files.regular import quoted, regular_file
 from ptr_hf.pathway.build import DataSizes
 
 __all__ = [
@@ -106,8 +106,6 @@ def check_artifact(folder: str | Path, trusted: Collection[str] = ()) -> Artifac
     if adapter_config is not None:
         check_adapter(read_json(adapter_config), str(adapter_config))
     files = {name: read_header(folder / name) for name in stored}
-    for path in sorted(folder.glob("*.index.json")):
-        _check_index(inside(folder, path.name))
     check_processors(folder, trusted)
     return ArtifactInfo(folder, config, adapter_alone, files, tuple(trusted))
 
@@ -121,14 +119,6 @@ def _check_lerobots_config(config: PTRConfig, folder: Path) -> None:
                 f"{path} is of the type {quoted(kind)}, but {PTR_CONFIG_NAME} beside it has a base policy of the type "
                 f"{config.base_config.type!r}: the files are of two checkpoints."
             )
-
-
-def _check_index(path: Path) -> None:
-    shards = read_json(path).get("weight_map")
-    if not isinstance(shards, dict):
-        raise ValueError(f"{path} has no weight_map.")
-    for name in set(map(str, shards.values())):
-        inside(path.parent, name, named_in=path)
 
 
 type Expected = tuple[dict[str, dict[str, Tensor]], list[set[str]]]

@@ -157,9 +157,6 @@ def check_repo(source: Any, where: str) -> None:
 
 
 def _described(source: str, name: str) -> Path | None:
-    folder = Path(source)
-    if folder.is_dir():
-        return folder / name if (folder / name).exists() else None
     try:
         path = cached_file(
             source,
@@ -187,10 +184,10 @@ def _content(path: Path, where: str) -> Any:
 
 def _known_to_transformers(content: dict[str, Any]) -> bool:
     """Whether transformers has a class of its own, which it then takes unasked."""
-    if content.get("model_type") in list(CONFIG_MAPPING.keys()):
-        return True
-    named = [content[key] for key in _CLASSES if isinstance(content.get(key), str)]
-    return any(hasattr(transformers, name) for name in named)
+    named = (content[key] for key in _CLASSES if isinstance(content.get(key), str))
+    return content.get("model_type") in list(CONFIG_MAPPING.keys()) or any(
+        hasattr(transformers, name) for name in named
+    )
 
 
 @contextmanager

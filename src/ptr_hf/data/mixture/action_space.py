@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ptr_hf.data.mixture.slot_names import ARM_JOINTS, HAND_JOINTS, feature_names, is_bare_coordinate, slots_of_names
 
-STANDARD_SIZE = 200
 ENVIRONMENT_SLOTS = 40
 FEATURES = {"action": "action", "state": "observation.state"}
 """What a layout places -> the LeRobot feature of that name."""
@@ -61,19 +60,9 @@ class ActionSpace:
         return len(self.slots)
 
     @classmethod
-    def standard(cls, size: int = STANDARD_SIZE) -> "ActionSpace":
-        """The slots of docs/mixtures.md; whatever `size` leaves beyond the named ones is reserved.
-
-        Raises:
-            ValueError: `size` is smaller than the number of named slots.
-        """
-        named = _named_slots()
-        if size < len(named):
-            raise ValueError(
-                f"The standard action space names {len(named)} slots, so it cannot have {size}: use at least {len(named)}, or "
-                "compact(layouts) for the slots of some robots alone."
-            )
-        return cls((*named, *(f"reserved_{number}" for number in range(1, size - len(named) + 1))))
+    def standard(cls) -> "ActionSpace":
+        """The 200 slots of docs/mixtures.md, of which the last ones are reserved."""
+        return cls((*_named_slots(), *_numbered("reserved", 8)))
 
     def compact(
         self,
