@@ -13,8 +13,7 @@ from lerobot.processor import PolicyProcessorPipeline
 from small_policies import FAMILIES, frames_of, ptr_policy, stats_of, tensors_equal, train_batch
 
 from ptr_hf import PTRPolicy, score_dataset
-from ptr_hf.data.covering import segments_at_once
-from ptr_hf.data.datasets import dataset_metadata, open_dataset
+from ptr_hf.data.datasets import dataset_metadata, open_dataset, segments_at_once
 from ptr_hf.data.in_memory import InMemorySegments
 from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
@@ -211,7 +210,7 @@ class TestLargePictures:
         expected = score(policy, points, batch_size=8)
         held, read = [], policy.read
         monkeypatch.setattr(policy, "read", lambda segment: held.append(segment.batch_size) or read(segment))
-        monkeypatch.setattr("ptr_hf.data.covering.FRAMES_AT_ONCE", 120_000)
+        monkeypatch.setattr("ptr_hf.data.datasets.FRAMES_AT_ONCE", 120_000)
         pieces = score(policy, points, batch_size=8)
         assert (max(held), sum(held)) == (3, 15)
         for name in COLUMNS:

@@ -5,11 +5,12 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +32,10 @@ from ptr_hf.data.pictures import video_backend
 from ptr_hf.data.segment_dataset import SegmentDataset
 from ptr_hf.data.segments import ACTION, OBSERVATION_PREFIX, SegmentLayout
 from ptr_hf.files.hub_access import asking_the_hub
+
+FRAMES_AT_ONCE = 64 * 10**6
+"""Bytes that the frames of one piece of a pass over a dataset may take as floats; a policy's copies and its vision tower take
+several times that."""
 
 logger = logging.getLogger(__name__)
 
@@ -362,3 +367,44 @@ def check_cameras(
             f"The policy sees the camera {', '.join(missing)}, which the dataset lacks (it has {', '.join(have)}): map the names "
             "with rename_map={'dataset key': 'policy key'}, or choose a policy for these cameras."
         )
+
+
+class Covering(NamedTuple):
+    """Segments that cover the chosen episodes from their first frames on, without overlap.
+
+    Attributes:
+        anchors: position of each segment's first frame.
+        chunks: how many chunks of each begin inside its episode.
+    """
+
+    anchors: list[int]
+    chunks: list[int]
+
+
+def covering(
+    dataset: LeRobotDataset | HasEpisodes, layout: SegmentLayout, episodes: Sequence[int] | None = None
+) -> Covering:
+    """The segments that cover a dataset, or some of its episodes."""
+    step = layout.segment_length * layout.chunk_stride
+    found = Covering([], [])
+    for episode, first, length in episode_spans(dataset):
+        if episodes is not None and episode not in episodes:
+            continue
+        for start in range(0, length, step):
+            found.anchors.append(first + start)
+            found.chunks.append(min(layout.segment_length, -(-(length - start) // layout.chunk_stride)))
+    return found
+
+
+def segments_at_once(features: Mapping[str, Mapping[str, Any]], layout: SegmentLayout, most: int) -> int:
+    """How many segments are read at once, so that their frames take a bounded memory; at least one.
+
+    Args:
+        features: of the dataset.
+        layout: to read it at.
+        most: segments that may be read.
+    """
+    shapes = [feature["shape"] for feature in features.values() if feature["dtype"] in ("image", "video")]
+    frames = len(layout.observation_offsets or [0])
+    segment = 4 * frames * sum(math.prod(shape) for shape in shapes)
+    return max(1, min(most, FRAMES_AT_ONCE // max(1, segment)))

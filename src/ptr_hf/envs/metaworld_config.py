@@ -14,7 +14,7 @@ from lerobot.envs.configs import EnvConfig
 from lerobot.envs.utils import freeze_after_episode_end
 from lerobot.utils.constants import ACTION, OBS_IMAGE, OBS_STATE
 
-from ptr_hf.envs.headless import draw_without_display
+from ptr_hf.envs import draw_without_display
 
 
 @EnvConfig.register_subclass("ptr_metaworld")

@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from ptr_hf.artifacts.checkpoint import widest_vector
-from ptr_hf.data.covering import Covering, covering, segments_at_once
-from ptr_hf.data.datasets import check_dataset, open_dataset
+from ptr_hf.data.datasets import Covering, check_dataset, covering, open_dataset, segments_at_once
 from ptr_hf.data.fit import check_fit, check_vectors, renamed_features
 from ptr_hf.data.in_memory import InMemorySegments, collate_segments
 from ptr_hf.data.masked_segments import saying_masked

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ptr_hf.data.mixture.processor import for_robot, robots_of
-from ptr_hf.envs.headless import draw_without_display
+from ptr_hf.envs import draw_without_display
 from ptr_hf.envs.metaworld_config import PTRMetaworldConfig
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.report.files import beside_the_run, put_aside, replacing
