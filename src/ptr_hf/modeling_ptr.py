@@ -6,7 +6,6 @@ objective scores and weighs each chunk. `update()` after the optimiser step move
 controller.
 """
 
-import copy
 import logging
 from collections import deque
 from collections.abc import Collection, Sequence
@@ -20,9 +19,10 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline
-from peft import PeftModel
 from torch import Tensor, nn
 
+from ptr_hf.artifacts.checkpoint import load_policy, save_policy
+from ptr_hf.artifacts.peft import merged
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.constants import ACTION_DIM_PAD, BASE_PREFIX
 from ptr_hf.data.bookkeeping import mend_metadata
@@ -532,15 +532,11 @@ class PTRPolicy(PreTrainedPolicy):
 
     def merge_adapter(self) -> None:
         """Fold a PEFT adapter into the base policy's weights for good; nothing to do without one."""
-        if isinstance(self.base, PeftModel):
-            self.base = self.base.merge_and_unload()
-            self.base.config.use_peft = False
+        self.base = merged(self.base, in_place=True)
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        from ptr_hf.artifacts.checkpoint import save_policy
-
         save_policy(self, save_directory, state_dict)
 
     def export_base(self, folder: str | Path, without_belief: bool = False) -> Path:
@@ -561,11 +557,7 @@ class PTRPolicy(PreTrainedPolicy):
                 f"This policy was trained with {self.config.num_belief_tokens} belief tokens, and its base alone acts without "
                 "them, which it was not trained for: run it with ptr_hf installed, or ask for it with without_belief=True."
             )
-        base = self.base
-        if isinstance(base, PeftModel):
-            base = copy.deepcopy(base).merge_and_unload()
-            base.config.use_peft = False
-        base.save_pretrained(Path(folder))
+        merged(self.base).save_pretrained(Path(folder))
         return Path(folder)
 
     def push_to_hub(
@@ -638,8 +630,6 @@ class PTRPolicy(PreTrainedPolicy):
         Example:
             >>> policy = PTRPolicy.from_pretrained("me/my_policy")
         """
-        from ptr_hf.artifacts.checkpoint import load_policy
-
         meta = kwargs.get("dataset_meta")
         _check_bookkeeping(meta)
         policy = load_policy(

@@ -9,7 +9,6 @@
 Nothing that is read can execute: JSON and safetensors only, every key and every shape checked.
 """
 
-import copy
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from ptr_hf.artifacts.peft import (
     ADAPTER_WEIGHTS_NAME,
     load_adapted_base,
     load_adapter,
+    merged,
     save_adapter,
     source_of,
 )
@@ -128,12 +128,12 @@ def save_policy(policy: Any, folder: Path, state_dict: dict[str, Tensor] | None 
         save_adapter(policy.base, folder, policy.config.base_revision)
         adapter_alone = source_of(policy.base) is not None
         if not adapter_alone:
-            base = copy.deepcopy(policy.base).merge_and_unload()
-            base.config.use_peft = False
+            base = merged(policy.base)
     policy.config.base = draccus.encode(base.config, PreTrainedConfig)
     shown = policy.config if policy.config.needs_ptr_hf else base.config
     for name, config in ((PTR_CONFIG_NAME, policy.config), (CONFIG_NAME, shown)):
-        _write_json(folder / name, _recorded(draccus.encode(config, PreTrainedConfig)))
+        content = _recorded(draccus.encode(config, PreTrainedConfig))
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     if state_dict is None:
         if not adapter_alone:
             save_model(base, str(folder / SAFETENSORS_SINGLE_FILE))
@@ -270,7 +270,3 @@ def _recorded(config: dict[str, Any]) -> dict[str, Any]:
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().contiguous() for name, value in tensors.items()}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -32,16 +32,6 @@ from ptr_hf.files.reading import StoredFile, missing, printable, read_header, re
 from ptr_hf.files.regular import quoted, regular_file
 from ptr_hf.pathway.build import DataSizes
 
-__all__ = [
-    "ArtifactInfo",
-    "check_artifact",
-    "check_processors",
-    "check_tensors",
-    "compare_tensors",
-    "expected_tensors",
-    "read_config",
-]
-
 PTR_SCORER_NAME = "ptr_scorer.safetensors"
 TOWER_PREFIX = "target_encoder.tower."
 NAMED = 3

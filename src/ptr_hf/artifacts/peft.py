@@ -6,6 +6,7 @@
 A plain LeRobot loads such a folder too: it reads the base policy from its source and puts the adapter on top.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,20 @@ def source_of(model: PeftModel) -> str | None:
     """Hub id or folder of the base policy's weights, or None for one that exists only in memory."""
     path = unwrap(model).config.pretrained_path
     return None if path is None else str(path)
+
+
+def merged(model: Any, in_place: bool = False) -> Any:
+    """A policy with its adapter folded into its weights; one without an adapter as it is.
+
+    Args:
+        model: a policy, or a PEFT model around one.
+        in_place: change the policy that the adapter is on, instead of a copy.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    policy: Any = (model if in_place else copy.deepcopy(model)).merge_and_unload()
+    policy.config.use_peft = False
+    return policy
 
 
 def save_adapter(model: PeftModel, folder: Path, revision: str | None = None) -> None:
