@@ -38,7 +38,7 @@ class FrameColumns:
     def __len__(self) -> int:
         return len(self.episode)
 
-    def file_of(self, position: int) -> Path:
+    def file_of(self, position: int | np.integer) -> Path:
         """The file that a frame lies in."""
         return self.files[int(np.searchsorted(self.ends, position, side="right"))]
 
