@@ -18,7 +18,7 @@ from demonstrations import TASKS, write_dataset
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from ptr_hf.data.bookkeeping import mend_dataset, mend_metadata
+from ptr_hf.data.bookkeeping import mend_metadata
 from ptr_hf.data.datasets import episode_spans, open_dataset
 from ptr_hf.data.in_memory import InMemorySegments
 from ptr_hf.data.mixture.config import MixtureConfig, SourceConfig
@@ -322,12 +322,6 @@ class TestRefused:
         folder = spoiled(good, tmp_path / "off", DATA, without(1, [4, 5]))
         dataset = open_dataset(folder, LAYOUT, episodes=[0, 2])
         assert_reads_as(dataset, right(good, LAYOUT, 0, 2))
-
-    def test_an_open_dataset_that_was_changed_in_memory(self, good: Path) -> None:
-        dataset = LeRobotDataset("tests/points", root=good)
-        dataset.reader.hf_dataset = dataset.hf_dataset.select(range(10)).flatten_indices()
-        with pytest.raises(ValueError, match=r"episode 1 .* changed in memory"):
-            mend_dataset(dataset)
 
 
 @pytest.mark.full

@@ -169,10 +169,3 @@ class TestRefusals:
         ):
             InMemorySegments(dataset, layout, max_gigabytes=0.0003)
         assert len(InMemorySegments(dataset, layout, max_gigabytes=0.0004)) == 112
-
-    def test_missing_frames(self, states: Path) -> None:
-        layout = LAYOUTS["futures"]
-        dataset = open_dataset(states, layout)
-        dataset.reader.hf_dataset = dataset.hf_dataset.select(range(50)).flatten_indices()
-        with pytest.raises(ValueError, match=r"The frames of episode 1 of states are incomplete or out of order"):
-            InMemorySegments(dataset, layout)

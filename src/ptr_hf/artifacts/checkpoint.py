@@ -4,7 +4,7 @@
     policy_{pre,post}processor*                   its processors
     ptr_config.json                               PTRConfig
     ptr_scorer.safetensors                        scorer, belief, moving average (if not shared), queue, controller
-    adapter_config.json, adapter_model.safetensors  with PEFT: the adapter in place of model.safetensors (see peft_policies)
+    adapter_config.json, adapter_model.safetensors  with PEFT: the adapter in place of model.safetensors (see peft.py)
 
 Nothing that is read can execute: JSON and safetensors only, every key and every shape checked.
 """

@@ -43,7 +43,6 @@ def mend_dataset(dataset: LeRobotDataset, known: LeRobotDatasetMetadata | None =
         dataset.meta.episodes, dataset.meta.tasks, dataset.meta.info = known.episodes, known.tasks, known.info
     table = dataset.hf_dataset.data
     episode, frame, index = (table.column(name).to_numpy() for name in ("episode_index", "frame_index", "index"))
-    _check_rows(dataset, episode, frame)
     numbers = np.asarray(dataset.meta.episodes[FROM])[episode] + frame
     wrong = np.flatnonzero(numbers != index)
     if len(wrong):
@@ -263,19 +262,6 @@ class _Comparison:
                 f"{frames.episode[wrong[0]]}: convert the dataset anew, or train with PTRTrainer (ptr-train), which numbers them "
                 "itself."
             )
-
-
-def _check_rows(dataset: LeRobotDataset, episode: np.ndarray, frame: np.ndarray) -> None:
-    """What LeRobot has loaded is what the files hold; a user may have changed it in memory."""
-    length = np.asarray(dataset.meta.episodes[LENGTH])
-    chosen = np.arange(len(length)) if dataset.episodes is None else np.unique(dataset.episodes)
-    broken = episode[(np.diff(frame, prepend=-1) != 1) & (frame != 0)]
-    short = chosen[np.bincount(episode, minlength=len(length))[chosen] != length[chosen]]
-    for found in [*broken[:1], *short[:1]]:
-        raise ValueError(
-            f"The frames of episode {found} of {dataset.repo_id} are incomplete or out of order in the open dataset, and not in "
-            "its files: it was filtered or changed in memory. Open it anew, with episodes=[...] for some of them."
-        )
 
 
 def _mend_tasks(meta: LeRobotDatasetMetadata) -> list[str]:

@@ -19,7 +19,6 @@ from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ptr_hf.data.bookkeeping import mend_dataset
 from ptr_hf.data.datasets import episode_spans
 from ptr_hf.data.normalization import column_of
 from ptr_hf.data.pictures import pictures
@@ -51,7 +50,7 @@ class InMemorySegments(Dataset[dict[str, Any]]):
     `collate_fn=collate_segments`. Workers gain nothing: leave `num_workers` at 0.
 
     Args:
-        dataset: an open LeRobotDataset, with all episodes or some of them; its own `delta_timestamps` do not matter.
+        dataset: that `open_dataset` has opened, at whatever layout, with all episodes or some of them.
         layout: the offsets to read.
         max_gigabytes: the most that columns and frames may take, 10^9 bytes each.
 
@@ -65,15 +64,13 @@ class InMemorySegments(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        dataset: LeRobotDataset,
+        dataset: SegmentDataset,
         layout: SegmentLayout,
         *,
         max_gigabytes: float = 4.0,
     ) -> None:
         self.dataset, self.meta, self.layout = dataset, dataset.meta, layout
         _check_supported(dataset, max_gigabytes)
-        for sentence in mend_dataset(dataset):
-            logger.warning("%s", sentence)
         self._columns: dict[str, Tensor] = {}
         self._texts: dict[str, list[str]] = {}
         self._keys = [key for key in dataset.hf_dataset.column_names if not is_language_column(key)]
@@ -87,8 +84,7 @@ class InMemorySegments(Dataset[dict[str, Any]]):
                 self._columns[key] = _read_column(dataset, key)
         loaded = {key: _decoded(dataset, key) for key in self.meta.camera_keys}
         self._frames = {key: frames for key, (frames, _) in loaded.items()}
-        wrong_times = dataset.wrong_times if isinstance(dataset, SegmentDataset) else frozenset()
-        self._unreadable = sorted(wrong_times.union(*(places for _, places in loaded.values())))
+        self._unreadable = sorted(dataset.wrong_times.union(*(places for _, places in loaded.values())))
         for place in self._unreadable:
             logger.warning("%s", unreadable_frame(dataset, place))
         self._first, self._last = map(torch.from_numpy, episode_bounds(dataset))
