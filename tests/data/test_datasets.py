@@ -14,7 +14,8 @@ from lerobot.policies.smolvla.configuration_smolvla import SmolVLAConfig
 from small_policies import base_policy
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments
-from ptr_hf.data.datasets import check_cameras, check_dataset, dataset_metadata, open_dataset
+from ptr_hf.data.datasets import check_dataset, dataset_metadata, open_dataset
+from ptr_hf.data.fit import check_cameras
 from ptr_hf.data.segments import SegmentLayout
 
 LAYOUT = SegmentLayout(None, (0, 1, 2, 3), 2, 4, 4)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -17,14 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HFValidationError
-from lerobot.configs import FeatureType, PreTrainedConfig
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.utils import CompatibilityError
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 from lerobot.utils.import_utils import get_safe_default_video_backend
 
-from ptr_hf.constants import EMPTY_CAMERA
 from ptr_hf.data.bookkeeping import mend_dataset, mend_metadata
 from ptr_hf.data.frame_times import check_rate, wrong_times
 from ptr_hf.data.given_datasets import check_given, check_unedited
@@ -325,47 +323,6 @@ def check_one_instruction(meta: LeRobotDatasetMetadata, layout: SegmentLayout) -
             f"{len(several)} episodes of {meta.repo_id} change their instruction on the way (the first is episode {several[0]}), "
             f"and LeRobot's training loop would give all {layout.segment_length} chunks of a segment that of its first frame: "
             "set --policy.segment_length=1, or train with PTRTrainer (ptr-train), which reads each chunk's own."
-        )
-
-
-def check_cameras(
-    config: PreTrainedConfig,
-    feature_keys: Iterable[str],
-    rename_map: Mapping[str, str] | None = None,
-    *,
-    lacks_some: bool = False,
-) -> None:
-    """Refuse a dataset whose cameras, once renamed, are not the policy's.
-
-    A policy may declare more cameras than the robot has only where it fills the missing ones itself (SmolVLA), or where the
-    dataset is one of a mixture, which does (`lacks_some`); one has to be there.
-
-    Raises:
-        ValueError: naming the missing cameras and the ones there are.
-    """
-    renamed = {(rename_map or {}).get(key, key) for key in feature_keys}
-    depth = [
-        key
-        for key, feature in (config.input_features or {}).items()
-        if feature.type is FeatureType.VISUAL and feature.shape[0] != 3 and key in renamed
-    ]
-    if depth:
-        raise ValueError(
-            f"{depth[0]} has {(config.input_features or {})[depth[0]].shape[0]} channels (a depth map?), and the cameras of a "
-            f"{config.type} policy are colour pictures of 3: leave it out of the policy's input_features."
-        )
-    expected = [
-        key
-        for key, feature in (config.input_features or {}).items()
-        if feature.type is FeatureType.VISUAL and not key.startswith(EMPTY_CAMERA)
-    ]
-    missing = [key for key in expected if key not in renamed]
-    fills_missing = (lacks_some or config.type == "smolvla") and len(missing) < len(expected)
-    if missing and not fills_missing:
-        have = sorted(key for key in renamed if key.startswith("observation.image")) or ["none"]
-        raise ValueError(
-            f"The policy sees the camera {', '.join(missing)}, which the dataset lacks (it has {', '.join(have)}): map the names "
-            "with rename_map={'dataset key': 'policy key'}, or choose a policy for these cameras."
         )
 
 

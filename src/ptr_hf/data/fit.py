@@ -10,7 +10,6 @@ from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
 from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 
 from ptr_hf.constants import EMPTY_CAMERA
-from ptr_hf.data.datasets import check_cameras
 from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.data.segments import ACTION
 
@@ -116,6 +115,42 @@ def check_renames(
             raise ValueError(
                 f"{entry}, and {others[0]!r} of {where} {what}: the policy would read one of the two alone."
             )
+
+
+def check_cameras(
+    config: PreTrainedConfig,
+    feature_keys: Iterable[str],
+    rename_map: Mapping[str, str] | None = None,
+    *,
+    lacks_some: bool = False,
+) -> None:
+    """Refuse a dataset whose cameras, once renamed, are not the policy's.
+
+    A policy may declare more cameras than the robot has only where it fills the missing ones itself (SmolVLA), or where the
+    dataset is one of a mixture, which does (`lacks_some`); one has to be there.
+
+    Raises:
+        ValueError: naming the missing cameras and the ones there are.
+    """
+    renamed = {(rename_map or {}).get(key, key) for key in feature_keys}
+    cameras = {
+        key: feature for key, feature in (config.input_features or {}).items() if feature.type is FeatureType.VISUAL
+    }
+    for key in cameras.keys() & renamed:
+        if cameras[key].shape[0] != 3:
+            raise ValueError(
+                f"{key} has {cameras[key].shape[0]} channels (a depth map?), and the cameras of a {config.type} policy are "
+                "colour pictures of 3: leave it out of the policy's input_features."
+            )
+    expected = [key for key in cameras if not key.startswith(EMPTY_CAMERA)]
+    missing = [key for key in expected if key not in renamed]
+    fills_missing = (lacks_some or config.type == "smolvla") and len(missing) < len(expected)
+    if missing and not fills_missing:
+        have = sorted(key for key in renamed if key.startswith("observation.image")) or ["none"]
+        raise ValueError(
+            f"The policy sees the camera {', '.join(missing)}, which the dataset lacks (it has {', '.join(have)}): map the names "
+            "with rename_map={'dataset key': 'policy key'}, or choose a policy for these cameras."
+        )
 
 
 def check_vectors(config: PreTrainedConfig, features: Features, where: str) -> None:
