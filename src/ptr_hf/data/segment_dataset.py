@@ -80,7 +80,9 @@ class SegmentDataset(LeRobotDataset):
         return item
 
     def _read(self, place: int) -> dict[str, Any]:
-        """LeRobot's item, or a stand-in."""
+        """LeRobot's item, or a stand-in where there are actions that can say so."""
+        if ACTION not in (self.reader.delta_indices or {}):
+            return super().__getitem__(place)
         wrong = self.wrong_times and sorted(self.wrong_times.intersection(self._needed(place, self.meta.video_keys)))
         if wrong:
             return self._stand_in(place, wrong[0], "its timestamp is not that of this frame")
