@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.scripts import lerobot_train
 from lerobot.utils.constants import CHECKPOINTS_DIR, PRETRAINED_MODEL_DIR
 from lerobot.utils.import_utils import register_third_party_plugins
+from small_policies import base_policy
 
-from ptr_hf import PTRPolicy
+from ptr_hf import PTRConfig, PTRPolicy
 
 register_third_party_plugins()
 BASE = {
@@ -71,3 +73,10 @@ def test_a_file_of_other_data_is_refused_before_training(points: Path, tmp_path:
     pd.DataFrame({"episode_index": range(5), "weight": [1.0] * 5}).to_csv(path, index=False)
     with pytest.raises(ValueError, match=r"weighs episode_index 4, which tests/points does not have"):
         lerobot_trains(points, tmp_path / "run", path)
+
+
+def test_without_the_plugin_nothing_reads_weights(points: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PTRConfig, "weights_reader", None)
+    meta = LeRobotDatasetMetadata("tests/points", root=points)
+    with pytest.raises(ValueError, match=r"weights=w.csv are read by .* elsewhere import lerobot_policy_ptr first"):
+        PTRPolicy(PTRConfig(device="cpu", weights="w.csv"), base_policy=base_policy("act", points), dataset_meta=meta)
