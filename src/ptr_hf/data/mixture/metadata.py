@@ -216,7 +216,7 @@ class MixtureMetadata:
             _features(config, sources, space, state_space) if like is None else like.features,
             pd.DataFrame({"task_index": list(instructions.values())}, index=pd.Index(instructions, name="task")),
             _episodes(sources),
-            fps=metas[0].fps,
+            fps=float(metas[0].fps),
         )
 
 
