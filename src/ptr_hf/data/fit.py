@@ -11,11 +11,10 @@ from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 
 from ptr_hf.constants import EMPTY_CAMERA
 from ptr_hf.data.mixture.metadata import MixtureMetadata
-from ptr_hf.data.segments import ACTION
+from ptr_hf.data.segments import ACTION, OBSERVATION_PREFIX
 
 Features = Mapping[str, Mapping[str, Any]]
 """A dataset's `meta.features`."""
-OBSERVATION = "observation."
 NEEDS_STATE = ("act", "diffusion", "evo1", "multi_task_dit", "pi0", "pi05", "pi0_fast", "smolvla", "smolvla_state")
 """Policies whose code reads observation.state whatever their configuration says."""
 
@@ -87,7 +86,7 @@ def check_renames(
     Raises:
         ValueError: naming the entry, and what was probably meant.
     """
-    observations = [key for key in features if key.startswith(OBSERVATION)]
+    observations = [key for key in features if key.startswith(OBSERVATION_PREFIX)]
     for key, name in renames.items():
         entry = f"rename_map maps {key!r} onto {name!r}"
         if key not in features:
@@ -171,7 +170,7 @@ def check_vectors(config: PreTrainedConfig, features: Features, where: str) -> N
         reads.append(OBS_STATE)
     for key in reads:
         if key not in features:
-            others = [other for other in features if other.startswith(OBSERVATION)]
+            others = [other for other in features if other.startswith(OBSERVATION_PREFIX)]
             raise ValueError(
                 f"The {config.type} policy reads {key!r}, which {where} lacks (it has {_list(others)}): map the dataset's "
                 "name onto it with rename_map={'dataset key': 'policy key'}, or choose a policy that does without."
@@ -222,7 +221,7 @@ def unread_observations(
     unread = {
         key: feature["dtype"] in ("image", "video")
         for key, feature in features.items()
-        if key.startswith(OBSERVATION)
+        if key.startswith(OBSERVATION_PREFIX)
         and renames.get(key, key) not in reads
         and feature["dtype"] not in ("string", "language")
     }

@@ -49,15 +49,15 @@ def with_renames(preprocessor: PolicyProcessorPipeline, renames: Mapping[str, st
     return _with_steps(preprocessor, steps)
 
 
-def far_from(preprocessor: PolicyProcessorPipeline, dataset: LeRobotDataset, renames: Mapping[str, str]) -> list[str]:
-    """Sentences about states and actions that lie far outside the statistics by which they will be normalised.
+def warn_if_far(preprocessor: PolicyProcessorPipeline, dataset: LeRobotDataset, renames: Mapping[str, str]) -> None:
+    """Name the states and actions that lie far outside the statistics by which they will be normalised.
 
     Args:
         preprocessor: of the policy.
         dataset: open.
         renames: dataset key -> policy key.
     """
-    told, known = [], statistics_in(preprocessor)
+    known = statistics_in(preprocessor)
     for key, feature in dataset.meta.features.items():
         recorded = known.get(renames.get(key, key), {})
         if key in dataset.meta.camera_keys or not recorded or fault_of(recorded, NormalizationMode.IDENTITY, feature):
@@ -65,11 +65,12 @@ def far_from(preprocessor: PolicyProcessorPipeline, dataset: LeRobotDataset, ren
         column = column_of(dataset, key)
         found = foreign(recorded, column[np.isfinite(column).all(axis=1)], feature, whole=False)
         if found:
-            told.append(
-                f"{key} of {dataset.meta.repo_id} lies far outside of what the policy was trained on ({found}): what it says "
-                "about these data may mean little."
+            logger.warning(
+                "%s of %s lies far outside of what the policy was trained on (%s): what it says about these data may mean little.",
+                key,
+                dataset.meta.repo_id,
+                found,
             )
-    return told
 
 
 def check_normalizers(

@@ -24,7 +24,7 @@ from ptr_hf.data.mixture.config import MixtureConfig
 from ptr_hf.data.mixture.dataset import Mixture
 from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.data.mixture.processor import check_robots
-from ptr_hf.data.normalizers import check_normalizers, far_from, renames_in, with_renames
+from ptr_hf.data.normalizers import check_normalizers, renames_in, warn_if_far, with_renames
 from ptr_hf.data.screening import Screen
 from ptr_hf.data.segments import Segment, SegmentLayout
 from ptr_hf.method.chunks import ChunkBatch, in_time_order, joined
@@ -309,8 +309,7 @@ def _check(
     renames = {key: name for key, name in renames_in(preprocessor).items() if key in features or key in (asked or {})}
     check_fit(config, features, renames, opened.meta.repo_id, given=bool(asked))
     check_normalizers(preprocessor, renamed_features(features, renames), padded=config.type == "evo1")
-    for sentence in far_from(preprocessor, opened, renames):
-        logger.warning("%s", sentence)
+    warn_if_far(preprocessor, opened, renames)
 
 
 def _to_device(batch: dict[str, Any], policy: PTRPolicy) -> dict[str, Any]:

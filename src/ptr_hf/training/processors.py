@@ -15,7 +15,7 @@ from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.data.mixture.processor import EmbodimentStep, check_robots, embodiment_steps
 from ptr_hf.data.mixture.statistics import mixture_statistics
 from ptr_hf.data.normalization import READS, normalized_features, policy_statistics, with_statistics
-from ptr_hf.data.normalizers import check_normalizers, far_from, harmless, renames_in, statistics_in
+from ptr_hf.data.normalizers import check_normalizers, harmless, renames_in, statistics_in, warn_if_far
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors, saved_processors, saved_renames
 from ptr_hf.training.arguments import PTRTrainingArguments
@@ -84,8 +84,8 @@ def checked_preprocessor(
     features = renamed_features(meta.features, renames)
     check_normalizers(preprocessor, features, padded=config.base_config.type == "evo1")
     opened = _frames(data)
-    for sentence in [] if opened is None else far_from(preprocessor, opened, renames):
-        logger.warning("%s", sentence)
+    if opened is not None:
+        warn_if_far(preprocessor, opened, renames)
     return harmless(preprocessor, features)
 
 
