@@ -66,7 +66,7 @@ def warn_if_far(preprocessor: PolicyProcessorPipeline, dataset: LeRobotDataset, 
         found = foreign(recorded, column[np.isfinite(column).all(axis=1)], feature, whole=False)
         if found:
             logger.warning(
-                "%s of %s lies far outside of what the policy was trained on (%s): what it says about these data may mean little.",
+                "%s of %s lies far outside of what the policy was trained on (%s): what it says of these data may mean little.",
                 key,
                 dataset.meta.repo_id,
                 found,

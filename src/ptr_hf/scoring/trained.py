@@ -1,6 +1,5 @@
 """Look at a dataset through a trained scorer: T, weight and policy loss of every chunk; and the action loss of a policy."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -32,8 +31,6 @@ from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.processor_ptr import preprocess, saved_processors
 from ptr_hf.report import ChunkScores
 from ptr_hf.scores import EpisodeTable, ScoreWeigher, SlotMemory
-
-logger = logging.getLogger(__name__)
 
 type ScoredSource = str | Path | LeRobotDataset | InMemorySegments | Mixture | MixtureConfig | Mapping | Sequence
 """A dataset as `score_dataset` takes it."""
