@@ -36,7 +36,7 @@ class Placed:
     def in_slots(cls, stats: Stats, positions: Sequence[int], size: int) -> "Placed":
         """The statistics of a vector, each entry moved to its slot."""
         own = cls.of_frames(stats)
-        values = {name: np.full(size, np.nan) for name in own.values}
+        values: dict[str, NDArray[np.float64]] = {name: np.full(size, np.nan) for name in own.values}
         for name, value in own.values.items():
             values[name][list(positions)] = value.reshape(-1)
         return cls(values, own.count)
