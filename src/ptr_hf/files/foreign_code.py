@@ -7,7 +7,6 @@ and where LeRobot passes `trust_remote_code=True` it runs at once.
 
 import json
 import logging
-import stat
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -173,9 +172,8 @@ def _described(source: str, name: str) -> Path | None:
 
 
 def _content(path: Path, where: str) -> Any:
-    state = path.stat()
-    if not stat.S_ISREG(state.st_mode) or state.st_size > _MAX_DESCRIPTION_BYTES:
-        raise ValueError(f"{where}: {path} is no regular file of at most {_MAX_DESCRIPTION_BYTES} bytes.")
+    if path.stat().st_size > _MAX_DESCRIPTION_BYTES:
+        raise ValueError(f"{where}: {path} has more than {_MAX_DESCRIPTION_BYTES} bytes.")
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
