@@ -56,7 +56,7 @@ class Condition:
         name: of the condition.
         description: one line for a table.
         shares: kind of corruption -> share of the episodes.
-        parameters: kind -> its severity, as keyword arguments of :func:`ptr_hf.data.corruption.corrupt`.
+        parameters: kind -> its severity, as keyword arguments of :func:`faults.corrupt`.
         overlapping: kinds are drawn independently, so that an episode may get several.
         sloppy: share of the episodes that come from the sloppy operator.
         few: track -> tasks with only ``few_demonstrations``, which stay clean; the shares are of all other episodes.

@@ -42,8 +42,8 @@ from benchmarks.libero.scene import (
     num_tasks,
     slots,
 )
-from ptr_hf.data.corruption import Episode, TruthRecord
-from ptr_hf.data.demonstrations import EpisodeSource, Truth, save_truth, write_demonstrations
+from episodes import Episode, write_demonstrations
+from ptr_hf.data.demonstrations import EpisodeSource, Truth, TruthRecord, save_truth
 
 LIMIT = 400
 """Steps after which an operator has failed: who hesitates takes longer than policies may."""
