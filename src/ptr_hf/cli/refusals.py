@@ -16,12 +16,13 @@ class UsageError(ValueError):
 
 
 @contextmanager
-def refusals(program: str, options: Collection[str] = ()) -> Iterator[None]:
+def refusals(program: str, options: Collection[str] = (), code: int = 1) -> Iterator[None]:
     """End the program with the sentence of what is refused inside; other errors pass.
 
     Args:
         program: name that the sentence begins with.
         options: of the program, without dashes.
+        code: exit code of errors that are none of the command line's.
     """
     try:
         yield
@@ -29,7 +30,11 @@ def refusals(program: str, options: Collection[str] = ()) -> Iterator[None]:
         print(f"{program}: {as_options(str(error), options)} (--help lists the options)", file=sys.stderr)
         raise SystemExit(2) from None
     except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"{program}: {as_options(' '.join(str(error).split()), options)}") from error
+        sentence = f"{program}: {as_options(' '.join(str(error).split()), options)}"
+        if code == 1:
+            raise SystemExit(sentence) from error
+        print(sentence, file=sys.stderr)
+        raise SystemExit(code) from error
 
 
 def as_options(sentence: str, options: Collection[str]) -> str:

@@ -5,13 +5,13 @@ ptr-score --dataset me/my_demos
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from argparse import Namespace
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from ptr_hf.cli import interrupts
-from ptr_hf.cli.refusals import as_options, refusals
-from ptr_hf.cli.score_options import PROGRAM, ScoreOptions, parse
+from ptr_hf.cli.refusals import refusals
+from ptr_hf.cli.score_options import PROGRAM, parse
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,12 +26,12 @@ def main() -> None:
     interrupts.end_quietly(PROGRAM)
     with refusals(PROGRAM):
         options = parse(sys.argv[1:])
-    with _refusing(options):
+    with refusals(PROGRAM, vars(options), REFUSED):
         code = score(options)
     raise SystemExit(code)
 
 
-def score(options: ScoreOptions) -> int:
+def score(options: Namespace) -> int:
     """Inspect, show, write.
 
     Args:
@@ -50,7 +50,7 @@ def score(options: ScoreOptions) -> int:
         return _score(options, sys.__stdout__ or sys.stdout)
 
 
-def _score(options: ScoreOptions, answers: object) -> int:
+def _score(options: Namespace, answers: object) -> int:
     from ptr_hf.report.console import PlainConsole
     from ptr_hf.scoring import next_steps
     from ptr_hf.scoring.inspection import inspect_dataset
@@ -77,12 +77,10 @@ def _score(options: ScoreOptions, answers: object) -> int:
     )
     folder = scores.save(options.output_dir)
     next_steps.write_lists(scores, folder)
-    page = False
     if options.page:
         from ptr_hf.scoring.page import write_page
 
         write_page(scores, read, folder, episodes=options.episodes, revision=options.revision, mixture=options.mixture)
-        page = True
     _show(scores, sources, options, console)
     if options.write_dataset is not None:
         _write_copy(scores, sources[0], options, console)
@@ -105,12 +103,12 @@ def _score(options: ScoreOptions, answers: object) -> int:
             f"{scores.moved:.1%} of the weight moves, more than --fail_over {options.fail_over}: exit code {FAILED}."
         )
     if options.json:
-        found = next_steps.summary(scores, folder, page) | {"failed": failed}
+        found = next_steps.summary(scores, folder, options.page) | {"failed": failed}
         print(json.dumps(found, indent=2), file=answers)  # type: ignore[call-overload]
     return FAILED if failed else 0
 
 
-def _show_plan(sources: list[Any], options: ScoreOptions, console: "Console") -> None:
+def _show_plan(sources: list[Any], options: Namespace, console: "Console") -> None:
     from ptr_hf.data.datasets import dataset_metadata
     from ptr_hf.scoring.inspection import IMAGE_QUESTIONS, QUESTIONS
     from ptr_hf.scoring.recordings import single
@@ -135,7 +133,7 @@ def _show_plan(sources: list[Any], options: ScoreOptions, console: "Console") ->
     )
 
 
-def _show(scores: "DatasetScores", sources: list[str], options: ScoreOptions, console: "Console") -> None:
+def _show(scores: "DatasetScores", sources: list[str], options: Namespace, console: "Console") -> None:
     from ptr_hf.scoring import next_steps
 
     said = next_steps.recommendation(scores)
@@ -152,13 +150,12 @@ def _show(scores: "DatasetScores", sources: list[str], options: ScoreOptions, co
     console.print(f"{first}{options.output_dir} holds weights, scores, keep.txt and exclude.txt.", soft_wrap=True)
 
 
-def _write_copy(scores: "DatasetScores", source: str, options: ScoreOptions, console: "Console") -> None:
+def _write_copy(scores: "DatasetScores", source: str, options: Namespace, console: "Console") -> None:
     from lerobot.datasets import LeRobotDataset, delete_episodes
 
     from ptr_hf.data.datasets import dataset_metadata
     from ptr_hf.scoring.next_steps import excluded_episodes, kept_episodes
 
-    assert options.write_dataset is not None
     excluded = excluded_episodes(scores)
     if not excluded:
         console.print("No episode is bad from end to end, so no copy is written.")
@@ -171,13 +168,12 @@ def _write_copy(scores: "DatasetScores", source: str, options: ScoreOptions, con
     console.print(f"{options.write_dataset} holds the other {copy.meta.total_episodes} episodes.", soft_wrap=True)
 
 
-def _ask_scorer(source: str, options: ScoreOptions, console: "Console") -> None:
+def _ask_scorer(source: str, options: Namespace, console: "Console") -> None:
     import numpy as np
 
     from ptr_hf.report import SCORES_FILE, write_scores
     from ptr_hf.scoring import score_dataset
 
-    assert options.scorer is not None
     known = score_dataset(options.scorer, source, episodes=options.episodes, seed=options.seed)
     path = write_scores(known, options.output_dir / SCORES_FILE)
     usable = known.usable
@@ -187,17 +183,6 @@ def _ask_scorer(source: str, options: ScoreOptions, console: "Console") -> None:
     console.print(
         f"{path} holds what the scorer of {options.scorer} says. Its lowest episodes: {lowest}.", soft_wrap=True
     )
-
-
-@contextmanager
-def _refusing(options: ScoreOptions) -> Iterator[None]:
-    """End with one sentence and exit code 2 where something is refused."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        sentence = as_options(" ".join(str(error).split()), vars(options))
-        print(f"{PROGRAM}: {sentence}", file=sys.stderr)
-        raise SystemExit(REFUSED) from None
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
 """The options of `ptr-score`, without torch or LeRobot, so that help and refusals take no time."""
 
-from argparse import BooleanOptionalAction
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ptr_hf.cli.light_parser import LightParser
 from ptr_hf.cli.refusals import UsageError
@@ -26,37 +24,6 @@ DEFAULTS = {
     "seed": 0,
 }
 """As `ptr_hf.scoring.inspection` has them; a test compares the two."""
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """What a command line of `ptr-score` asks for; each field is the option of its name."""
-
-    dataset: tuple[str, ...]
-    episodes: tuple[int, ...] | None
-    revision: str | None
-    output_dir: Path
-    false_alarms: float
-    weight_min: float
-    group: str
-    questions: tuple[str, ...] | None
-    policy: str | None
-    images_per_episode: int
-    max_frames: int
-    seed: int
-    device: str | None
-    page: bool
-    json: bool
-    fail_over: float | None
-    write_dataset: Path | None
-    export_lerobot: Path | None
-    scorer: str | None
-    push_to_hub: str | None
-
-    @property
-    def mixture(self) -> str | None:
-        """The YAML file of a mixture, where that is what is inspected."""
-        return self.dataset[0] if self.dataset[0].endswith(MIXTURE_ENDINGS) else None
 
 
 def parser() -> LightParser:
@@ -133,8 +100,8 @@ def parser() -> LightParser:
     return made
 
 
-def parse(argv: Sequence[str]) -> ScoreOptions:
-    """The options of a command line.
+def parse(argv: Sequence[str]) -> Namespace:
+    """The options of a command line, by name, and `mixture`: the YAML file of one, where that is what is inspected.
 
     Args:
         argv: without the program's name.
@@ -168,16 +135,12 @@ def parse(argv: Sequence[str]) -> ScoreOptions:
     if given.max_frames < 1:
         raise UsageError("--max_frames must be 1 or more.")
     names = [Path(name).stem if mixture else _last(name) for name in given.dataset]
-    output = given.output_dir or Path("ptr_scores") / "+".join(names)
+    given.output_dir = output = given.output_dir or Path("ptr_scores") / "+".join(names)
     for path in (output, *output.parents):
         if path.exists() and not path.is_dir():
             raise UsageError(f"--output_dir {output}: {path} is a file; name a folder.")
-    settings: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(given).items()
-        if name != "output_dir"
-    }
-    return ScoreOptions(output_dir=output, **settings)
+    given.mixture = given.dataset[0] if mixture else None
+    return given
 
 
 def _last(source: str) -> str:
