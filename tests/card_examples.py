@@ -10,7 +10,7 @@ from markdown_it.token import Token
 from synthetic_runs import ptr_rows, sft_rows
 
 from ptr_hf.hyperparameters import PTRHyperparameters
-from ptr_hf.publishing.model_card import BasePolicy, CardFacts, Evaluation, TrainingData, TrainingRun
+from ptr_hf.publishing.card_facts import BasePolicy, CardFacts, Evaluation, TrainingData
 from ptr_hf.report import Dynamics, DynamicsLog, WeightShare, read_dynamics
 
 RANDOM_BASE = BasePolicy(policy_type="act", random_weights=True)
@@ -56,9 +56,14 @@ def everything_known(dynamics: Dynamics) -> CardFacts:
             TrainingData(source="me/demos", revision="v2.0", episodes=60, frames=4422),
             TrainingData(source="me/more", episodes=7),
         ],
-        training=TrainingRun(
-            steps=6000, batch_size=32, processes=4, learning_rate=1e-4, lr_scheduler="cosine", seed=17
-        ),
+        steps=6000,
+        settings={
+            "steps": 6000,
+            "segments per step, all processes": 32,
+            "processes": 4,
+            "schedule": "cosine",
+            "seed": 17,
+        },
         dynamics=dynamics,
         task_shares=[share("pick the cube"), share("open the drawer", 30)],
         source_shares=[share("me/demos"), share("me/more")],

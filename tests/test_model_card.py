@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from card_examples import HOSTILE, RANDOM_BASE, blocks, config_of, everything_known, share, tables, tokens, two_runs
-from huggingface_hub import DatasetCard, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -21,22 +21,20 @@ from ptr_hf import PTRConfig, PTRPolicy
 from ptr_hf.artifacts.peft import wrap_with_peft
 from ptr_hf.presets import PRESETS
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
-from ptr_hf.publishing.card_text import LONGEST_TEXT, plain
-from ptr_hf.publishing.model_card import (
-    ORIGINS,
+from ptr_hf.publishing.card_facts import (
     BasePolicy,
     CardFacts,
     Evaluation,
-    ScoredDatasetFacts,
     TrainingData,
-    TrainingRun,
-    draw_pictures,
+)
+from ptr_hf.publishing.card_text import LONGEST_TEXT, plain
+from ptr_hf.publishing.model_card import (
+    ORIGINS,
     library_versions,
     model_card,
-    scored_dataset_card,
     write_model_card,
 )
-from ptr_hf.report import DYNAMICS_FILE, Dynamics
+from ptr_hf.report import DYNAMICS_COLUMNS, DYNAMICS_FILE, Dynamics, write_report
 
 NOT_EVALUATED = "This checkpoint has not been evaluated"
 
@@ -70,9 +68,10 @@ class TestFacts:
             "cadene2024lerobot",
         ):
             assert fact in text, fact
-        for name, symbol in (("temperature", "τ"), ("beta", "β"), ("hard_negative_ratio", "ρ")):
-            values = full.dynamics.column(name, "ptr")
-            assert f"{symbol} {values[0]:.3g} → {values[-1]:.3g}" in text
+        for name in ("loss_action", "temperature", "beta", "hard_negative_ratio"):
+            column = DYNAMICS_COLUMNS[name]
+            unit = f" ({column.unit})" if column.unit else ""
+            assert f"| {column.meaning}{unit} | {full.dynamics.tail(name, 'ptr'):.3g} |" in text
         assert re.search(r"picked the true consequence .* in \d\d%", text)
 
     def test_metadata(self, full: CardFacts) -> None:
@@ -115,15 +114,6 @@ class TestFacts:
     def test_versions(self) -> None:
         assert library_versions()["torch"] == torch.__version__.partition("+")[0]
 
-    def test_scored_dataset(self) -> None:
-        facts = ScoredDatasetFacts(
-            data=TrainingData(source="me/demos", episodes=3), scorer="me/push_ptr", task_shares=[share("a|b")]
-        )
-        card = scored_dataset_card(facts)
-        assert DatasetCard(card.content).data.to_dict() == card.data.to_dict()
-        assert card.data.source_datasets == ["me/demos"]
-        assert tables(card.text)[1][1][0] == "a|b"
-
 
 class TestHonesty:
     def test_unevaluated_says_so(self, full: CardFacts) -> None:
@@ -151,7 +141,7 @@ class TestHonesty:
             assert ("every recorded action chunk has the same weight" in text) is not facts.weighed
             posterior = config.scorer and config.reads_posterior
             assert ("picked the true consequence" in text) is posterior, preset
-            assert ("Adaptive scale controller" in text) is posterior, preset
+            assert ("temperature τ" in text.split("### Hyperparameters")[0]) is posterior, preset
 
     def test_a_changed_preset_is_not_passed_off_as_the_paper(self) -> None:
         text = model_card(CardFacts(config=config_of(queue_size=512), base=RANDOM_BASE)).text
@@ -242,7 +232,7 @@ class TestHostileNames:
             versions={name: name},
             license=name or None,
             base=BasePolicy(policy_type="smolvla", source="me/base", revision=name),
-            training=TrainingRun(lr_scheduler=name),
+            settings={"schedule": name},
         )
         card, calm = model_card(facts), model_card(full)
         shown = [cell for table in tables(card.text) for row in table for cell in row]
@@ -284,23 +274,27 @@ class TestPictures:
         ("preset", "run", "files"),
         [("ptr", "ptr", 2), ("sft", "sft", 1), ("ptr_calibrated", "ptr", 2), ("sft_belief", "ptr", 2)],
     )
-    def test_the_card_shows_what_is_drawn(
+    def test_the_card_shows_what_the_report_has_drawn(
         self, dynamics: Dynamics, tmp_path: Path, preset: str, run: str, files: int
     ) -> None:
         alone = Dynamics(dynamics.table.filter([name == run for name in dynamics.table["run"].to_pylist()]))
         facts = CardFacts(config=config_of(preset), base=RANDOM_BASE, dynamics=alone)
+        write_report(tmp_path, dynamics=alone)
         write_model_card(facts, tmp_path)
         images = [token for token in tokens((tmp_path / "README.md").read_text()) if token.type == "image"]
         assert len(images) == files
-        assert sorted(str(image.attrs["src"]) for image in images) == sorted(p.name for p in tmp_path.glob("*.png"))
+        drawn = sorted(f"figures/{path.name}" for path in (tmp_path / "figures").iterdir())
+        assert sorted(str(image.attrs["src"]) for image in images) == drawn
         for image in images:
             assert len(image.content) > 10
             with Image.open(tmp_path / str(image.attrs["src"])) as picture:
                 assert picture.width > 400
 
     def test_without_dynamics_there_are_none(self, full: CardFacts, tmp_path: Path) -> None:
-        facts = replace(full, dynamics=tmp_path / DYNAMICS_FILE)
-        assert draw_pictures(facts, tmp_path) == []
+        facts = replace(full, dynamics=None)
+        (tmp_path / "figures").mkdir()
+        (tmp_path / "figures" / "ptr_dynamics.png").write_bytes(b"of another run")
+        assert "figures/" not in model_card(facts, tmp_path).text
         assert "The dynamics of the training are not recorded here." in model_card(facts).text
 
 
@@ -353,8 +347,6 @@ class TestRefusals:
             (lambda: CardFacts(config=config_of(), base=RANDOM_BASE, repo_id="a b/c\n"), "repo_id"),
             (lambda: Evaluation(environment="e", task="t", episodes=10, success=71.7), "success=71.7"),
             (lambda: Evaluation(environment="e", task="t", episodes=0, success=0.5), "episodes=0"),
-            (lambda: BasePolicy(policy_type='act"); import os'), "policy_type"),
-            (lambda: BasePolicy(policy_type="act", source="me/base", random_weights=True), "me/base|base"),
         ],
     )
     def test_impossible_facts(self, build: Any, named: str) -> None:

@@ -13,10 +13,10 @@ from synthetic_runs import ptr_rows
 from ptr_hf.report import (
     ChunkScores,
     DynamicsLog,
+    dynamics_figure,
     findings,
     read_dynamics,
     read_scores,
-    summary_figure,
     write_report,
     write_scores,
 )
@@ -153,7 +153,7 @@ def test_no_page_figure_or_terminal_prints_what_nobody_sees(
     kinds = {episode: "clean" if episode % 2 else f"odd{HOSTILE}" for episode in range(60)}
     log = DynamicsLog(tmp_path / "d.parquet", run=HOSTILE)
     log.append(*[row | {"run": HOSTILE} for row in ptr_rows(rows=1, total=40)])
-    summary_figure(log.dynamics, title=HOSTILE).canvas.draw()
+    dynamics_figure(log.dynamics).canvas.draw()
     page = write_report(tmp_path, dynamics=log.dynamics, scores=scores, truth=kinds, title=HOSTILE)
     text = page.read_text(encoding="utf-8")
     assert SHOWN in text

@@ -11,7 +11,6 @@ import pytest
 from ptr_hf.report import (
     ChunkScores,
     Dynamics,
-    corruption_auc,
     detection,
     effective_sample_share,
     episode_weights,
@@ -67,44 +66,45 @@ def test_episode_weights_are_means_over_chunks_with_a_future(small: ChunkScores)
 
 def test_episode_auc_by_hand(small: ChunkScores) -> None:
     # Pairs corrupted < clean: 2 against 3, 2, 1 gives 1 + 1/2 + 0; 0.5 against all gives 3.
-    assert corruption_auc(small, TRUTH) == pytest.approx(4.5 / 6.0)
-    assert corruption_auc(small, TRUTH, kind="noise") == pytest.approx(1.5 / 3.0)
-    assert corruption_auc(small, TRUTH, kind="cut") == 1.0
+    assert detection(small, TRUTH).auc == pytest.approx(4.5 / 6.0)
+    assert detection(small, TRUTH, kind="noise").auc == pytest.approx(1.5 / 3.0)
+    assert detection(small, TRUTH, kind="cut").auc == 1.0
     assert detection(small, TRUTH)[1:3] == (2, 3)
 
 
 def test_an_episode_with_two_corruptions_counts_for_both(small: ChunkScores) -> None:
     truth = TRUTH | {3: "noise+cut"}
-    assert corruption_auc(small, truth, kind="noise") == pytest.approx(1.5 / 3.0)
-    assert corruption_auc(small, truth, kind="cut") == corruption_auc(small, truth) == pytest.approx(4.5 / 6.0)
+    assert detection(small, truth, kind="noise").auc == pytest.approx(1.5 / 3.0)
+    assert detection(small, truth, kind="cut").auc == detection(small, truth).auc == pytest.approx(4.5 / 6.0)
 
 
 def test_chunk_auc_by_hand(small: ChunkScores) -> None:
     # Clean chunks 2, 4, 2, 1; corrupted 1 (3.5 wins), 3 (1 win), 0.5 (4 wins).
-    assert corruption_auc(small, TRUTH, level="chunk") == pytest.approx(8.5 / 12.0)
+    assert detection(small, TRUTH, level="chunk").auc == pytest.approx(8.5 / 12.0)
     assert detection(small, TRUTH, "chunk")[1:3] == (3, 4)
 
 
 def test_weights_that_are_all_alike_detect_nothing_and_inverted_ones_less(small: ChunkScores) -> None:
-    assert corruption_auc(replace(small, weight=np.ones(10)), TRUTH) == 0.5
-    assert corruption_auc(replace(small, weight=1.0 / small.weight), TRUTH, kind="cut") == 0.0
+    assert detection(replace(small, weight=np.ones(10)), TRUTH).auc == 0.5
+    assert detection(replace(small, weight=1.0 / small.weight), TRUTH, kind="cut").auc == 0.0
 
 
 def test_a_missing_class_gives_nan_and_says_which(small: ChunkScores) -> None:
-    with pytest.warns(RuntimeWarning, match="no corrupted episode"):
-        assert math.isnan(corruption_auc(small, dict.fromkeys(range(6), "clean")))
-    with pytest.warns(RuntimeWarning, match="no clean chunk"):
-        assert math.isnan(corruption_auc(small, dict.fromkeys(range(6), "noise"), level="chunk"))
-    with pytest.warns(RuntimeWarning, match="no wrong_instruction episode"):
-        assert math.isnan(corruption_auc(small, TRUTH, kind="wrong_instruction"))
+    for found, absent in (
+        (detection(small, dict.fromkeys(range(6), "clean")), "no corrupted episode"),
+        (detection(small, dict.fromkeys(range(6), "noise"), "chunk"), "no clean chunk"),
+        (detection(small, TRUTH, kind="wrong_instruction"), "no wrong_instruction episode"),
+    ):
+        assert math.isnan(found.auc)
+        assert absent in found.reason
 
 
 def test_unclear_truths_are_refused(small: ChunkScores) -> None:
     with pytest.raises(ValueError, match=r"1 of the scored episodes \(the first is 5\)"):
-        corruption_auc(small, dict.fromkeys(range(5), "clean"))
+        detection(small, dict.fromkeys(range(5), "clean"))
     two_sources = replace(small, source=np.array(["a"] * 5 + ["b"] * 5, dtype=object), episode_index=np.arange(10) % 5)
     with pytest.raises(ValueError, match="ambiguous"):
-        corruption_auc(two_sources, TRUTH)
+        detection(two_sources, TRUTH)
 
 
 def test_non_finite_weights_judge_nothing(small: ChunkScores) -> None:
@@ -164,8 +164,5 @@ def test_summary_sets_sft_first_and_results_on_top(dynamics: Dynamics) -> None:
     by_label = {row.label: row.values for row in table.rows}
     assert by_label["identification accuracy"][1] == pytest.approx(np.mean(dynamics.column("accuracy", "ptr")[-30:]))
     assert math.isnan(by_label["identification accuracy"][0])
-    lines = table.markdown().splitlines()
-    assert lines[:3] == ["| | SFT | PTR |", "|---|---|---|", "| success rate | 0.854 | 0.91 |"]
-    assert len(lines) == 2 + len(table.rows)
     with pytest.raises(ValueError, match="'act'"):
         summary_table(dynamics, {"act": {}})

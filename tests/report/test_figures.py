@@ -20,10 +20,9 @@ from ptr_hf.report import (
     ChunkScores,
     Dynamics,
     DynamicsLog,
-    corruption_auc,
+    detection,
     dynamics_figure,
     save_figure,
-    summary_figure,
     weight_histogram_figure,
 )
 from ptr_hf.report.figures import weights_by_quality_figure
@@ -96,7 +95,7 @@ def test_quality_rows_carry_their_auc(scores: ChunkScores, truth: dict[int, str]
     (ax,) = figure.axes
     rows = [label.get_text() for label in ax.get_yticklabels()]
     assert [row.splitlines()[0] for row in rows] == ["wrong instruction", "truncation", "noise", "clean"]
-    expected = corruption_auc(scores, truth, kind="truncation"), corruption_auc(scores, truth, "chunk", "truncation")
+    expected = [detection(scores, truth, level, "truncation").auc for level in ("episode", "chunk")]
     assert f"AUC {expected[0]:.2f}, by chunk {expected[1]:.2f}" in rows[1]
     assert [len(line.get_xdata()) for line in ax.lines] == [30, 10, 10, 10]
     assert drawn(figure).std() > 10
@@ -112,20 +111,13 @@ def test_quality_keeps_weights_of_zero_and_equal_weights(scores: ChunkScores, tr
     assert "no scored chunk" in texts(weights_by_quality_figure(nothing, truth))
 
 
-@pytest.mark.full
-def test_summary_is_one_board_for_a_readme(
-    dynamics: Dynamics, scores: ChunkScores, truth: dict[int, str], tmp_path: Path
-) -> None:
-    figure = summary_figure(dynamics, scores, truth, chance=CHANCE, title="SmolVLA on uneven demonstrations")
-    assert len(figure.axes) == 6
-    assert panel(figure, "Weights by quality").axison
-    assert labels(panel(figure, "Controller")) == ["τ / τ₀  (0.12 → 0.033)", "β / β₀  (1.5 → 1.2)", "ρ  (0 → 0.5)"]
-    path = save_figure(figure, tmp_path / "assets" / "summary.png")
+def test_a_figure_is_a_png_of_its_size(dynamics: Dynamics, tmp_path: Path) -> None:
+    path = save_figure(weight_histogram_figure(dynamics), tmp_path / "assets" / "weights.png")
     with Image.open(path) as image:
-        assert image.size == (1760, 960)
-    assert [entry.name for entry in path.parent.iterdir()] == ["summary.png"]
-    with pytest.raises(ValueError, match=r"summary\.svg"):
-        save_figure(figure, tmp_path / "summary.svg")
+        assert image.size == (1024, 576)
+    assert [entry.name for entry in path.parent.iterdir()] == ["weights.png"]
+    with pytest.raises(ValueError, match=r"weights\.svg"):
+        save_figure(weight_histogram_figure(dynamics), tmp_path / "weights.svg")
 
 
 @pytest.mark.full
@@ -133,18 +125,19 @@ def test_summary_is_one_board_for_a_readme(
 def test_short_runs_are_drawn(tmp_path: Path, rows: int) -> None:
     log = DynamicsLog(tmp_path / "d.parquet")
     log.append(*ptr_rows(rows=rows, total=10 * rows))
-    for figure in (summary_figure(log.dynamics), dynamics_figure(log.dynamics), weight_histogram_figure(log.dynamics)):
+    for figure in (dynamics_figure(log.dynamics), weight_histogram_figure(log.dynamics)):
         assert drawn(figure).std() > 5
 
 
-def test_runs_without_a_scorer_say_so(tmp_path: Path) -> None:
+def test_what_was_not_logged_has_no_panel(tmp_path: Path) -> None:
     log = DynamicsLog(tmp_path / "d.parquet", run="sft")
     log.append(*sft_rows(rows=30))
-    figure = summary_figure(log.dynamics)
-    drawn(figure)
-    assert texts(figure).count("not logged by these runs") == 3
-    assert "no controller in this run" in texts(figure)
-    assert "no weights in this run" in texts(figure)
+    figure = dynamics_figure(log.dynamics)
+    assert [ax.get_title(loc="left") for ax in figure.axes if ax.axison] == ["Action loss"]
+    empty = DynamicsLog(tmp_path / "e.parquet", run="sft")
+    empty.append({"step": 1})
+    assert "no weights in this run" in texts(weight_histogram_figure(empty.dynamics))
+    assert "not logged by these runs" in texts(dynamics_figure(empty.dynamics))
 
 
 def test_not_a_number_leaves_a_gap(tmp_path: Path) -> None:
@@ -161,7 +154,7 @@ def test_not_a_number_leaves_a_gap(tmp_path: Path) -> None:
     smooth = panel(figure, "Mean score T").lines[1].get_ydata()
     assert np.isnan(smooth[50:80]).all()
     assert np.isfinite(smooth[:50]).all()
-    assert "not logged" in texts(figure)
+    assert not [ax for ax in figure.axes if ax.get_title(loc="left").startswith("Belief")]
 
 
 def test_weights_during_warm_up_have_no_histogram(tmp_path: Path) -> None:
@@ -179,7 +172,7 @@ def test_running_mean_by_hand() -> None:
 def test_global_state_is_left_alone(dynamics: Dynamics, scores: ChunkScores, truth: dict[int, str]) -> None:
     before = dict(matplotlib.rcParams)
     for _ in range(2):
-        drawn(summary_figure(dynamics, scores, truth))
+        drawn(weights_by_quality_figure(scores, truth))
         drawn(dynamics_figure(dynamics))
     assert dict(matplotlib.rcParams) == before
     assert not Gcf.figs

@@ -84,7 +84,7 @@ def test_nothing_is_loaded_from_outside(folder: Path, truth: dict[int, str]) -> 
     page = Page(text)
     images = [attributes["src"] or "" for tag, attributes in page.tags if tag == "img"]
     files = sorted(entry.name for entry in (folder / "figures").iterdir())
-    assert files == ["ptr_dynamics.png", "ptr_summary.png", "ptr_weights.png", "ptr_weights_by_quality.png"]
+    assert files == ["ptr_dynamics.png", "ptr_weights.png", "ptr_weights_by_quality.png"]
     saved = {(folder / "figures" / name).read_bytes() for name in files}
     assert {base64.b64decode(src.removeprefix("data:image/png;base64,")) for src in images} == saved
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}

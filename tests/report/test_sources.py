@@ -14,7 +14,7 @@ from report.test_page import Page
 from synthetic_runs import ptr_rows, sourced_rows
 
 from ptr_hf.publishing.card_facts import TrainingData
-from ptr_hf.publishing.model_card import draw_pictures, model_card
+from ptr_hf.publishing.model_card import model_card
 from ptr_hf.report import (
     DYNAMICS_FILE,
     Dynamics,
@@ -176,7 +176,8 @@ def test_the_card(sourced: Dynamics, tmp_path: Path) -> None:
     assert ["so101_bench", "me/bench, revision not recorded", "50", "–"] in next(
         table for table in tables(card) if table[0][:2] == ["source", "dataset"]
     )
-    assert "ptr_sources.png" in {path.name for path in draw_pictures(facts, tmp_path)}
+    write_report(tmp_path, dynamics=sourced)
+    assert "(figures/ptr_sources.png)" in model_card(facts, tmp_path).text
     calibrated = model_card(replace(facts, config=config_of("ptr_calibrated"))).text
     assert "stays between 0.01 and 100 (Eq. 30)" in calibrated
     assert "mean score (nats)" in calibrated

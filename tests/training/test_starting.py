@@ -1,6 +1,5 @@
 """How a run starts: weights that depend on the seed alone, options that are what was given."""
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch
 from small_policies import base_policy, tensors_equal
 
 from ptr_hf import PTRTrainer, PTRTrainingArguments
-from ptr_hf.training.seeding import seeded
 
 
 def starting_weights(folder: Path, points: Path, fresh: bool, seed: int, **settings: Any) -> dict[str, torch.Tensor]:
@@ -45,25 +43,6 @@ def test_starting_weights_depend_on_the_seed_alone(
         found.append(starting_weights(tmp_path, points, fresh, 5, **settings))
     assert tensors_equal(*found)
     assert not tensors_equal(found[0], starting_weights(tmp_path, points, fresh, 6, **settings))
-
-
-def test_what_is_drawn_afterwards_is_not_changed() -> None:
-    def draws() -> list[float]:
-        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
-
-    def start() -> None:
-        random.seed(3)
-        np.random.seed(3)
-        torch.manual_seed(3)
-
-    start()
-    expected = draws()
-    start()
-    with seeded(0):
-        inside = draws()
-    assert draws() == expected
-    with seeded(0):
-        assert draws() == inside
 
 
 @pytest.mark.full

@@ -7,10 +7,9 @@ from typing import Any
 
 import draccus
 import torch
-from lerobot.configs import FeatureType, PreTrainedConfig
+from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import get_policy_class
-from lerobot.utils.feature_utils import dataset_to_policy_features
 from torch import nn
 
 from ptr_hf import PTRTrainingArguments
@@ -25,6 +24,7 @@ from ptr_hf.files.base_source import check_base
 from ptr_hf.policies import supported_policies
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.training.data_sources import DataSource, read_metadata
+from ptr_hf.training.policy_sources import fit_to_robot
 
 PLAIN = SegmentLayout(None, (0,), 1, 1, None)
 
@@ -51,12 +51,7 @@ def adapted_policy(path: str, overrides: list[str], data: DataSource, args: PTRT
     except draccus.ParsingError as error:
         raise ValueError(f"policy_overrides={overrides} do not fit the policy {path}: {error}.") from error
     described = read_metadata(data, args, widest=widest_vector(saved)).features
-    robot = dataset_to_policy_features(renamed_features(described, args.observation_renames))
-    config.output_features = {key: feature for key, feature in robot.items() if feature.type is FeatureType.ACTION}
-    config.input_features = {
-        key: robot.get(key, feature) if feature.type is FeatureType.STATE else feature
-        for key, feature in (config.input_features or {}).items()
-    }
+    fit_to_robot(config, renamed_features(described, args.observation_renames))
     # a record of where it came from
     config.pretrained_path, config.pretrained_revision = Path(path), args.model_revision
     return get_policy_class(config.type).from_pretrained(path, config=config, revision=args.model_revision)

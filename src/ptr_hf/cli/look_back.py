@@ -19,17 +19,17 @@ from ptr_hf.report import (
     SCORES_FILE,
     Dynamics,
     detection,
+    dynamics_figure,
     episode_weights,
     given_weights_figure,
     read_dynamics,
     save_figure,
-    summary_figure,
     write_report,
     write_scores,
 )
 from ptr_hf.report.evaluation import corruption_kinds
 from ptr_hf.report.files import beside_the_run
-from ptr_hf.report.page import has_curves
+from ptr_hf.report.page import FIGURES_FOLDER, has_curves
 from ptr_hf.scoring import action_loss
 from ptr_hf.scoring.dataset_scores import DatasetScores
 from ptr_hf.scoring.given_weights import INSPECTION_FOLDER
@@ -112,13 +112,15 @@ def look_back(
             if folder != output:
                 # it is published from there
                 shutil.copyfile(report, folder / REPORT_FILE)
+                shutil.copytree(output / FIGURES_FOLDER, folder / FIGURES_FOLDER, dirs_exist_ok=True)
         if has_curves(dynamics):
             with beside_the_run("The picture of the run is missing"):
                 record = main_trainer.policy.config.weights_record
-                picture = beside() if beside is not None else None
-                if picture is None and record:
-                    picture = given_weights_figure(dynamics, record)
-                picture = picture or summary_figure(dynamics.identified, scores, truth, chance)
+                if beside is not None:
+                    picture = beside()
+                else:
+                    online = dynamics_figure(dynamics.identified, chance)
+                    picture = given_weights_figure(dynamics, record) if record else online
                 save_figure(picture, output / "summary.png")
     with beside_the_run(f"{RESULTS_FILE} is missing"):
         (output / RESULTS_FILE).write_text(json.dumps({"seed": args.seed, **results}, indent=2) + "\n")

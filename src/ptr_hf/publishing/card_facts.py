@@ -1,11 +1,10 @@
 """The facts of a run that its cards are written from; whoever fills them leaves out what it does not know."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ptr_hf.artifacts.sources import is_repo_id, named_source
+from ptr_hf.artifacts.sources import is_repo_id
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.report import Dynamics, WeightShare
@@ -26,14 +25,6 @@ class BasePolicy:
     revision: str | None = None
     random_weights: bool = False
 
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w-]+", self.policy_type, re.ASCII):
-            raise ValueError(f"policy_type={self.policy_type!r} is no LeRobot policy type: give one such as 'smolvla'.")
-        if self.random_weights and self.source is not None:
-            raise ValueError(
-                f"A base policy from {named_source(self.source).name} has no random weights: drop one of the two."
-            )
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
@@ -44,20 +35,6 @@ class TrainingData:
     episodes: int | None = None
     frames: int | None = None
     name: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingRun:
-    """Settings of the optimisation worth saying. `batch_size`: segments per optimiser step, over all processes."""
-
-    steps: int | None = None
-    batch_size: int | None = None
-    processes: int | None = None
-    learning_rate: float | None = None
-    lr_scheduler: str | None = None
-    weight_decay: float | None = None
-    precision: str | None = None
-    seed: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +71,8 @@ class CardFacts:
         base: the policy that was post-trained.
         chunk_size: L, where `config` leaves it to the base policy.
         peft: whether the repo holds a PEFT adapter without the base policy's weights.
-        dynamics: of the run, or the path of its `ptr_dynamics.parquet`, which may be missing.
+        steps: that the policy was trained for.
+        settings: of the optimisation worth saying, by what the card calls them.
         task_shares, source_shares: as `ptr_hf.report.weight_shares` gives them.
         effective_sample_size: a fraction of the chunks, over the whole training data at the end.
         versions: of the libraries, by name (`library_versions`).
@@ -110,8 +88,9 @@ class CardFacts:
     chunk_size: int | None = None
     peft: bool = False
     data: Sequence[TrainingData] = ()
-    training: TrainingRun = field(default_factory=TrainingRun)
-    dynamics: Dynamics | str | Path | None = None
+    steps: int | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+    dynamics: Dynamics | None = None
     task_shares: Sequence[WeightShare] = ()
     source_shares: Sequence[WeightShare] = ()
     effective_sample_size: float | None = None
@@ -145,17 +124,4 @@ class CardFacts:
     @property
     def measured(self) -> list[Evaluation]:
         """The evaluations of this very checkpoint."""
-        return [result for result in self.evaluations if result.step in (None, self.training.steps)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoredDatasetFacts:
-    """What a scored dataset's card is written from; the shares as for `CardFacts`, `scorer` a Hub id or a folder."""
-
-    data: TrainingData
-    scorer: str | Path
-    scorer_revision: str | None = None
-    task_shares: Sequence[WeightShare] = ()
-    effective_sample_size: float | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
-    license: str | None = None
+        return [result for result in self.evaluations if result.step in (None, self.steps)]

@@ -15,7 +15,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from ptr_hf.artifacts.sources import Source, named_source
-from ptr_hf.report.evaluation import number
+from ptr_hf.report.evaluation import number, titled
 from ptr_hf.report.text import visible
 
 LONGEST_TEXT = 1000
@@ -41,7 +41,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"source": named_source, "link": _link, "code": _code, "literal": _literal, "number": number}
-    environment.filters |= {"percent": percent, "value": _value, "shell": _shell}
+    environment.filters |= {"percent": percent, "titled": titled, "value": _value, "shell": _shell}
     return environment
 
 

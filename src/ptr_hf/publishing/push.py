@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import wraps
 from pathlib import Path
 
 import httpx
@@ -59,6 +60,23 @@ class PushError(RuntimeError):
         self.final = final
 
 
+def _insistent[**Given, Result](ask: Callable[Given, Result]) -> Callable[Given, Result]:
+    """Ask again after a while where the Hub may answer otherwise."""
+
+    @wraps(ask)
+    def asked(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+        for pause in PAUSES:
+            try:
+                return ask(*args, **kwargs)
+            except PushError as error:
+                if error.final:
+                    raise
+                time.sleep(pause)
+        return ask(*args, **kwargs)
+
+    return asked
+
+
 @dataclass(frozen=True)
 class Destination:
     """Where a folder is published.
@@ -79,6 +97,7 @@ class Destination:
     def _api(self) -> HfApi:
         return HfApi(token=self.token)
 
+    @_insistent
     def create(self, folder: Path) -> "Destination":
         """Make sure that repo and branch exist; returns the destination under its full name.
 
@@ -88,23 +107,21 @@ class Destination:
         Raises:
             PushError: the Hub refused or could not be reached.
         """
-        return _insistently(lambda: self._create(folder))
-
-    def _create(self, folder: Path) -> "Destination":
         with self._reported(folder):
             repo_id = self._api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
             if self.revision is not None:
                 self._api.create_branch(repo_id, branch=self.revision, exist_ok=True)
-        return Destination(repo_id, self.private, self.revision, self.token)
+        return replace(self, repo_id=repo_id)
 
+    @_insistent
     def push(
         self,
         folder: Path,
         message: str,
         *,
-        tags: Iterable[str] = (),
+        tags: Sequence[str] = (),
         path_in_repo: str | None = None,
-        ignore: Iterable[str] = NEVER_PUBLISHED,
+        ignore: Sequence[str] = NEVER_PUBLISHED,
     ) -> CommitInfo:
         """Upload a folder in one commit; huggingface_hub retries what may pass, and uploads only what is new.
 
@@ -118,11 +135,6 @@ class Destination:
         Raises:
             PushError: the Hub refused or could not be reached; says where the files are and how to push them again.
         """
-        return _insistently(lambda: self._push(folder, message, tuple(tags), path_in_repo, list(ignore)))
-
-    def _push(
-        self, folder: Path, message: str, tags: Sequence[str], path_in_repo: str | None, ignore: list[str]
-    ) -> CommitInfo:
         with self._reported(folder):
             check_links(folder, ignore)
             commit = self._api.upload_folder(
@@ -131,7 +143,7 @@ class Destination:
                 path_in_repo=path_in_repo,
                 commit_message=message,
                 revision=self.revision,
-                ignore_patterns=ignore,
+                ignore_patterns=list(ignore),
             )
             for tag in tags:
                 if self._has_tag(tag):
@@ -176,18 +188,6 @@ class Destination:
                 f"everything is in {folder}. To push it again: {self.retry_command(folder)}",
                 final,
             ) from error
-
-
-def _insistently[Result](ask: Callable[[], Result]) -> Result:
-    """Ask again after a while where the Hub may answer otherwise."""
-    for pause in PAUSES:
-        try:
-            return ask()
-        except PushError as error:
-            if error.final:
-                raise
-            time.sleep(pause)
-    return ask()
 
 
 def stage(sources: Iterable[Path], parent: Path) -> Path:

@@ -8,13 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lerobot.processor import PolicyProcessorPipeline
-from peft import PeftModel
 
-from ptr_hf.artifacts.peft import source_of
 from ptr_hf.artifacts.processor_checks import PROCESSOR_FILES
-from ptr_hf.policies.base import unwrap
-from ptr_hf.publishing.card_facts import BasePolicy, CardFacts
-from ptr_hf.publishing.model_card import library_versions, write_model_card
+from ptr_hf.publishing.model_card import policy_facts, write_model_card
 from ptr_hf.publishing.push import Destination, local_needs
 from ptr_hf.report.files import beside_the_run
 
@@ -50,20 +46,9 @@ def push_policy(
     policy.save_pretrained(folder)
     for name, processor in zip(PROCESSOR_FILES, processors, strict=False):
         processor.save_pretrained(folder, config_filename=name)
-    base, config = unwrap(policy.base).config, policy.config
     destination = destination.create(folder)
-    source = config.base_path or (str(base.pretrained_path) if base.pretrained_path else None)
-    facts = CardFacts(
-        config=config,
-        base=BasePolicy(policy_type=base.type, source=source, revision=config.base_revision),
-        chunk_size=config.resolved_chunk_size,
-        peft=isinstance(policy.base, PeftModel) and source_of(policy.base) is not None,
-        versions=library_versions(),
-        license=license,
-        repo_id=destination.repo_id,
-    )
     with beside_the_run("The card could not be written"):
-        write_model_card(facts, folder)
+        write_model_card(policy_facts(policy, license=license, repo_id=destination.repo_id), folder)
     for sentence in local_needs(folder):
         logger.warning("%s", sentence)
     address = str(destination.push(folder, message, tags=tags).commit_url)

@@ -1,6 +1,6 @@
 """What a training run leaves to look at: its dynamics, figures, detection of known corruptions, and one HTML page."""
 
-from ptr_hf.report.chunk_scores import SCORE_COLUMNS, SCORES_FILE, ChunkScores, read_scores, write_scores
+from ptr_hf.report.chunk_scores import SCORES_FILE, ChunkScores, read_scores, write_scores
 from ptr_hf.report.dynamics import (
     DYNAMICS_COLUMNS,
     DYNAMICS_FILE,
@@ -11,41 +11,29 @@ from ptr_hf.report.dynamics import (
     weight_histogram,
 )
 from ptr_hf.report.evaluation import (
-    Detection,
-    SummaryTable,
     WeightShare,
-    corruption_auc,
     detection,
     effective_sample_share,
     episode_weights,
     summary_table,
     weight_shares,
 )
-from ptr_hf.report.figures import (
-    dynamics_figure,
-    given_weights_figure,
-    save_figure,
-    summary_figure,
-    weight_histogram_figure,
-)
+from ptr_hf.report.figures import dynamics_figure, given_weights_figure, weight_histogram_figure
 from ptr_hf.report.findings import findings
 from ptr_hf.report.page import REPORT_FILE, write_report
-from ptr_hf.report.sources import GroupShare, group_shares, logged_share_bound, sources_figure
+from ptr_hf.report.sources import GroupShare, group_shares, sources_figure
+from ptr_hf.report.style import save_figure
 
 __all__ = [
     "DYNAMICS_COLUMNS",
     "DYNAMICS_FILE",
     "REPORT_FILE",
     "SCORES_FILE",
-    "SCORE_COLUMNS",
     "ChunkScores",
-    "Detection",
     "Dynamics",
     "DynamicsLog",
     "GroupShare",
-    "SummaryTable",
     "WeightShare",
-    "corruption_auc",
     "detection",
     "dynamics_figure",
     "effective_sample_share",
@@ -53,12 +41,10 @@ __all__ = [
     "findings",
     "given_weights_figure",
     "group_shares",
-    "logged_share_bound",
     "read_dynamics",
     "read_scores",
     "save_figure",
     "sources_figure",
-    "summary_figure",
     "summary_table",
     "weight_bin_edges",
     "weight_histogram",

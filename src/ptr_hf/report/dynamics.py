@@ -1,6 +1,6 @@
 """The training dynamics: one row per logging step, in `ptr_dynamics.parquet`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -143,15 +143,20 @@ class Dynamics:
         values = values[np.isfinite(values)]
         return float(values.mean()) if len(values) else float("nan")
 
+    def without(self, names: Iterable[str], rows: pa.ChunkedArray | None = None) -> "Dynamics":
+        """The same with scalar columns left empty, in all rows or in those that are marked."""
+        table = self.table
+        for name in names:
+            place, empty = table.column_names.index(name), pa.nulls(len(table), pa.float64())
+            values = empty if rows is None else pc.if_else(rows, empty, table[name])
+            table = table.set_column(place, table.schema.field(place), values)
+        return Dynamics(table)
+
     @property
     def identified(self) -> "Dynamics":
         """The same without accuracy, margin and score where nothing was compared, which are logged as zeros there."""
-        table, alone = self.table, pc.fill_null(pc.less(self.table["candidates"], 1.0), False)
-        for name in ("accuracy", "margin", "score"):
-            place = table.column_names.index(name)
-            known = pc.if_else(alone, pa.scalar(None, pa.float64()), table[name])
-            table = table.set_column(place, table.schema.field(place), known)
-        return Dynamics(table)
+        alone = pc.fill_null(pc.less(self.table["candidates"], 1.0), False)
+        return self.without(("accuracy", "margin", "score"), alone)
 
     def chance(self, run: str) -> float | None:
         """Identification accuracy of guessing at the end of training, 1 / |Y|; None where nothing was compared."""
@@ -226,10 +231,10 @@ class DynamicsLog:
         return Dynamics(self._table)
 
     def append(self, *rows: Mapping[str, Any]) -> None:
-        """Add rows, columns left out being null, and replace the file in one move.
+        """Add rows, columns left out being null and what is no column left out, and replace the file in one move.
 
-        Rows that could not be written (OSError) are kept and written with the next ones. Raises ValueError on an unknown
-        column, another run's name, or a step that does not come after the last one.
+        Rows that could not be written (OSError) are kept and written with the next ones. Raises ValueError on a step that does
+        not come after the last one.
         """
         last_step, added = self._last_step, []
         for row in rows:
@@ -242,16 +247,11 @@ class DynamicsLog:
             pq.write_table(table, temporary)
 
     def _complete(self, row: Mapping[str, Any], last_step: int) -> dict[str, Any]:
-        unknown = sorted(set(row) - set(DYNAMICS_COLUMNS))
-        if unknown:
-            raise ValueError(f"Unknown dynamics columns {unknown}, expected some of {list(DYNAMICS_COLUMNS)}.")
         if "step" not in row or int(row["step"]) <= last_step:
             raise ValueError(
                 f"A dynamics row needs a step after {last_step}, got {row.get('step')}; "
                 "to log a resumed run, open the log with start_step set to the checkpoint's step."
             )
-        if row.get("run", self.run) != self.run:
-            raise ValueError(f"A row of run {row['run']!r} came to the log of run {self.run!r}, open one log per run.")
         complete = {name: _plain(row.get(name), column.kind) for name, column in DYNAMICS_COLUMNS.items()}
         return complete | {"run": self.run}
 

@@ -1,7 +1,6 @@
 """What the weights say about the data: detection of known corruptions, shares, and the table of runs side by side."""
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -98,19 +97,6 @@ def detection(
     return Detection(math.nan, corrupted, clean, reason)
 
 
-def corruption_auc(
-    scores: ChunkScores, truth: Mapping[int, str], level: Level = "episode", kind: str | None = None
-) -> float:
-    """The AUC of `detection`: 1 when every corrupted one weighs less than every clean one, 0.5 for no difference.
-
-    NaN when one of the two classes is absent; a RuntimeWarning then says which.
-    """
-    found = detection(scores, truth, level, kind)
-    if found.reason:
-        warnings.warn(f"The corruption AUC is undefined: {found.reason}.", RuntimeWarning, stacklevel=2)
-    return found.auc
-
-
 def corruption_kinds(truth: Mapping[int, str]) -> tuple[str, ...]:
     """The kinds of corruption in the truth, sorted."""
     return tuple(sorted({kind for label in truth.values() for kind in label.split(SEVERAL)} - {CLEAN}))
@@ -163,12 +149,6 @@ class SummaryTable:
 
     runs: tuple[str, ...]
     rows: tuple[SummaryRow, ...]
-
-    def markdown(self) -> str:
-        """The table in Markdown, for a README or a model card."""
-        lines = ["| | " + " | ".join(map(run_label, self.runs)) + " |", "|---" * (len(self.runs) + 1) + "|"]
-        lines += [f"| {titled(row)} | " + " | ".join(map(number, row.values)) + " |" for row in self.rows]
-        return "\n".join(lines) + "\n"
 
 
 SUMMARY_METRICS = (

@@ -1,8 +1,10 @@
 """The figures of a run, each a matplotlib Figure; `save_figure` writes one as PNG."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ptr_hf.report.chunk_scores import ChunkScores
@@ -11,7 +13,6 @@ from ptr_hf.report.evaluation import corruption_kinds
 from ptr_hf.report.panels import (
     accuracy_panel,
     clip_panel,
-    controller_panel,
     given_weights_panel,
     loss_panel,
     metric_panel,
@@ -19,36 +20,39 @@ from ptr_hf.report.panels import (
     score_panel,
     weight_histogram_panel,
 )
-from ptr_hf.report.style import INK, TITLE_SIZE, board, save_figure
-from ptr_hf.report.text import drawable
-
-__all__ = [
-    "dynamics_figure",
-    "given_weights_figure",
-    "save_figure",
-    "summary_figure",
-    "weight_histogram_figure",
-    "weights_by_quality_figure",
-]
+from ptr_hf.report.style import board
 
 
 def dynamics_figure(dynamics: Dynamics, chance: float | None = None) -> Figure:
-    """The curves the paper plots over training, all runs together.
+    """The curves the paper plots over training, all runs together: a panel of every column that some run has logged.
 
     `chance` is the identification accuracy of guessing, 1 / |Y|; with it the chance line and T's upper bound log |Y|
-    are drawn. Columns that no run logged leave a panel that says so.
+    are drawn.
     """
     check_chance(chance)
-    figure, axes = board(3, 3, 11.0, 8.4)
-    accuracy_panel(axes[0], dynamics, chance)
-    score_panel(axes[1], dynamics, chance)
-    metric_panel(axes[2], dynamics, "margin", "Margin to the best other", "logits")
-    loss_panel(axes[3], dynamics)
-    metric_panel(axes[4], dynamics, "belief_entropy", "Belief entropy $H_{tok}$", "nats")
-    clip_panel(axes[5], dynamics)
-    metric_panel(axes[6], dynamics, "temperature", "Temperature τ")
-    metric_panel(axes[7], dynamics, "beta", "Weight scale β", "nats")
-    metric_panel(axes[8], dynamics, "hard_negative_ratio", "Hard-negative ratio ρ", percent=True)
+    panels: dict[str, Callable[[Axes], None]] = {
+        "accuracy": lambda ax: accuracy_panel(ax, dynamics, chance),
+        "score": lambda ax: score_panel(ax, dynamics, chance),
+        "margin": lambda ax: metric_panel(ax, dynamics, "margin", "Margin to the best other", "logits"),
+        "loss_action": lambda ax: loss_panel(ax, dynamics),
+        "belief_entropy": lambda ax: metric_panel(ax, dynamics, "belief_entropy", "Belief entropy $H_{tok}$", "nats"),
+        "effective_sample_size": lambda ax: clip_panel(ax, dynamics),
+        "temperature": lambda ax: metric_panel(ax, dynamics, "temperature", "Temperature τ"),
+        "beta": lambda ax: metric_panel(ax, dynamics, "beta", "Weight scale β", "nats"),
+        "hard_negative_ratio": lambda ax: metric_panel(
+            ax, dynamics, "hard_negative_ratio", "Hard-negative ratio ρ", percent=True
+        ),
+    }
+    logged = [draw for name, draw in panels.items() if any(dynamics.logged(name, run) for run in dynamics.runs)]
+    # without any, the panel that says so
+    shown = logged or [panels["loss_action"]]
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure, axes = board(rows, columns, 11.0 if columns == 3 else 5.0 * columns, 0.6 + 2.6 * rows)
+    for ax, draw in zip(axes, shown, strict=False):
+        draw(ax)
+    for ax in axes[len(shown) :]:
+        ax.set_axis_off()
     return figure
 
 
@@ -66,33 +70,6 @@ def weights_by_quality_figure(scores: ChunkScores, truth: Mapping[int, str]) -> 
     """
     figure, axes = board(1, 1, 7.2, 1.5 + 0.95 * (1 + len(corruption_kinds(truth))))
     quality_panel(axes[0], scores, truth)
-    return figure
-
-
-def summary_figure(
-    dynamics: Dynamics,
-    scores: ChunkScores | None = None,
-    truth: Mapping[int, str] | None = None,
-    chance: float | None = None,
-    title: str = "",
-) -> Figure:
-    """One picture of a run, made for a README's width: the scorer learns, the weights spread, and whom they trust.
-
-    The last panel shows the weights by quality where `scores` and `truth` are given, the belief's entropy otherwise.
-    """
-    check_chance(chance)
-    figure, axes = board(2, 3, 11.0, 6.0)
-    if title:
-        figure.suptitle(drawable(title), fontsize=TITLE_SIZE + 2.0, color=INK, fontweight="bold")
-    accuracy_panel(axes[0], dynamics, chance)
-    score_panel(axes[1], dynamics, chance)
-    loss_panel(axes[2], dynamics)
-    controller_panel(axes[3], dynamics)
-    weight_histogram_panel(axes[4], dynamics)
-    if scores is not None and truth is not None:
-        quality_panel(axes[5], scores, truth, compact=True)
-    else:
-        metric_panel(axes[5], dynamics, "belief_entropy", "Belief entropy $H_{tok}$", "nats")
     return figure
 
 

@@ -4,6 +4,7 @@ import base64
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,8 +29,6 @@ from ptr_hf.report.figures import (
     check_chance,
     dynamics_figure,
     given_weights_figure,
-    save_figure,
-    summary_figure,
     weight_histogram_figure,
     weights_by_quality_figure,
 )
@@ -37,39 +36,29 @@ from ptr_hf.report.files import beside_the_run, replacing
 from ptr_hf.report.findings import findings
 from ptr_hf.report.given_weights import given_options, weight_sentences
 from ptr_hf.report.sources import SOURCES_CAPTION, group_shares, logged_share_bound, sources_figure
+from ptr_hf.report.style import save_figure
 from ptr_hf.report.text import readable, visible, without_local_paths
 
 REPORT_FILE = "ptr_report.html"
 CONFIG_FILE = "ptr_config.json"
 FIGURES_FOLDER = "figures"
-SOURCES_NAME = "ptr_sources"
 NO_CURVES = (
     "One step was logged, step {step}, so there are no curves over training: for those, log more often (logging_steps), or train "
     "for longer."
 )
 
-SUMMARY_CAPTION = (
-    "The run at a glance: does the scorer learn to recognise consequences, does the policy learn, where did the "
-    "controller move its scales, and how far did the weights spread."
-)
-DYNAMICS_CAPTION = (
-    "Training dynamics: faint lines are the logged values, strong ones their running mean. Accuracy: share of chunks "
-    "whose true consequence has the top logit. T: log of how much likelier than a uniform guess it was. Margin: its "
-    "logit minus the best other. H_tok: how widely a belief token spreads over the chunk's time steps."
-)
-HISTOGRAM_CAPTION = (
-    "Weights of the first and the last tenth of training after the scorer's warm-up; dotted lines are the bounds."
-)
-GIVEN_HISTOGRAM_CAPTION = "Weights of the chunks that the first and the last tenth of training read."
-GIVEN_WEIGHTS_CAPTION = (
-    "The weights that were known before training, over all chunks of the data; the action loss; and, of the chunks that each "
-    "step has read, the effective sample size."
-)
-QUALITY_CAPTION = (
-    "Weights of clean and of corrupted data. Filled: chunks; dots: episode means. AUC: the chance that a corrupted "
-    "episode weighs less than a clean one; 0.5 is no difference, below it the weights are inverted."
-)
-
+CAPTIONS = {
+    "ptr_given_weights": "The weights that were known before training, over all chunks of the data; the action loss; and, of the "
+    "chunks that each step has read, the effective sample size.",
+    "ptr_dynamics": "Training dynamics: faint lines are the logged values, strong ones their running mean. Accuracy: share of "
+    "chunks whose true consequence has the top logit. T: log of how much likelier than a uniform guess it was. Margin: its "
+    "logit minus the best other. H_tok: how widely a belief token spreads over the chunk's time steps.",
+    "ptr_weights": "Weights of the first and the last tenth of training after the scorer's warm-up; dotted lines are the bounds.",
+    "ptr_weights_by_quality": "Weights of clean and of corrupted data. Filled: chunks; dots: episode means. AUC: the chance that "
+    "a corrupted episode weighs less than a clean one; 0.5 is no difference, below it the weights are inverted.",
+    "ptr_sources": SOURCES_CAPTION,
+}
+"""Of every figure that a report may hold, by the name of its file."""
 
 type Drawing = tuple[str, Callable[[], Figure | None], str]
 """Name of the file in the figures folder, what draws it, and its caption."""
@@ -140,21 +129,23 @@ def write_report(
         hyperparameters = given_options(hyperparameters)
     run, curves = main_run(dynamics), has_curves(dynamics)
     identifies = any(dynamics.logged("accuracy", name) for name in dynamics.runs)
-    figures: list[Drawing] = list(more)
+    chosen: dict[str, Callable[[], Figure | None]] = {}
     if weights is not None and not identifies:
-        draw = partial(given_weights_figure, dynamics, weights)
-        figures.append(("ptr_summary", draw, GIVEN_WEIGHTS_CAPTION))
+        chosen["ptr_given_weights"] = partial(given_weights_figure, dynamics, weights)
     elif curves:
-        figures += [
-            ("ptr_summary", partial(summary_figure, dynamics, scores, truth, chance), SUMMARY_CAPTION),
-            ("ptr_dynamics", partial(dynamics_figure, dynamics, chance), DYNAMICS_CAPTION),
-        ]
-    if weights is None or identifies:
-        figures.append(("ptr_weights", partial(weight_histogram_figure, dynamics), HISTOGRAM_CAPTION))
+        chosen["ptr_dynamics"] = partial(dynamics_figure, dynamics, chance)
+    if dynamics.weight_counts(run) is not None and (weights is None or identifies):
+        chosen["ptr_weights"] = partial(weight_histogram_figure, dynamics)
     if scores is not None and truth is not None:
-        figures.append(("ptr_weights_by_quality", partial(weights_by_quality_figure, scores, truth), QUALITY_CAPTION))
-    sources = _page_figure(folder, SOURCES_NAME, partial(sources_figure, dynamics), SOURCES_CAPTION) if curves else None
-    drawn = [_page_figure(folder, *figure) for figure in figures]
+        chosen["ptr_weights_by_quality"] = partial(weights_by_quality_figure, scores, truth)
+    if curves:
+        chosen["ptr_sources"] = partial(sources_figure, dynamics)
+    for name in CAPTIONS:
+        # of an earlier run
+        with suppress(OSError):
+            (folder / FIGURES_FOLDER / f"{name}.png").unlink(missing_ok=True)
+    own = [(name, draw, CAPTIONS[name]) for name, draw in chosen.items()]
+    drawn = [_page_figure(folder, *figure) for figure in (*more, *own)]
     environment = page_templates()
     environment.filters |= {"number": number, "run_label": run_label, "auc": _auc, "percent": _percent}
     page = environment.get_template("report.html.j2").render(
@@ -169,7 +160,6 @@ def write_report(
         figures=[figure for figure in drawn if figure is not None],
         narrow=("ptr_weights.png", "ptr_weights_by_quality.png"),
         no_curves="" if curves else NO_CURVES.format(step=int(dynamics.steps(run)[-1])),
-        sources_figure=sources,
         source_groups=group_shares(dynamics, run, "sources"),
         task_groups=group_shares(dynamics, run, "tasks"),
         most_tasks=MOST_TASKS,

@@ -1,7 +1,7 @@
 """The panels of the figures: each draws one question into given axes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,6 @@ from ptr_hf.report.evaluation import (
 )
 from ptr_hf.report.style import (
     BLUE,
-    GREEN,
     GREY,
     INK,
     KIND_COLOURS,
@@ -92,30 +91,6 @@ def loss_panel(ax: Axes, dynamics: Dynamics) -> None:
         log_ticks(ax)
 
 
-def controller_panel(ax: Axes, dynamics: Dynamics) -> None:
-    """τ and β relative to their start, and ρ, of the run the report is about: one scale without units."""
-    run = main_run(dynamics)
-    name_axes(ax, "Controller: τ, β, ρ")
-    if not dynamics.logged("temperature", run):
-        say_absent(ax, "no controller in this run")
-        return
-    steps = dynamics.steps(run).astype(np.float64)
-    for column, symbol, relative, colour, line in (
-        ("temperature", "τ / τ₀", True, BLUE, "-"),
-        ("beta", "β / β₀", True, ORANGE, "--"),
-        ("hard_negative_ratio", "ρ", False, GREEN, "-."),
-    ):
-        values = dynamics.column(column, run)
-        finite = values[np.isfinite(values)]
-        # relative to a start of 0 there is nothing to draw
-        if len(finite) and (finite[0] or not relative):
-            label = f"{symbol}  ({finite[0]:.2g} → {finite[-1]:.2g})"
-            curve(ax, steps, values / finite[0] if relative else values, colour, label, line, smooth=False)
-    ax.set_ylim(bottom=-0.03)
-    step_axis(ax)
-    legend(ax)
-
-
 def clip_panel(ax: Axes, dynamics: Dynamics) -> None:
     """How much of the weighting is still a choice: effective sample size, and the shares stuck at either bound."""
     run = main_run(dynamics)
@@ -179,7 +154,7 @@ def given_weights_panel(ax: Axes, record: Mapping[str, Any]) -> None:
     ax.text(0.03, 0.96, words, transform=ax.transAxes, va="top", fontsize=TICK_SIZE, color=INK)
 
 
-def quality_panel(ax: Axes, scores: ChunkScores, truth: Mapping[int, str], compact: bool = False) -> None:
+def quality_panel(ax: Axes, scores: ChunkScores, truth: Mapping[int, str]) -> None:
     """Weights of clean data and of every corruption: chunks as a filled density, episodes as dots, and the AUC."""
     name_axes(ax, "Weights by quality of the data", x="weight w")
     labels, means = quality_labels(scores, truth), episode_weights(scores)
@@ -204,7 +179,7 @@ def quality_panel(ax: Axes, scores: ChunkScores, truth: Mapping[int, str], compa
     weight_axis(ax, float(edges[0]), float(edges[-1]), below=bool((weight < lower).any()))
     ax.set_ylim(-0.35, len(kinds) - 0.25)
     places = np.arange(len(kinds)) + 0.2
-    ax.set_yticks(places, [_kind_label(scores, truth, kind, compact) for kind in reversed(kinds)])
+    ax.set_yticks(places, [_kind_label(scores, truth, kind) for kind in reversed(kinds)])
     ax.tick_params(axis="y", length=0, labelsize=TICK_SIZE)
     ax.grid(visible=False)
 
@@ -218,20 +193,14 @@ def weight_axis(ax: Axes, lower: float, upper: float, below: bool = False) -> No
     ax.xaxis.set_minor_locator(NullLocator())
 
 
-def _kind_label(scores: ChunkScores, truth: Mapping[int, str], kind: str, compact: bool) -> str:
+def _kind_label(scores: ChunkScores, truth: Mapping[int, str], kind: str) -> str:
     readable = drawable(kind.replace("_", " "), LONGEST_NAME)
     if kind == CLEAN:
         return f"{readable}\n{detection(scores, truth).clean} episodes"
     found = detection(scores, truth, kind=kind)
-    aucs = [_auc("AUC", found.auc)]
-    if not compact:
-        chunks = detection(scores, truth, "chunk", kind)
-        aucs = [f"{found.corrupted} episodes", _auc("AUC", found.auc), _auc("by chunk", chunks.auc)]
-    return "\n".join([readable, *_pairs(aucs)])
-
-
-def _pairs(parts: Sequence[str]) -> list[str]:
-    return [parts[0], ", ".join(parts[1:])] if len(parts) > 1 else list(parts)
+    chunks = detection(scores, truth, "chunk", kind)
+    aucs = f"{_auc('AUC', found.auc)}, {_auc('by chunk', chunks.auc)}"
+    return "\n".join([readable, f"{found.corrupted} episodes", aucs])
 
 
 def _auc(label: str, value: float) -> str:

@@ -173,6 +173,11 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
         self._fill("num_train_epochs", -1.0)
 
     @property
+    def segments_per_step(self) -> int:
+        """Segments of an optimiser step, over all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
     def peft_overrides(self) -> dict[str, Any] | None:
         """The fields above as LeRobot's `wrap_with_peft` takes them; None where use_peft is off."""
         if not self.use_peft:

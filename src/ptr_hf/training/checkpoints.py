@@ -5,7 +5,6 @@ transformers' Trainer writes a checkpoint file by file into its final folder, an
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -34,6 +33,7 @@ from ptr_hf.training.checkpoint_files import (
     write_failure,
     written_aside,
 )
+from ptr_hf.training.plan import free_bytes, gigabytes
 from ptr_hf.training.run_lock import RunLock
 
 if TYPE_CHECKING:
@@ -151,8 +151,10 @@ class Checkpoints:
         failed = torch.tensor([reason is not None], dtype=torch.int32, device=self._trainer.args.device)
         if reason is not None:
             good, _ = last_complete(target.parent, contents=False)
+            free = free_bytes(target)
+            room = "" if free is None else f" ({gigabytes(free)} are free on that disk)"
             logger.error(
-                f"{target} could not be written: {reason}{_free(target)}. Training goes on, and the next "
+                f"{target} could not be written: {reason}{room}. Training goes on, and the next "
                 f"save tries again; until then the last good checkpoint is {good or 'none'}. Make room on that disk, or set "
                 "save_total_limit to keep fewer."
             )
@@ -239,14 +241,6 @@ class Checkpoints:
                 f"checkpoint is {good or 'none'}. Make room on that disk and save again.",
                 reason,
             ) from error
-
-
-def _free(target: Path) -> str:
-    """The room on the disk where a folder would be written, for a message; nothing where that disk does not say."""
-    with suppress(OSError):
-        there = next(folder for folder in target.absolute().parents if folder.exists())
-        return f" ({shutil.disk_usage(there).free / 1e6:.1f} MB are free on that disk)"
-    return ""
 
 
 def window_name(rank: int) -> str:

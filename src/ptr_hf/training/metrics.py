@@ -1,9 +1,6 @@
-"""Metrics of a logging window: summed on the device, read once, and kept in `ptr_dynamics.parquet`."""
+"""Metrics of a logging window: summed on the device, read once."""
 
-import logging
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,13 +11,11 @@ from torch import Tensor
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.method import GROUP_STATISTICS, ObjectiveOutput, group_statistics, share_bound, weight_bounds
 from ptr_hf.modeling_ptr import PTRPolicy
-from ptr_hf.report import DYNAMICS_COLUMNS, DynamicsLog, weight_bin_edges
+from ptr_hf.report import weight_bin_edges, weight_histogram
 from ptr_hf.report.dynamics import MOST_TASKS
 
 _SMALLEST, _LARGEST = "weight_min", "weight_max"
 _SUM, _WEIGHTS, _COUNT, _GROUPS = "sum.", "weights", "count", "groups."
-
-logger = logging.getLogger(__name__)
 
 
 class MetricsWindow:
@@ -100,9 +95,8 @@ class MetricsWindow:
         if bounds is not None and self._weights:
             edges = weight_bin_edges(*weight_bounds(*bounds))
             weights = accelerator.gather(torch.cat(self._weights))
-            weights = weights[weights.isfinite()].double().cpu().clamp(float(edges[0]), float(edges[-1]))
-            counts = torch.histogram(weights, torch.as_tensor(edges, dtype=torch.float64)).hist
-            columns = {"weight_histogram": counts.long().tolist(), "weight_bin_edges": list(edges)}
+            counts = weight_histogram(weights.double().cpu().numpy(), edges)
+            columns = {"weight_histogram": counts.tolist(), "weight_bin_edges": list(edges)}
         for kind, sums in self._groups.items():
             everywhere = accelerator.gather(sums[None]).sum(dim=0)
             rows = _group_rows(self._names[kind], everywhere, scored=self._config is None or self._config.scorer)
@@ -139,39 +133,6 @@ class MetricsWindow:
         self._weights = []
         self._groups = {}
         self._count = 0
-
-
-class DynamicsRows:
-    """A run's rows in `ptr_dynamics.parquet`; one that a full disk refuses is written with the next one.
-
-    Args:
-        path: of the file.
-        preset: of the run.
-        resumed_step: of the checkpoint that the run goes on from; with 0 an earlier file is replaced.
-    """
-
-    def __init__(self, path: Path, preset: str, resumed_step: int) -> None:
-        self._path, self._preset, self._resumed_step = path, preset, resumed_step
-        self._log: DynamicsLog | None = None
-
-    def add(self, logs: Mapping[str, float], columns: Mapping[str, Any]) -> None:
-        """Add a row.
-
-        Args:
-            logs: of the log; what is no column of the file is left out.
-            columns: the others by name, the step among them.
-        """
-        try:
-            if self._log is None:
-                if not self._resumed_step:
-                    # what cannot be removed is replaced with the first row
-                    with suppress(OSError):
-                        self._path.unlink(missing_ok=True)
-                self._log = DynamicsLog(self._path, self._preset, self._resumed_step)
-            self._log.append({name: value for name, value in logs.items() if name in DYNAMICS_COLUMNS} | dict(columns))
-        # the run is worth more than its log, whatever it stumbles over
-        except Exception as error:
-            logger.error(f"{self._path.name} could not be written ({error}); its rows are written with the next one.")
 
 
 def logged_bounds(policy: PTRPolicy) -> tuple[float, float, float] | None:

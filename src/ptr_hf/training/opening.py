@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lerobot.processor import PolicyProcessorPipeline
+from lerobot.utils.random_utils import seeded_context
 from peft import PeftConfig
 
 from ptr_hf.artifacts.checkpoint import widest_vector
@@ -34,7 +35,6 @@ from ptr_hf.training.global_batches import has_batch_statistics, instructions_of
 from ptr_hf.training.metrics import MetricsWindow
 from ptr_hf.training.policy_sources import ModelSource, resolve_policy
 from ptr_hf.training.processors import checked_preprocessor, observation_renames, policy_processors
-from ptr_hf.training.seeding import seeded
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def open_run(
 def _open_policy(
     model: ModelSource, args: PTRTrainingArguments, meta: Metadata | None, peft_config: PeftConfig | None
 ) -> PTRPolicy:
-    with seeded(args.seed):
+    with seeded_context(args.seed):
         policy = resolve_policy(model, args, meta, peft_config)
     if isinstance(meta, MixtureMetadata):
         policy.config.robots = list(meta.names)
@@ -139,7 +139,7 @@ def _open_policy(
 
 def _give_data(policy: PTRPolicy, given: Any, meta: Metadata, args: PTRTrainingArguments) -> None:
     """The episodes that are trained on, and the weights that are known before training."""
-    with seeded(args.seed):
+    with seeded_context(args.seed):
         policy.set_episodes(episode_table(policy.config, meta, args), args.seed)
     # one process inspects, the others find what it has written
     with args.main_process_first(local=False, desc="weights"):
@@ -186,8 +186,7 @@ def set_run_length(policy: PTRPolicy, args: PTRTrainingArguments, data: Training
     if steps <= 0:
         if isinstance(data, StreamingMixture):
             raise ValueError("A stream has no end, so the run needs one: set max_steps.")
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        steps = math.ceil(len(data) / per_step * args.num_train_epochs)
+        steps = math.ceil(len(data) / args.segments_per_step * args.num_train_epochs)
     policy.set_run_length(steps)
     objective = policy.objective
     if objective is not None and objective.config.alpha > 0 and objective.warmup_steps >= steps:

@@ -4,6 +4,7 @@ import logging
 import math
 import shutil
 import time
+from collections.abc import Sized
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,12 +93,9 @@ def plan(trainer: "PTRTrainer") -> dict[str, str]:
         visible(source.name if source.is_dir() else str(data[0].source)) if len(data) == 1 else f"{len(data)} datasets"
     )
     chunks = policy.config.layout.segment_length
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    try:
-        segments = len(trainer.train_dataset)
-    except TypeError:
-        # a stream
-        segments = 0
+    batch = args.segments_per_step
+    # of a stream nobody knows
+    segments = len(trainer.train_dataset) if isinstance(trainer.train_dataset, Sized) else 0
     of = f" of {chunks} chunks" if chunks > 1 else ""
     kind = "segments" if chunks > 1 else "chunks"
     factors = [f"{args.train_batch_size} at a time"]

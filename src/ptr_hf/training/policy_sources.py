@@ -70,7 +70,11 @@ def resolve_policy(
         return _fresh_policy(model, device, hyperparameters, meta, args.observation_renames)
     config = PTRConfig(device=device, base_path=str(model), base_revision=args.model_revision, **hyperparameters)
     if meta is not None:
-        _fit_to_robot(config, renamed_features(meta.features, args.observation_renames), meta.repo_id)
+        robot = renamed_features(meta.features, args.observation_renames)
+        # a released VLA pads every robot's vectors to the same width; others have weights of this robot's sizes
+        if "max_action_dim" not in vars(config.base_config):
+            check_vectors(config.base_config, robot, meta.repo_id)
+        fit_to_robot(config, robot)
     if not adapted:
         return PTRPolicy.from_base(config)
     trained = build_base(config)
@@ -78,19 +82,18 @@ def resolve_policy(
     return PTRPolicy(config, base_policy=wrap_with_peft(trained, peft_config, args.peft_overrides).to(args.device))
 
 
-def _fit_to_robot(config: PTRConfig, features: dict[str, Any], where: str) -> None:
+def fit_to_robot(config: PTRConfig | PreTrainedConfig, features: dict[str, Any]) -> None:
     """Give a pretrained policy this robot's action and state sizes, as LeRobot does; its cameras stay its own.
 
-    A released VLA was saved with another robot's sizes and pads every robot's to the same width; others have to be of this
-    robot's sizes, since their weights are.
+    Args:
+        config: whose features are set.
+        features: of the dataset, by the policy's names.
     """
-    if "max_action_dim" not in vars(config.base_config):
-        check_vectors(config.base_config, features, where)
+    declared = (config.base_config if isinstance(config, PTRConfig) else config).input_features or {}
     robot = dataset_to_policy_features(features)
-    declared = config.base_config.input_features or {}
     config.output_features = {key: feature for key, feature in robot.items() if feature.type is FeatureType.ACTION}
     config.input_features = {
-        key: robot[key] if feature.type is FeatureType.STATE and key in robot else feature
+        key: robot.get(key, feature) if feature.type is FeatureType.STATE else feature
         for key, feature in declared.items()
     }
 

@@ -7,17 +7,15 @@ during training, and upload its pickled arguments with the token in them.
 import logging
 from collections.abc import Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import CommitInfo
-from peft import PeftModel
 from transformers.trainer_utils import HubStrategy, SchedulerType
 
-from ptr_hf.artifacts.peft import source_of
-from ptr_hf.policies.base import unwrap
-from ptr_hf.publishing.card_facts import BasePolicy, CardFacts, Evaluation, TrainingRun
-from ptr_hf.publishing.model_card import library_versions, write_model_card
+from ptr_hf.publishing.card_facts import CardFacts, Evaluation
+from ptr_hf.publishing.model_card import policy_facts, write_model_card
 from ptr_hf.publishing.push import Destination, PushError, local_needs, published_files, remove_staged, stage
 from ptr_hf.report import (
     DYNAMICS_FILE,
@@ -61,8 +59,8 @@ class RunPublisher:
 
     def card_facts(self, repo_id: str | None = None) -> CardFacts:
         """What is known of the run so far; what is not known stays out of the card."""
-        trainer, args, config = self._trainer, self._trainer.args, self._trainer.policy.config
-        base, output = unwrap(trainer.policy.base).config, Path(args.output_dir)
+        trainer, args = self._trainer, self._trainer.args
+        output = Path(args.output_dir)
         shares: dict[str, Any] = {}
         if (output / SCORES_FILE).is_file():
             with beside_the_run(f"The card leaves {SCORES_FILE} out"):
@@ -72,32 +70,23 @@ class RunPublisher:
                     "source_shares": weight_shares(scores, "source"),
                     "effective_sample_size": effective_sample_share(scores),
                 }
-        source = config.base_path or (None if base.pretrained_path is None else str(base.pretrained_path))
-        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return CardFacts(
-            config=config,
-            base=BasePolicy(
-                policy_type=base.type,
-                source=None if self._random_weights else source,
-                revision=config.base_revision,
-                random_weights=self._random_weights,
-            ),
-            chunk_size=config.resolved_chunk_size,
-            peft=isinstance(trainer.policy.base, PeftModel) and source_of(trainer.policy.base) is not None,
+        return policy_facts(
+            trainer.policy,
+            random_weights=self._random_weights,
             data=trainer.training_data,
-            training=TrainingRun(
-                steps=trainer.state.global_step or None,
-                batch_size=per_step,
-                processes=args.world_size,
-                learning_rate=args.learning_rate,
-                lr_scheduler=SchedulerType(args.lr_scheduler_type).value,
-                weight_decay=args.weight_decay,
-                precision=args.mixed_precision if args.mixed_precision != "no" else "float32",
-                seed=args.seed,
-            ),
+            steps=trainer.state.global_step or None,
+            settings={
+                "steps": trainer.state.global_step,
+                "segments per step, all processes": args.segments_per_step,
+                "processes": args.world_size,
+                "learning rate": args.learning_rate,
+                "schedule": SchedulerType(args.lr_scheduler_type).value,
+                "weight decay": args.weight_decay,
+                "precision": args.mixed_precision if args.mixed_precision != "no" else "float32",
+                "seed": args.seed,
+            },
             dynamics=self._dynamics(),
             evaluations=self._evaluations(),
-            versions=library_versions(),
             license=args.license,
             repo_id=repo_id,
             **shares,
@@ -118,24 +107,24 @@ class RunPublisher:
         return []
 
     def write_card(self, folder: Path) -> None:
-        """Write README.md with its pictures, and the run's report, into a folder; a figure that fails costs the figure alone.
+        """Write the run's report, and README.md with its figures, into a folder; what fails is reported and costs itself alone.
 
         A report in the folder that is newer than the dynamics and the scores stays: whoever wrote it may have known more, such as
         results, the truth about the data or another run beside this one.
         """
-        with beside_the_run("The card could not be written"):
-            write_model_card(self.card_facts(self._destination.repo_id if self._destination else None), folder)
-        dynamics = self._dynamics()
+        config, dynamics = self._trainer.policy.config, self._dynamics()
         if dynamics is not None and dynamics.runs and not self._is_reported(folder):
             with beside_the_run("The report could not be written"):
                 report = write_report(
                     folder,
                     dynamics=dynamics,
-                    hyperparameters=self._trainer.policy.config.hyperparameters(),
+                    hyperparameters=config.hyperparameters(),
                     chance=dynamics.chance(main_run(dynamics)),
-                    weights=self._trainer.policy.config.weights_record or None,
+                    weights=config.weights_record or None,
                 )
                 logger.info("report written to %s", report)
+        with beside_the_run("The card could not be written"):
+            write_model_card(self.card_facts(self._destination.repo_id if self._destination else None), folder)
 
     def _is_reported(self, folder: Path) -> bool:
         report, output = folder / REPORT_FILE, Path(self._trainer.args.output_dir)
@@ -153,7 +142,7 @@ class RunPublisher:
         trainer = self._trainer
         if trainer.args.push_to_hub:
             try:
-                self.push(commit_message="Model save")
+                self.push("Model save")
             except PushError as error:
                 logger.warning("%s", error)
         elif trainer.state.global_step and trainer.is_world_process_zero():
@@ -165,50 +154,37 @@ class RunPublisher:
         Raises:
             PushError: the Hub refuses (token, permission, name); one that does not answer is only warned about.
         """
-        args = self._trainer.args
         if not self._trainer.is_world_process_zero():
             return
-        output = Path(args.output_dir)
-        name = args.hub_model_id or output.absolute().name
-        self._destination = Destination(name, args.hub_private_repo, args.hub_revision, token or args.hub_token)
+        self._destination = self._named() if token is None else replace(self._named(), token=token)
         try:
-            self._destination = self._destination.create(output)
+            self._destination = self._destination.create(Path(self._trainer.args.output_dir))
         except PushError as error:
             if error.final:
                 raise
             logger.warning("%s Training goes on; every push tries again.", error)
         self._trainer.hub_model_id = self._destination.repo_id
 
-    def push(
-        self,
-        repo_id: str | None = None,
-        commit_message: str = "End of training",
-        *,
-        tags: str | Sequence[str] | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-    ) -> str | None:
-        """As `PTRTrainer.push_to_hub`."""
-        trainer, args, output = self._trainer, self._trainer.args, Path(self._trainer.args.output_dir)
+    def push(self, message: str, tags: Sequence[str] = (), **where: Any) -> str | None:
+        """As `PTRTrainer.push_to_hub`, with the fields of `Destination` that differ from the arguments' as keywords."""
+        trainer, output = self._trainer, Path(self._trainer.args.output_dir)
         trainer.save_model(_internal_call=True)
         if not trainer.is_world_process_zero():
             return None
         self.finish()
-        known = self._destination
-        destination = Destination(
-            repo_id or (known.repo_id if known else None) or args.hub_model_id or output.absolute().name,
-            args.hub_private_repo if private is None else private,
-            revision or args.hub_revision,
-            token or args.hub_token,
-        )
-        self._destination = destination.create(output)
+        given = {name: value for name, value in where.items() if value is not None}
+        self._destination = replace(self._named(), **given).create(output)
         self.write_card(output)
         for sentence in local_needs(output):
             logger.warning("%s", sentence)
-        trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
-        names = [tags] if isinstance(tags, str) else list(tags or ())
-        return str(self._destination.push(output, commit_message, tags=names).commit_url)
+        trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
+        return str(self._destination.push(output, message, tags=tags).commit_url)
+
+    def _named(self) -> Destination:
+        """Where the arguments send the run."""
+        args, known = self._trainer.args, self._destination
+        name = known.repo_id if known else args.hub_model_id or Path(args.output_dir).absolute().name
+        return Destination(name, args.hub_private_repo, args.hub_revision, args.hub_token)
 
     def push_checkpoint(self, checkpoint: Path) -> None:
         """Push a checkpoint whole, in the background; a push that fails is reported and training goes on."""

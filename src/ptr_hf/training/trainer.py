@@ -6,7 +6,7 @@ Four collaborators do the rest: `Checkpoints`, `Resume`, `NonFiniteGuard` and `R
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from ptr_hf.data.screening import leave_out
 from ptr_hf.data.segments import is_rows
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.processor_ptr import preprocess
-from ptr_hf.report import DYNAMICS_FILE
+from ptr_hf.report import DYNAMICS_FILE, DynamicsLog
+from ptr_hf.report.files import beside_the_run
 from ptr_hf.scores import weighed_loss, weight_metrics
 from ptr_hf.training.arguments import PTRTrainingArguments
 from ptr_hf.training.callbacks import AfterStep, add_callbacks
@@ -36,7 +37,7 @@ from ptr_hf.training.evaluation import EnvironmentSource
 from ptr_hf.training.feature_cache import FeatureCache, check_cacheable
 from ptr_hf.training.global_batches import repeated_rows
 from ptr_hf.training.launch import check_alike, check_launch
-from ptr_hf.training.metrics import DynamicsRows, logged_bounds
+from ptr_hf.training.metrics import logged_bounds
 from ptr_hf.training.nonfinite import NonFiniteGuard
 from ptr_hf.training.opening import arguments_for_transformers, open_run, set_run_length
 from ptr_hf.training.plan import RunPlan
@@ -79,7 +80,7 @@ class PTRTrainer(Trainer):
     args: PTRTrainingArguments
     optimizer: torch.optim.Optimizer | None
     _mixture_sampler: MixtureSampler | None = None
-    _dynamics: DynamicsRows | None = None
+    _dynamics: DynamicsLog | None = None
 
     def compute_loss(
         self,
@@ -192,9 +193,19 @@ class PTRTrainer(Trainer):
             self.window.clear()
             if self.args.cache_features:
                 FeatureCache(self).begin()
-            path = Path(self.args.output_dir) / DYNAMICS_FILE
-            self._dynamics = DynamicsRows(path, self.policy.config.preset, self.resume.step)
+            self._dynamics = self._open_dynamics()
             return super().train(checkpoint, trial, ignore_keys_for_eval)
+
+    def _open_dynamics(self) -> DynamicsLog | None:
+        """The run's rows in `ptr_dynamics.parquet`, on the main process; those of an earlier run go where it starts anew."""
+        path = Path(self.args.output_dir) / DYNAMICS_FILE
+        if not self.is_world_process_zero():
+            return None
+        if not self.resume.step:
+            # what cannot be removed is replaced with the first row
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        return DynamicsLog(path, self.policy.config.preset, self.resume.step)
 
     def choose_checkpoint(self, asked: str | Path | bool | None) -> Path | None:
         """The checkpoint that `resume_from_checkpoint` asks for, the same on every rank; it raises as `train` does."""
@@ -311,8 +322,9 @@ class PTRTrainer(Trainer):
         if "loss" in logs and self.window:
             metrics, columns = self.window.flush(self.accelerator, logged_bounds(self.policy))
             logs |= metrics | self.guard.read()
-            if self._dynamics is not None and self.is_world_process_zero():
-                self._dynamics.add(logs, columns | {"step": self.state.global_step})
+            if self._dynamics is not None:
+                with beside_the_run(f"{DYNAMICS_FILE} could not be written; its rows are written with the next one"):
+                    self._dynamics.append(logs | columns | {"step": self.state.global_step})
         elif ending or ("eval_runtime" in logs and not self.is_in_train):
             self.guard.read()
         super().log(logs, start_time)
@@ -399,7 +411,10 @@ class PTRTrainer(Trainer):
         Raises:
             PushError: it did not get through; the folder is complete, and the message has the command to push it.
         """
-        return self.publisher.push(repo_id, commit_message, tags=tags, revision=revision, private=private, token=token)
+        names = [tags] if isinstance(tags, str) else tags or ()
+        return self.publisher.push(
+            commit_message, names, repo_id=repo_id, revision=revision, private=private, token=token
+        )
 
     def _finish_current_push(self) -> None:
         self.publisher.finish()
