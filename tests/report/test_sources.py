@@ -21,12 +21,12 @@ from ptr_hf.report import (
     DynamicsLog,
     findings,
     group_shares,
-    logged_share_bound,
     read_dynamics,
     save_figure,
     sources_figure,
     write_report,
 )
+from ptr_hf.report.sources import logged_share_bound
 
 
 def group(name: str, chunks: int, targets: int, share: float, weight_share: float, **means: float | None) -> dict:
