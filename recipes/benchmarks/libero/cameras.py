@@ -1,12 +1,23 @@
-"""LIBERO's two cameras, drawn as LeRobot's environment shows them, or faster. Needs a headless GL."""
+"""LIBERO's two cameras, drawn as LeRobot's environment shows them, or faster. Needs LIBERO and a headless GL.
+
+    python recipes/benchmarks/libero/cameras.py results/figures/libero_operators.png
+
+draws an expert's demonstration and a failed attempt from the same start, as the first camera sees them.
+"""
 
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # mujoco chooses its GL when it is first imported
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # where the package `benchmarks` lies
+from benchmarks.libero.experts import Kind
+from benchmarks.libero.recordings import record
 from benchmarks.libero.scene import LiberoScene
 
 CAMERAS = {"observation.images.image": "agentview", "observation.images.image2": "robot0_eye_in_hand"}
@@ -56,3 +67,19 @@ class Cameras:
             self._renderer.update_scene(self.scene.data, camera=camera, scene_option=self._option)
             found[key] = self._renderer.render()[:, ::-1].copy()
         return found
+
+
+def film_strips(frames: int = 8, start: int = 1000, size: int = 112) -> Image.Image:
+    """A row an operator: frames of a demonstration from its first to its last."""
+    scene = LiberoScene("libero_spatial", 2)
+    rows = []
+    kinds: tuple[Kind, ...] = ("clean", "failed_attempt")
+    with Cameras(scene, size, fast=False) as cameras:
+        for kind in kinds:
+            shown = record(scene, start, "wide", kind, film=cameras.pictures).pictures[next(iter(CAMERAS))]
+            rows.append(np.concatenate(shown[np.linspace(0, len(shown) - 1, frames).round().astype(int)], axis=1))
+    return Image.fromarray(np.concatenate(rows))
+
+
+if __name__ == "__main__":
+    film_strips().convert("P", palette=Image.Palette.ADAPTIVE, colors=200).save(sys.argv[1], optimize=True)
