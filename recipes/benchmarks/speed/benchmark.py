@@ -131,7 +131,9 @@ def measure_frames(arguments: SpeedArguments, dataset: Path, chunk_size: int = 1
 def show(result: dict[str, Any]) -> None:
     """The result as tables."""
     console = PlainConsole()
-    steps = _table("Step time, PTR to SFT on the same chunks", "step", "SFT CPU s", "PTR CPU s", "ratio", "wall")
+    steps = _table(
+        "Step time to SFT's on the same chunks", "step", "SFT CPU s", "PTR CPU s", "ratio", "wall", "SFT cached"
+    )
     for row in result["step_time"]:
         label = Case(*(row[name] for name in Case.__dataclass_fields__)).label
         steps.add_row(
@@ -140,6 +142,7 @@ def show(result: dict[str, Any]) -> None:
             f"{row['ptr_cpu_s']:.3f}",
             _span(row["ratio_cpu"]),
             _span(row["ratio_wall"]),
+            _span(row["cached_ratio_cpu"]) if "cached_ratio_cpu" in row else "–",
         )
     console.print(steps)
     runs = _table(

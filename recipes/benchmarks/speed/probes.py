@@ -29,6 +29,7 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments
 from ptr_hf.data.datasets import dataset_metadata, open_dataset
 from ptr_hf.data.segments import split_segment
+from ptr_hf.policies.base import features_key
 from ptr_hf.policies.tiny import tiny_act, tiny_smolvla, write_tiny_vlm
 from ptr_hf.processor_ptr import preprocess
 
@@ -127,36 +128,58 @@ def paired_steps(case: Case, dataset: Path, pairs: int, seed: int, progress: Cal
     """SFT and PTR steps by turns on the same policy, optimiser and chunks, so that the machine's noise meets both.
 
     SFT is the base policy's own forward on the chunks as plain rows. PTR is `PTRPolicy.forward` on the segments, with the
-    objective, the metrics and `update()`. Both run backward, clipping and AdamW; loading and preprocessing lie outside.
+    objective, the metrics and `update()`. Where the tower is frozen and its features can be stored, SFT's step from these is a
+    third side. All run backward, clipping and AdamW; loading and preprocessing lie outside.
     """
     torch.manual_seed(seed)
     policy, segments = _policy_and_batch(case, dataset, seed)
     chunks = split_segment(segments, policy.config.layout).chunks
     optimizer = torch.optim.AdamW([value for value in policy.parameters() if value.requires_grad], lr=1e-5)
 
-    def step(model: PreTrainedPolicy, batch: dict[str, Any], after: Callable[[], Any]) -> tuple[float, float]:
+    def step(
+        model: Callable[[dict[str, Any]], Any], batch: dict[str, Any], after: Callable[[], Any]
+    ) -> tuple[float, float]:
         start = time.process_time(), time.perf_counter()
         loss, _ = model(batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
         after()
         return time.process_time() - start[0], time.perf_counter() - start[1]
 
-    sides = {"sft": (policy.base, chunks, lambda: None), "ptr": (policy, segments, policy.update)}
-    times: dict[str, list[tuple[float, float]]] = {"sft": [], "ptr": []}
+    def from_features(batch: dict[str, Any]) -> Any:
+        with policy.adapter.features_scope(batch):
+            return policy.base(batch)
+
+    sides: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any], Callable[[], Any]]] = {
+        "sft": (policy.base, chunks, lambda: None),
+        "ptr": (policy, segments, policy.update),
+    }
+    if policy.adapter.reads_features and policy.adapter.tower_is_frozen():
+        sides["cached"] = from_features, _with_features(policy, chunks), lambda: None
+    times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for pair in range(pairs + 1):
-        for side in ("sft", "ptr") if pair % 2 == 0 else ("ptr", "sft"):
+        for side in list(sides) if pair % 2 == 0 else list(sides)[::-1]:
             times[side].append(step(*sides[side]))
         progress()
     # The first pair allocates memory and the optimiser's state.
     result: dict[str, Any] = asdict(case) | {"chunks": case.chunks, "pairs": pairs}
     for clock, name in enumerate(("cpu", "wall")):
-        sft, ptr = ([values[clock] for values in times[side][1:]] for side in ("sft", "ptr"))
-        result[f"sft_{name}_s"], result[f"ptr_{name}_s"] = statistics.median(sft), statistics.median(ptr)
-        result[f"ratio_{name}"] = spread([after / before for before, after in zip(sft, ptr, strict=True)])
+        taken = {side: [values[clock] for values in own[1:]] for side, own in times.items()}
+        result |= {f"{side}_{name}_s": statistics.median(own) for side, own in taken.items()}
+        for side in taken.keys() - {"sft"}:
+            ratios = [after / before for before, after in zip(taken["sft"], taken[side], strict=True)]
+            result[f"ratio_{name}" if side == "ptr" else f"{side}_ratio_{name}"] = spread(ratios)
     return result
+
+
+@torch.no_grad()
+def _with_features(policy: PTRPolicy, chunks: dict[str, Any]) -> dict[str, Any]:
+    """A batch that holds what the tower makes of its pictures in their place."""
+    views = policy.adapter.encode_views(chunks)
+    kept = {key: value for key, value in chunks.items() if key not in views.features}
+    return kept | {features_key(key): value for key, value in views.features.items() if key in chunks}
 
 
 def _policy_and_batch(case: Case, dataset: Path, seed: int) -> tuple[PTRPolicy, dict[str, Any]]:
