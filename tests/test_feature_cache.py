@@ -1,7 +1,10 @@
 """`cache_features`: training from what a frozen tower made of every frame equals training from the pictures."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from meeting import meeting_place
 from small_policies import ptr_policy, tensors_equal
 from torch import Tensor
 from transformers import TrainerCallback
@@ -62,6 +66,28 @@ def test_training_without_pictures(point_videos: Path, tmp_path: Path, preset: s
     rounded = trained(point_videos, tmp_path / "rounded", preset, HideVideos(point_videos), **cache)
     assert losses(rounded) != losses(plain)
     assert losses(rounded) == pytest.approx(losses(plain), rel=1e-3)
+
+
+@pytest.mark.full
+def test_two_processes_share_the_work(points: Path, tmp_path: Path) -> None:
+    """Each computes its own part, also where one looks when the other has begun; both train to the end."""
+    store, place = meeting_place()
+    script = [sys.executable, str(Path(__file__).with_name("feature_ranks.py")), str(points), str(tmp_path)]
+    ranks = []
+    for rank in range(2):
+        environment = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        ranks.append(subprocess.Popen(script, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        for process in ranks:
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in ranks:
+            process.kill()
+    del store
+    (folder,) = (tmp_path / "cache").iterdir()
+    assert len(list(folder.glob("*.json"))) == 6
+    assert len(json.loads((tmp_path / "rank-0.json").read_text())) == 3
 
 
 @pytest.fixture

@@ -93,6 +93,7 @@ class FeatureCache:
         """
         data = self._trainer.train_dataset
         assert isinstance(data, SegmentDataset)  # check_cacheable lets nothing else through
+        self._trainer.policy.train()
         # the run draws the numbers that it would draw without a cache
         with torch.random.fork_rng():
             data.use_features(self._complete(data))
@@ -110,8 +111,8 @@ class FeatureCache:
         missing = store.missing()
         self._announce(store, missing)
         state = self._trainer.accelerator
-        own = missing[state.process_index :: state.num_processes]
-        self._fill(store, frames, own)
+        # by number: another process may have written some of them before this one looked
+        self._fill(store, frames, [n for n in missing if n % state.num_processes == state.process_index])
         state.wait_for_everyone()
         if state.num_processes > 1 and (left := store.missing()):
             raise ValueError(
