@@ -145,14 +145,14 @@ def test_a_launch_that_starts_one_process_for_two(tmp_path: Path) -> None:
     ids=["two processes", "one process"],
 )
 def test_ranks_whose_launcher_is_killed(points: Path, tmp_path: Path, options: list[str]) -> None:
-    """The output ends, so none of them is left."""
+    """The output ends, so none of them is left; the first to notice says why, the other may find its connection gone."""
     run = start(tmp_path / "run", [*LAUNCH, *options], "--use_cpu", "--long", points=str(points))
     while not (tmp_path / "run" / "run" / DYNAMICS_FILE).is_file():
         assert run.poll() is None, run.communicate()[0][-3000:]
         time.sleep(0.1)
     run.kill()
     output, _ = run.communicate()
-    assert f"The launcher of this run (process {run.pid}) was killed: rank 0" in output
+    assert f"The launcher of this run (process {run.pid}) was killed: rank " in output
 
 
 @pytest.mark.parametrize(
