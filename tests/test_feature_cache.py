@@ -104,6 +104,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return shards
 
 
+@pytest.mark.full
 def test_what_is_there_is_not_computed_again(
     point_videos: Path, tmp_path: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +125,7 @@ def test_what_is_there_is_not_computed_again(
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+@pytest.mark.full
 def test_a_frame_that_cannot_be_read(points: Path, tmp_path: Path) -> None:
     """The sample that shows it is left out, and named."""
     root = tmp_path / "bad"

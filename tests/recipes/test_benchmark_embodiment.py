@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from scipy.spatial.transform import Rotation
 
+from benchmarks import grid
 from benchmarks.embodiment import benchmark, data
 from benchmarks.embodiment.arms import (
     ARMS,
@@ -54,28 +55,28 @@ def results(tmp_path: Path) -> Path:
     path = tmp_path / "embodiment.csv"
     for preset, by_seed in SUCCESS.items():
         for seed, (panda, ur5e) in by_seed.items():
-            benchmark.append(path, [row(preset, "Panda", seed, panda), row(preset, "UR5e", seed, ur5e)])
+            grid.append(path, [row(preset, "Panda", seed, panda), row(preset, "UR5e", seed, ur5e)], benchmark.COLUMNS)
     return path
 
 
 def test_mean_standard_error_and_paired_difference_are_those_by_hand(results: Path) -> None:
-    rows = benchmark.read(results)
+    rows = grid.read(results)
     sft = benchmark.by_seed(rows, "uneven", "generalist_sft", "Panda", "success")
     assert sft == {0: 0.5, 1: 0.3, 2: 0.4}
     # standard deviation 0.1 over sqrt(3)
-    assert benchmark.estimate(list(sft.values())) == pytest.approx((0.4, 0.1 / math.sqrt(3), 3))
+    assert grid.estimate(list(sft.values())) == pytest.approx((0.4, 0.1 / math.sqrt(3), 3))
     ptr = benchmark.by_seed(rows, "uneven", "generalist_ptr", "Panda", "success")
     # differences 0.1, 0.3, 0.5: standard deviation 0.2
-    assert benchmark.paired(ptr, sft) == pytest.approx((0.3, 0.2 / math.sqrt(3), 3))
+    assert grid.paired(ptr, sft) == pytest.approx((0.3, 0.2 / math.sqrt(3), 3))
     # over the arms first, then over the seeds: 0.6, 0.4, 0.65
     mean = benchmark.by_seed(rows, "uneven", "generalist_sft", benchmark.MEAN, "success")
     assert mean == pytest.approx({0: 0.6, 1: 0.4, 2: 0.65})
 
 
 def test_a_single_seed_has_no_standard_error_and_is_paired_with_its_own(results: Path) -> None:
-    rows = benchmark.read(results)
+    rows = grid.read(results)
     one = benchmark.by_seed(rows, "uneven", "specialist_sft", "Panda", "success")
-    difference = benchmark.paired(one, benchmark.by_seed(rows, "uneven", "generalist_sft", "Panda", "success"))
+    difference = grid.paired(one, benchmark.by_seed(rows, "uneven", "generalist_sft", "Panda", "success"))
     assert (difference.mean, difference.seeds) == (pytest.approx(0.7), 1)
     assert math.isnan(difference.error)
 
@@ -104,7 +105,7 @@ def test_a_report_of_nothing_says_so(tmp_path: Path) -> None:
 
 
 def test_the_grid_goes_on_where_it_stopped(results: Path) -> None:
-    done = benchmark.finished(benchmark.read(results))
+    done = grid.finished(grid.read(results))
     assert ("generalist_sft", "uneven", 2) in done
     asked = list(benchmark.cells(["generalist_sft", "specialist_sft"], ["uneven", "clean"], [1, 2]))
     missing = [(cell.preset, cell.condition, cell.seed) for cell in asked]

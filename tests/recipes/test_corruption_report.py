@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.corruption.benchmark import append, finished
+from benchmarks.corruption.benchmark import COLUMNS
 from benchmarks.corruption.conditions import CONDITIONS
 from benchmarks.corruption.report import (
     BIN_EDGES,
@@ -33,6 +33,7 @@ from benchmarks.corruption.report.variants import (
 )
 from benchmarks.corruption.run import Cell, Setting
 from benchmarks.corruption.write_report import main, severity
+from benchmarks.grid import append, finished, read
 from ptr_hf.presets import PRESETS
 from ptr_hf.report import DYNAMICS_FILE, DynamicsLog
 
@@ -72,7 +73,7 @@ def write(path: Path, *, keep: Callable[[str, str, int], bool] = lambda name, co
         for name, mean in presets.items():
             for seed, shift in SHIFT.items():
                 if keep(name, condition, seed):
-                    append(path, row(name, condition, seed, mean + shift + WOBBLE[name][seed]))
+                    append(path, [row(name, condition, seed, mean + shift + WOBBLE[name][seed])], COLUMNS)
     return path
 
 
@@ -193,7 +194,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 
 def test_a_single_run_makes_a_page(tmp_path: Path) -> None:
     path = tmp_path / "corruption_state.csv"
-    append(path, {"preset": "ptr", "condition": "combined", "seed": 4, "success": 0.25})
+    append(path, [{"preset": "ptr", "condition": "combined", "seed": 4, "success": 0.25}], COLUMNS)
     page = write_corruption_report([read_runs(path)], tmp_path, tmp_path / "page.md").read_text()
     assert "no run has weights that could be compared" in page
     assert "25.0" in page
@@ -202,7 +203,7 @@ def test_a_single_run_makes_a_page(tmp_path: Path) -> None:
 def test_unusable_files_are_refused(tmp_path: Path, results: Path) -> None:
     with pytest.raises(FileNotFoundError, match="corruption/benchmark"):
         read_runs(tmp_path / "corruption_none.csv")
-    append(results, row("sft", "clean", 0, 0.5))
+    append(results, [row("sft", "clean", 0, 0.5)], COLUMNS)
     with pytest.raises(ValueError, match="there twice"):
         read_runs(results)
     other = tmp_path / "other.csv"
@@ -219,17 +220,19 @@ def test_unusable_files_are_refused(tmp_path: Path, results: Path) -> None:
 
 def test_ablations_and_sweeps_stand_beside_their_preset(results: Path) -> None:
     for seed, shift in SHIFT.items():
-        append(results, row("ablation:no_controller", "combined", seed, 0.46 + shift, "ptr", controller=False))
+        append(
+            results, [row("ablation:no_controller", "combined", seed, 0.46 + shift, "ptr", controller=False)], COLUMNS
+        )
         for value in (0.03, 0.2):
             name = f"sweep:temperature={value}"
-            append(results, row(name, "combined", seed, 0.4 + value + shift, "ptr", temperature=value))
+            append(results, [row(name, "combined", seed, 0.4 + value + shift, "ptr", temperature=value)], COLUMNS)
         tried = {"aggregation": "segment"}
-        append(results, row("search:segment", "combined", seed, 0.62 + shift, "ptr_consequence", **tried))
-        append(results, row("ptr_no_belief", "combined", seed, 0.55 + shift, "ptr", num_belief_tokens=0))
+        append(results, [row("search:segment", "combined", seed, 0.62 + shift, "ptr_consequence", **tried)], COLUMNS)
+        append(results, [row("ptr_no_belief", "combined", seed, 0.55 + shift, "ptr", num_belief_tokens=0)], COLUMNS)
         both = {"num_belief_tokens": 0, "frozen_encoder": True}
-        append(results, row("ablation:frozen_encoder", "combined", seed, 0.50 + shift, "ptr", **both))
-        append(results, row("my_map", "combined", seed, 0.6, "ptr_consequence", weight_map="calibrated"))
-    append(results, row("sft_belief", "clean", 0, 0.7))
+        append(results, [row("ablation:frozen_encoder", "combined", seed, 0.50 + shift, "ptr", **both)], COLUMNS)
+        append(results, [row("my_map", "combined", seed, 0.6, "ptr_consequence", weight_map="calibrated")], COLUMNS)
+    append(results, [row("sft_belief", "clean", 0, 0.7)], COLUMNS)
     runs = read_runs(results)
     assert variant_conditions(runs, "ablation:") == ("clean", "combined")
     assert variant_conditions(runs, "sweep:") == ("combined",)
@@ -309,7 +312,7 @@ def test_the_recipe_names_what_it_lacks(tmp_path: Path) -> None:
 def test_rows_that_name_the_scripts_former_path_are_finished_runs() -> None:
     path = Path(__file__).parents[2] / "results" / "corruption_state.csv"
     former = [run for run in read_runs(path).items if "recipes/benchmark_corruption.py" in run.command]
-    assert {(run.preset, run.condition, run.seed) for run in former} == finished(path)
+    assert {(run.preset, run.condition, run.seed) for run in former} == finished(read(path))
     assert {run.base for run in former} <= set(PRESETS)
     (clipped,) = {str(run.options) for run in former if run.preset == "ablation:no_clipping"}
     assert "'weight_max': 1000000.0" in clipped

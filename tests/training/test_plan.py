@@ -98,6 +98,7 @@ def test_how_many_checkpoints(
     assert saves(args, TrainerState(**state)) == number
 
 
+@pytest.mark.full
 def test_where_weights_come_from(points: Path, tmp_path: Path) -> None:
     trainer = new_trainer(points, tmp_path, preset="ptr_offline", disable_tqdm=True)
     trainer.state.max_steps = 100

@@ -10,15 +10,12 @@ come in; the grid goes on where it stopped. `write_report.py` beside this file m
 One run of your own: --run '{"preset": "ptr_consequence", "weight_map": "calibrated"}' --label my_map --conditions combined
 """
 
-import csv
 import json
-import multiprocessing
 import os
 import sys
-import traceback
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,13 +25,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MUJOCO_GL", "egl")
 
 from rich.table import Table
-from tqdm import tqdm
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where the package `benchmarks` lies
 from benchmarks.commits import commit
 from benchmarks.corruption.conditions import CONDITIONS
 from benchmarks.corruption.run import SETTINGS, Cell, prepare, run
+from benchmarks.grid import append, finished, read, run_all
 from ptr_hf.presets import PRESETS
 from ptr_hf.report.console import PlainConsole
 
@@ -129,31 +126,6 @@ def cells(arguments: BenchmarkArguments) -> Iterator[Cell]:
                 yield Cell(preset, condition, seed, changed, name)
 
 
-def finished(path: Path) -> set[tuple[str, str, int]]:
-    """The runs that are in the results already."""
-    if not path.is_file():
-        return set()
-    with path.open(newline="") as file:
-        return {(row["preset"], row["condition"], int(row["seed"])) for row in csv.DictReader(file)}
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    """Add a row, and the header to a new file; one with fewer columns gets those that it lacks."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.is_file()
-    if not fresh and len(path.open().readline().split(",")) < len(COLUMNS):
-        with path.open(newline="") as file:
-            older = list(csv.DictReader(file))
-        path.unlink()
-        for former in older:
-            append(path, former)
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="raise", lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerow({key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()})
-
-
 def check(arguments: BenchmarkArguments) -> None:
     """Refuse unknown names before anything is recorded."""
     for option, given, known in (
@@ -169,8 +141,7 @@ def check(arguments: BenchmarkArguments) -> None:
 
 def summary(path: Path) -> Table:
     """Mean success of every preset under every condition."""
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(path)
     conditions = list(dict.fromkeys(row["condition"] for row in rows))
     table = Table("preset", *conditions, title=f"Success, mean over seeds ({path.name})")
     for preset in dict.fromkeys(row["preset"] for row in rows):
@@ -194,28 +165,17 @@ def main(argv: list[str]) -> None:
         **{name: vars(arguments)[name] for name in ("steps", "test_starts") if vars(arguments)[name] is not None},
     )
     prepare(setting, workspace)
-    done = finished(results)
-    missing = [cell for cell in cells(arguments) if cell.key not in done]
+    done = finished(read(results))
     at = commit()
-    failures = 0
-    with (
-        ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn")) as pool,
-        tqdm(total=len(missing), desc=f"{arguments.track} track", unit="run") as bar,
-    ):
-        futures = {pool.submit(run, setting, cell, workspace): cell for cell in missing}
-        for future in as_completed(futures):
-            cell = futures[future]
-            try:
-                row = future.result()
-                append(results, row | {"commit": at})
-                bar.set_postfix_str(f"{cell.name} {cell.condition} {cell.seed}: {row['success']:.3f}")
-            except Exception:
-                failures += 1
-                tqdm.write(f"{cell.key} failed:\n{traceback.format_exc()}")
-            bar.update()
-    PlainConsole().print(summary(results) if results.is_file() else "There are no results.")
-    if failures:
-        raise SystemExit(f"benchmark.py: {failures} runs failed; the same command tries them again.")
+    try:
+        run_all(
+            [cell for cell in cells(arguments) if cell.key not in done],
+            partial(run, setting, workspace=workspace),
+            lambda rows: append(results, [row | {"commit": at} for row in rows], COLUMNS),
+            arguments.workers,
+        )
+    finally:
+        PlainConsole().print(summary(results) if results.is_file() else "There are no results.")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import get_policy_class
 from lerobot.policies.pretrained import PreTrainedPolicy
-from sklearn.metrics import roc_auc_score
 from transformers import TrainerCallback, set_seed
 
 from benchmarks.corruption.conditions import (
@@ -31,6 +30,7 @@ from benchmarks.corruption.conditions import (
     save_recordings,
     write_condition,
 )
+from benchmarks.judged import inspected
 from ptr_hf import PTRTrainer, PTRTrainingArguments, score_dataset
 from ptr_hf.data.demonstrations import load_truth, truth_path
 from ptr_hf.envs.metaworld_tasks import PIXEL_TASKS, STATE_TASKS, Goals, Track
@@ -181,7 +181,7 @@ def condition_dataset(setting: Setting, workspace: Path, condition: str, seed: i
     return folder
 
 
-def run(setting: Setting, cell: Cell, workspace: Path) -> dict[str, Any]:
+def run(setting: Setting, cell: Cell, workspace: Path) -> list[dict[str, Any]]:
     """Train, score, evaluate; returns the row of the results."""
     _be_quiet()
     dataset = condition_dataset(setting, workspace, cell.condition, cell.seed)
@@ -207,7 +207,7 @@ def run(setting: Setting, cell: Cell, workspace: Path) -> dict[str, Any]:
     elif trainer.policy.config.weights == AUTO:
         row |= inspected(DatasetScores.load(folder / INSPECTION_FOLDER), truth)
         row["ess"] = trainer.policy.config.weights_record["effective_sample_size"]
-    return row | {"command": cell.command(setting)}
+    return [row | {"command": cell.command(setting)}]
 
 
 def outcome(setting: Setting, trainer: PTRTrainer, seed: int) -> dict[str, Any]:
@@ -271,40 +271,6 @@ def judged(scores: ChunkScores, truth: dict[int, str]) -> dict[str, Any]:
         "corr_loss": _correlation(weight, scores.loss[scores.usable]),
         "histogram": json.dumps(np.histogram(weight, bins=np.geomspace(0.01, 4.5, 21).clip(max=4.5))[0].tolist()),
     }
-
-
-def inspected(scores: DatasetScores, truth: dict[int, str]) -> dict[str, Any]:
-    """What an inspection found: AUC of its z against the truth, and how many episodes of either kind it flagged."""
-    episodes = scores.episodes
-    done = [set(truth[episode].split("+")) - {"clean"} for episode in episodes["episode_index"]]
-    bad = np.array([bool(kinds) for kinds in done])
-    of_kind = {kind: np.array([kind in kinds for kinds in done]) for kind in sorted(set().union(*done))}
-    flagged = (episodes["weight"] < 1).to_numpy()
-    first = scores.chunks["episode_index"].to_numpy()
-    chunk_is_bad = bad[np.searchsorted(episodes["episode_index"].to_numpy(), first)]
-    columns = {"weight": "weight", **{name: name for name in scores.questions}}
-    return {
-        "auc_chunk": _auc(chunk_is_bad, scores.chunks["z"]),
-        "auc_episode": _auc(bad, episodes["z"]),
-        "auc_by_kind": json.dumps(
-            {kind: _auc(own[own | ~bad], episodes["z"][own | ~bad]) for kind, own in of_kind.items()}
-        ),
-        "auc_by_score": json.dumps({name: _auc(bad, episodes[column]) for name, column in columns.items()}),
-        "flagged_clean": int((flagged & ~bad).sum()),
-        "flagged_corrupted": int((flagged & bad).sum()),
-        "histogram": json.dumps(
-            np.histogram(scores.chunks["weight"], bins=np.geomspace(0.01, 4.5, 21).clip(max=4.5))[0].tolist()
-        ),
-    }
-
-
-def _auc(bad: np.ndarray, scores: Any) -> float | str:
-    """The chance that a bad one scores lower than a good one; empty where one of the two is missing."""
-    known = np.isfinite(np.asarray(scores, dtype=float))
-    bad, values = bad[known], np.asarray(scores, dtype=float)[known]
-    if not len(bad) or bad.all() or not bad.any():
-        return ""
-    return round(float(roc_auc_score(bad, -values)), 4)
 
 
 def _auc_by_score(scores: ChunkScores, truth: dict[int, str]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from transformers import TrainerCallback, set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where the package `benchmarks` lies
 from benchmarks.commits import commit
-from benchmarks.corruption.benchmark import append
+from benchmarks.corruption.benchmark import COLUMNS
 from benchmarks.corruption.run import (
     SETTINGS,
     _arguments,
@@ -36,6 +36,7 @@ from benchmarks.corruption.run import (
     prepare,
     scored,
 )
+from benchmarks.grid import append
 from ptr_hf import PTRTrainer, PTRTrainingArguments
 from ptr_hf.data.demonstrations import load_truth
 from ptr_hf.data.in_memory import collate_segments
@@ -216,7 +217,7 @@ def warm(workspace: Path, condition: str, seed: int, results: Path) -> None:
     # where the others have a quarter of the run: before the policy moves
     row |= {f"{name}_25": early[name] for name in ("auc_chunk", "auc_episode")}
     command = f"python recipes/benchmarks/corruption/soft_maps.py warm {condition} {seed}"
-    append(results, row | {"commit": commit(), "command": command})
+    append(results, [row | {"commit": commit(), "command": command}], COLUMNS)
 
 
 def main() -> None:

@@ -17,17 +17,14 @@ printed at the end, or by `--report` alone, which needs no robosuite; a picture 
 """
 
 import argparse
-import csv
 import importlib.util
 import math
-import multiprocessing
 import os
 import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a run: the runs are what is parallel
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -36,10 +33,10 @@ os.environ.setdefault("MUJOCO_GL", "egl")  # mujoco chooses its GL when it is fi
 
 from matplotlib.figure import Figure
 from rich.table import Column, Table
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where the package `benchmarks` lies
 from benchmarks.commits import commit
+from benchmarks.grid import append, estimate, finished, paired, percent, read, run_all
 from ptr_hf.report.console import PlainConsole
 from ptr_hf.report.style import (
     BLUE,
@@ -87,14 +84,6 @@ WIDE = 140
 """Columns of the tables where they go into a file or a pipe, which have no width."""
 
 
-class Estimate(NamedTuple):
-    """A mean over seeds and its standard error, NaN for a single seed."""
-
-    mean: float
-    error: float
-    seeds: int
-
-
 def cells(presets: Sequence[str] | None, conditions: Sequence[str] | None, seeds: Sequence[int]) -> Iterator[Any]:
     """The runs that were asked for, in the order of the grid."""
     from benchmarks.embodiment.run import Cell
@@ -103,31 +92,6 @@ def cells(presets: Sequence[str] | None, conditions: Sequence[str] | None, seeds
         for seed in seeds:
             for preset in presets or GRID[condition]:
                 yield Cell(preset, condition, seed)
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of the results; none where there is no file."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def finished(rows: Sequence[Mapping[str, str]]) -> set[tuple[str, str, int]]:
-    """The runs that are in the results already."""
-    return {(row["preset"], row["condition"], int(row["seed"])) for row in rows}
-
-
-def append(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add a run's rows at once, and the header to a new file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="raise", lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        for row in rows:
-            writer.writerow({key: f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()})
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -140,23 +104,6 @@ def by_seed(rows: Sequence[Mapping[str, str]], condition: str, preset: str, arm:
         if (row["condition"], row["preset"]) == (condition, preset) and arm in (MEAN, row["arm"]):
             found.setdefault(int(row["seed"]), []).append(float(row[column]))
     return {seed: sum(values) / len(values) for seed, values in sorted(found.items())}
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and standard error: the standard deviation (n - 1) over √n."""
-    count = len(values)
-    if not count:
-        return Estimate(math.nan, math.nan, 0)
-    mean = sum(values) / count
-    if count == 1:
-        return Estimate(mean, math.nan, 1)
-    variance = sum((value - mean) ** 2 for value in values) / (count - 1)
-    return Estimate(mean, math.sqrt(variance / count), count)
-
-
-def paired(one: Mapping[int, float], other: Mapping[int, float]) -> Estimate:
-    """The difference one - other over the seeds that both have."""
-    return estimate([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])
 
 
 def report(rows: Sequence[Mapping[str, str]]) -> list[Table]:
@@ -180,13 +127,13 @@ def report(rows: Sequence[Mapping[str, str]]) -> list[Table]:
             values = {arm: by_seed(rows, condition, preset, arm, "success") for arm in (*arms, MEAN)}
             base = {arm: by_seed(rows, condition, BASELINE, arm, "success") for arm in (*arms, MEAN)}
             own = [estimate(list(values[arm].values())) for arm in (*arms, MEAN)]
-            success.add_row(preset, *(_percent(item) for item in own), str(own[-1].seeds))
+            success.add_row(preset, *(percent(item) for item in own), str(own[-1].seeds))
             if preset != BASELINE:
                 apart = [paired(values[arm], base[arm]) for arm in (*arms, MEAN)]
-                difference.add_row(preset, *(_percent(item, "+") for item in apart), str(apart[-1].seeds))
+                difference.add_row(preset, *(percent(item, "+") for item in apart), str(apart[-1].seeds))
             if preset.startswith("generalist_"):
                 q = [estimate(list(by_seed(rows, condition, preset, arm, "share").values())) for arm in arms]
-                weight.add_row(preset, *(_percent(item) for item in q))
+                weight.add_row(preset, *(percent(item) for item in q))
         tables += [success, difference, weight]
     return tables
 
@@ -217,13 +164,6 @@ def figure(rows: Sequence[Mapping[str, str]]) -> Figure:
 def _presets() -> Column:
     """The first column; in a narrow window names go on in the next line, since shortened ones could not be told apart."""
     return Column("preset", overflow="fold")
-
-
-def _percent(item: Estimate, sign: str = "") -> str:
-    if not item.seeds:
-        return "–"
-    error = "" if math.isnan(item.error) else f" ± {100 * item.error:.1f}"
-    return f"{round(100 * item.mean, 1) + 0.0:{sign}.1f}{error}"  # + 0.0: no negative zero
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -299,23 +239,12 @@ def run_grid(given: argparse.Namespace, results: Path) -> None:
     for condition, seed in dict.fromkeys((cell.condition, cell.seed) for cell in missing):
         condition_mixture(setting.pool, workspace, condition, seed)  # written here: the runs share them
     at = commit()
-    failures = 0
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(given.jobs, context) as pool, tqdm(total=len(missing), unit="run") as bar:
-        futures = {pool.submit(run, setting, cell, workspace): cell for cell in missing}
-        for future in as_completed(futures):
-            cell = futures[future]
-            try:
-                rows = future.result()
-                append(results, [row | {"commit": at} for row in rows])
-                success = sum(row["success"] for row in rows) / len(rows)
-                bar.set_postfix_str(f"{cell.preset} {cell.condition} {cell.seed}: {success:.3f}")
-            except Exception:
-                failures += 1
-                tqdm.write(f"{cell} failed:\n{traceback.format_exc()}")
-            bar.update()
-    if failures:
-        raise SystemExit(f"benchmark.py: {failures} runs failed; the same command tries them again.")
+    run_all(
+        missing,
+        partial(run, setting, workspace=workspace),
+        lambda rows: append(results, [row | {"commit": at} for row in rows], COLUMNS),
+        given.jobs,
+    )
 
 
 if __name__ == "__main__":

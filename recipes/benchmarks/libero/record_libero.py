@@ -123,11 +123,10 @@ def demonstrations(arguments: RecordingArguments) -> Iterator[tuple[int, Demonst
     bar.close()
 
 
-def main() -> None:
+def write(arguments: RecordingArguments) -> None:
     """Record and write at once: pictures of all episodes would not fit into memory."""
     av.logging.set_libav_level(av.logging.ERROR)
-    (arguments,) = HfArgumentParser(RecordingArguments, description=__doc__).parse_args_into_dataclasses()
-    path: Path = arguments.output_dir
+    path = arguments.output_dir
     records: list[TruthRecord] = []
     sources: list[EpisodeSource] = []
     states = arguments.track == "states"
@@ -156,4 +155,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write(*HfArgumentParser(RecordingArguments, description=__doc__).parse_args_into_dataclasses())

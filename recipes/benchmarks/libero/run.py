@@ -1,0 +1,275 @@
+"""One run of the LIBERO benchmark: post-train the pretrained policy on a condition's demonstrations, then let it act."""
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import av
+import datasets
+import numpy as np
+import torch
+import transformers
+from filelock import FileLock
+from jaxtyping import Bool
+from lerobot.configs import PreTrainedConfig
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
+from lerobot.policies.factory import get_policy_class
+from lerobot.utils.constants import OBS_STATE
+from transformers import set_seed
+
+from benchmarks.judged import inspected
+from benchmarks.libero.cameras import CAMERAS, Cameras
+from benchmarks.libero.conditions import FIRST_TEST_START, Pool, condition_dataset, pretraining_dataset
+from benchmarks.libero.scene import MAX_STEPS, LiberoScene, Suite, instruction
+from ptr_hf import PTRTrainer, PTRTrainingArguments
+from ptr_hf.data.demonstrations import CLEAN, load_truth
+from ptr_hf.hyperparameters import AUTO
+from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
+from ptr_hf.scoring.dataset_scores import DatasetScores
+from ptr_hf.scoring.given_weights import INSPECTION_FOLDER
+
+_NO_BELIEF = {"num_belief_tokens": 0}
+METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "sft": ("sft", {}),
+    "ptr_offline": ("ptr_offline", {}),
+    "oracle": ("oracle", {}),
+    "ptr": ("ptr", {}),
+    "small_loss": ("small_loss", {}),
+    "random_weights": ("random_weights", {}),
+    "ptr_calibrated": ("ptr_calibrated", {}),
+    "sft_belief": ("sft_belief", {}),
+    "clean_only": ("sft", {}),
+    "blind": ("sft", {}),
+}
+"""Name of a run -> preset of the package, and what is changed in it. ``clean_only`` is plain fine-tuning on the good episodes;
+``blind`` a policy that is not told where the objects are, on the good episodes too."""
+TEXT: dict[str, Any] = {"text_dim": 64, "text_layers": 2, "text_heads": 2}
+VISION: Mapping[str, dict[str, Any]] = {
+    "states": {"image_size": 28, "vision_dim": 32, "vision_layers": 1},
+    "pixels": {"vision_dim": 96, "vision_layers": 4},
+}
+"""Without cameras the policy leaves its vision tower out."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs of a track share.
+
+    Args:
+        pool: of demonstrations.
+        pretraining_steps: of the policy that every run starts from.
+        steps: of a run.
+        test_starts: held-out starts of every task.
+        test_steps: after which an episode has failed.
+    """
+
+    pool: Pool = field(default_factory=Pool)
+    pretraining_steps: int = 2500
+    steps: int = 1000
+    batch_size: int = 64
+    pretraining_rate: float = 2e-3
+    learning_rate: float = 1e-3
+    chunk_size: int = 8
+    test_starts: int = 8
+    test_steps: int = MAX_STEPS
+
+
+SETTINGS: Mapping[str, Setting] = {
+    "states": Setting(),
+    "pixels": Setting(
+        Pool(track="pixels", tasks=(0, 1, 6), starts="sampled", pretraining=12, recorded=48, used=20),
+        pretraining_steps=1500,
+        steps=400,
+        batch_size=32,
+        pretraining_rate=1e-3,
+        learning_rate=5e-4,
+    ),
+}
+"""Pixels cost ten times as much, so there is less of everything; the vision tower is frozen after pretraining."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a name in :data:`METHODS`, a condition, a seed."""
+
+    preset: str
+    condition: str
+    seed: int
+
+    def command(self, track: str) -> str:
+        """The command line that repeats the run."""
+        return (
+            f"python recipes/benchmarks/libero/benchmark.py --track {track} --presets {self.preset} "
+            f"--conditions {self.condition} --seeds {self.seed}"
+        )
+
+
+def pretrained_policy(setting: Setting, workspace: Path, blind: bool = False) -> Path:
+    """The folder of the policy that runs start from: learnt from the expert on starts as LIBERO draws them."""
+    be_quiet()
+    folder = workspace / ("pretrained_blind" if blind else "pretrained")
+    with FileLock(folder.with_suffix(".lock")):
+        if (folder / "model.safetensors").is_file():
+            return folder
+        source = pretraining_dataset(workspace, blind)
+        dataset = LeRobotDataset(source.name, root=source, video_backend="pyav")
+        meta = dataset.meta
+        texts = list(meta.tasks.index)
+        vlm = write_tiny_vlm(folder.with_name(f"{folder.name}_vlm"), texts=texts, **TEXT, **VISION[setting.pool.track])
+        shown = torch.linspace(0, len(dataset) - 1, 32).long().tolist() if meta.camera_keys else []
+        policy = tiny_smolvla(
+            meta.features,
+            vlm.resolve(),
+            chunk_size=setting.chunk_size,
+            num_steps=5,
+            expert_width_multiplier=1.0,
+            tokenizer_max_length=24,
+            frames={key: torch.stack([dataset[n][key] for n in shown]) for key in meta.camera_keys} or None,
+        )
+        args = _arguments(setting, folder / "run", 0, "sft", setting.pretraining_steps, setting.pretraining_rate)
+        trainer = PTRTrainer(policy, args, source)
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+        policy.save_pretrained(folder)
+    return folder
+
+
+def run(setting: Setting, cell: Cell, workspace: Path) -> list[dict[str, Any]]:
+    """Train and evaluate; returns the row of the results."""
+    be_quiet()
+    blind = cell.preset == "blind"
+    source = condition_dataset(setting.pool, workspace, cell.condition, cell.seed, blind)
+    truth = load_truth(source).kinds()
+    folder = workspace / "runs" / f"{cell.preset}_{cell.condition}_{cell.seed}"
+    set_seed(cell.seed)
+    start = pretrained_policy(setting, workspace, blind)
+    config = PreTrainedConfig.from_pretrained(start)
+    if setting.pool.track == "pixels":
+        vars(config)["freeze_vision_encoder"] = True
+    policy = get_policy_class(config.type).from_pretrained(start, config=config)
+    preset, changed = METHODS[cell.preset]
+    args = _arguments(setting, folder, cell.seed, preset, setting.steps, setting.learning_rate, **changed)
+    data: Any = source
+    if cell.preset in ("clean_only", "blind"):
+        good = [episode for episode, kind in truth.items() if kind == CLEAN]
+        data = LeRobotDataset(source.name, root=source, episodes=sorted(good), video_backend="pyav")
+    trainer = PTRTrainer(policy, args, data)
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer.train()
+    success = evaluate(trainer, setting, cell.seed, blind)
+    row: dict[str, Any] = {
+        "preset": cell.preset,
+        "condition": cell.condition,
+        "seed": cell.seed,
+        "success": float(success.mean()),
+        "by_task": json.dumps(
+            {str(task): own for task, own in zip(setting.pool.tasks, success.mean(1).tolist(), strict=True)}
+        ),
+    }
+    if trainer.policy.config.weights == AUTO:
+        row |= inspected(DatasetScores.load(folder / INSPECTION_FOLDER), truth)
+    return [row | {"command": cell.command(setting.pool.track)}]
+
+
+@cache
+def shared_scenes(suite: Suite, tasks: Sequence[int]) -> list[LiberoScene]:
+    """This process's scenes: building one takes seconds."""
+    return [LiberoScene(suite, task) for task in tasks]
+
+
+@cache
+def shared_cameras(suite: Suite, tasks: Sequence[int], size: int) -> list[Cameras]:
+    """This process's cameras of those scenes."""
+    return [Cameras(scene, size) for scene in shared_scenes(suite, tasks)]
+
+
+def evaluate(trainer: PTRTrainer, setting: Setting, seed: int, blind: bool = False) -> Bool[np.ndarray, "tasks starts"]:
+    """Which of the held-out starts of every task the policy solves.
+
+    All episodes advance together, a chunk at a time: one prediction for those that go on, then each carries out its actions;
+    cameras draw only what a prediction reads.
+    """
+    pool = setting.pool
+    scenes = shared_scenes(pool.suite, pool.tasks)
+    cameras = (
+        shared_cameras(pool.suite, pool.tasks, pool.image_size) if pool.track == "pixels" else [None] * len(scenes)
+    )
+
+    def observation(number: int) -> dict[str, torch.Tensor]:
+        scene, camera = scenes[number], cameras[number]
+        state = scene.state() if blind or camera is not None else np.concatenate([scene.state(), scene.object_state()])
+        found = {OBS_STATE: torch.from_numpy(state)}
+        if camera is not None:
+            seen = camera.pictures()
+            found |= {key: torch.from_numpy(seen[key]).permute(2, 0, 1) / 255 for key in CAMERAS}
+        return found
+
+    first = FIRST_TEST_START + 1_000 * seed
+    episodes = [(number, start) for number in range(len(scenes)) for start in range(first, first + setting.test_starts)]
+    snapshots, observed = [], []
+    for number, start in episodes:
+        scenes[number].reset(start, pool.starts)
+        snapshots.append(scenes[number].snapshot())
+        observed.append(observation(number))
+    policy = trainer.policy
+    policy.eval()
+    policy.reset()
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        while running := [
+            n for n, done in enumerate(snapshots) if not done.success and done.steps < setting.test_steps
+        ]:
+            batch: dict[str, Any] = {
+                key: torch.stack([observed[n][key] for n in running]) for key in observed[running[0]]
+            }
+            batch["task"] = [instruction(pool.suite, pool.tasks[episodes[n][0]]) for n in running]
+            chunks = (
+                trainer.postprocessor(policy.predict_action_chunk(trainer.preprocessor(batch))).float().cpu().numpy()
+            )
+            for n, chunk in zip(running, chunks, strict=True):
+                scene = scenes[episodes[n][0]]
+                scene.restore(snapshots[n])
+                for action in chunk:
+                    scene.step(action)
+                    if scene.success or scene.steps >= setting.test_steps:
+                        break
+                snapshots[n], observed[n] = scene.snapshot(), observation(episodes[n][0])
+    return np.array([snapshot.success for snapshot in snapshots]).reshape(len(scenes), setting.test_starts)
+
+
+def be_quiet() -> None:
+    """One thread and no chatter: the runs are what is parallel."""
+    torch.set_num_threads(1)
+    av.logging.set_libav_level(av.logging.ERROR)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def _arguments(
+    setting: Setting, folder: Path, seed: int, preset: str, steps: int, rate: float, **changed: Any
+) -> PTRTrainingArguments:
+    return PTRTrainingArguments(
+        output_dir=str(folder),
+        preset=preset,
+        segment_length=1,
+        max_steps=steps,
+        per_device_train_batch_size=setting.batch_size,
+        learning_rate=rate,
+        logging_steps=max(1, steps // 20),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        in_memory=True,
+        seed=seed,
+        **changed,
+    )
