@@ -1,6 +1,9 @@
 """LIBERO's experts and recorder: plans and conventions; where LIBERO is installed also its scenes, starts and operators."""
 
 import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,11 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import HfArgumentParser
 
+from benchmarks import grid
+from benchmarks.fast_writer import write_frames
+from benchmarks.libero import benchmark
+from benchmarks.libero.conditions import CONDITIONS, OPERATORS, Pool, condition_dataset, load_episodes
 from benchmarks.libero.experts import GAIN, KINDS, Operator, downward
 from benchmarks.libero.install_assets import install
 from benchmarks.libero.record_libero import RecordingArguments, kinds_of
 from benchmarks.libero.recordings import record
-from benchmarks.libero.scene import STEP_METRES, LiberoScene, narrow_side
+from benchmarks.libero.scene import STATE_NAMES, STEP_METRES, LiberoScene, narrow_side
+from episodes import Episode
+from ptr_hf.data.demonstrations import EpisodeSource, Truth, TruthRecord, load_truth, save_truth
 
 INSTALLED = importlib.util.find_spec("libero") is not None
 needs_libero = pytest.mark.skipif(not INSTALLED, reason="LIBERO has an environment of its own")
@@ -69,6 +78,92 @@ def test_a_long_way_is_cut_without_bending_it() -> None:
     np.testing.assert_allclose(action, [1.0, -0.5, 0.0, 0, 0, 0, 1.0])
     near = Operator._action(np.array([0.01, 0.0, 0.0]), np.zeros(3), -1.0)
     assert near[0] == pytest.approx(GAIN * 0.01 / STEP_METRES)
+
+
+# ---- conditions and the table ------------------------------------------------------------------------------------------
+
+POOL = Pool(tasks=(0, 1), recorded=16, used=8)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pool of motions that no simulator made: per task 8 by the expert and 8 by the other operators, of 20 to 35 steps."""
+    folder = tmp_path_factory.mktemp("libero")
+    rng = np.random.default_rng(0)
+    episodes, records, sources = [], [], []
+    for number in range(32):
+        task, steps = f"pick up thing {number // 16}", 20 + number % 16
+        state = rng.normal(size=(steps, len(STATE_NAMES) + 10)).astype(np.float32)
+        action = rng.uniform(-0.9, 0.9, (steps, 7)).astype(np.float32)
+        episodes.append(Episode({"observation.state": state, "action": action}, task))
+        kind = "clean" if number % 2 else OPERATORS[number // 2 % len(OPERATORS)]
+        records.append(TruthRecord(number, kind, task, task))
+        sources.append(EpisodeSource(number, f"libero_object/{number // 16}", number, steps, steps))
+    write_frames(folder / "pool" / "training", episodes, 20)
+    save_truth(folder / "pool" / "training", Truth(tuple(records), tuple(sources)))
+    return folder
+
+
+def test_faults_change_labels_and_say_so(workspace: Path) -> None:
+    folder = condition_dataset(POOL, workspace, "combined", 3)
+    recorded = {
+        item.frames["observation.state"][0].tobytes(): item for item in load_episodes(workspace / "pool/training")
+    }
+    kinds = load_truth(folder).kinds()
+    episodes = load_episodes(folder)
+    assert len(episodes) == len(kinds) == 16
+    found = {kind: sum(kind in own for own in kinds.values()) for kind in CONDITIONS["combined"].faults}
+    assert found == {"noise": 5, "truncation": 4, "wrong_instruction": 3}
+    for number, episode in enumerate(episodes):
+        original, done = recorded[episode.frames["observation.state"][0].tobytes()], kinds[number].split("+")
+        steps = episode.length
+        assert (steps < original.length) == ("truncation" in done)
+        assert (episode.task != original.task) == ("wrong_instruction" in done)
+        assert (episode.actions != original.actions[:steps]).any() == ("noise" in done)
+        np.testing.assert_array_equal(episode.frames["observation.state"], original.frames["observation.state"][:steps])
+
+
+def test_operators_take_their_share_of_every_task_and_seeds_choose_others(workspace: Path) -> None:
+    pool = Pool(tasks=(0, 1), recorded=16, used=5)
+    one, other = (condition_dataset(pool, workspace, "failed_attempts", seed) for seed in (0, 1))
+    episodes = load_episodes(one)
+    kinds = load_truth(one).kinds()
+    for task in ("pick up thing 0", "pick up thing 1"):
+        own = [kinds[number] for number, episode in enumerate(episodes) if episode.task == task]
+        assert sorted(own) == ["clean"] * 3 + ["failed_attempt"] * 2
+    assert [e.length for e in episodes] != [e.length for e in load_episodes(other)]
+    with pytest.raises(
+        ValueError, match="4 episodes of kind 'hesitation' are needed of libero_object/0; 3 are recorded"
+    ):
+        condition_dataset(Pool(used=10), workspace, "hesitation", 0)
+
+
+def test_a_blind_policy_reads_the_robot_alone(workspace: Path) -> None:
+    folder = condition_dataset(POOL, workspace, "clean", 0, blind=True)
+    seeing = load_episodes(condition_dataset(POOL, workspace, "clean", 0))
+    for blind, whole in zip(load_episodes(folder), seeing, strict=True):
+        np.testing.assert_array_equal(blind.frames["observation.state"], whole.frames["observation.state"][:, :8])
+    assert set(load_truth(folder).kinds().values()) == {"clean"}
+
+
+def test_the_table_pairs_seeds(tmp_path: Path) -> None:
+    results = tmp_path / "libero_states.csv"
+    for seed, (sft, offline) in enumerate([(0.5, 0.75), (0.25, 0.75), (0.5, 0.5)]):
+        common = {"condition": "failed_attempts", "seed": seed, "commit": "abc", "command": "python"}
+        rows = [{"preset": "sft", "success": sft}, {"preset": "ptr_offline", "success": offline, "auc_episode": 0.875}]
+        grid.append(results, [common | row for row in rows], benchmark.COLUMNS)
+    command = [sys.executable, benchmark.__file__, "--report", "--results", str(results)]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "41.7 ± 8.3" in shown  # SFT
+    assert "+25.0 ± 14.4" in shown  # the mean of 25, 50 and 0, and their standard deviation over √3
+    assert "0.875" in shown
+    assert (tmp_path / "figures" / "libero_states.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.skipif(INSTALLED, reason="LIBERO is installed here")
+def test_without_libero_the_grid_says_where_its_commands_stand(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"LIBERO is not installed here.*docs/libero\.md has the commands"):
+        benchmark.main(["--results", str(tmp_path / "none.csv"), "--workspace", str(tmp_path)])
 
 
 # ---- with LIBERO -----------------------------------------------------------------------------------------------------
