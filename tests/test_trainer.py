@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from lerobot.configs import FeatureType, PolicyFeature
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.factory import resolve_delta_timestamps
@@ -121,6 +122,11 @@ class TestPlainPostTraining:
             losses.append(loss.item())
         assert len(logged) == steps
         assert logged == losses
+        # in the order in which transformers reads with Accelerate
+        theirs = list(SeedableRandomSampler(dataset, data_seed=args.seed))
+        drawn = [frame for index in read for frame in index]
+        assert drawn == theirs[: len(drawn)]
+        assert len(drawn) < len(theirs)
         assert tensors_equal(trainer.policy.base.state_dict(), alone.state_dict())
         assert not tensors_equal(alone.state_dict(), base_policy(family, points).state_dict())
 

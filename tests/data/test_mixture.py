@@ -16,7 +16,7 @@ from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.demonstrations import bundled_demonstrations
 from ptr_hf.data.mixture.action_space import ActionSpace
 from ptr_hf.data.mixture.config import MixtureConfig
-from ptr_hf.data.mixture.dataset import Mixture, MixtureSampler, resized
+from ptr_hf.data.mixture.dataset import Mixture, resized
 from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.data.mixture.statistics import Placed, affine, mixture_statistics, pooled
 from ptr_hf.data.mixture.streaming import StreamingMixture
@@ -165,24 +165,6 @@ class TestShares:
         assert even.shares_of([100, 400]) == pytest.approx((1 / 3, 2 / 3))
         sources[0]["share"], sources[1]["share"] = 3, 1
         assert MixtureConfig.from_dict({"sources": sources}).shares_of([100, 400]) == (0.75, 0.25)
-
-    def test_an_epoch_has_exactly_the_shares(self) -> None:
-        sampler = MixtureSampler((100, 20), (0.25, 0.75), seed=3)
-        drawn = list(sampler)
-        assert len(drawn) == len(sampler) == 120
-        counts = Counter(position >= 100 for position in drawn)
-        assert counts == {False: 30, True: 90}
-        # nobody is drawn twice before all of its source have been drawn
-        seen = Counter(position for position in drawn if position >= 100)
-        assert set(seen.values()) == {4, 5}
-        assert max(Counter(position for position in drawn if position < 100).values()) == 1
-
-    def test_the_order_depends_on_seed_and_epoch_alone(self) -> None:
-        first, second = MixtureSampler((50, 9), (0.5, 0.5), seed=1), MixtureSampler((50, 9), (0.5, 0.5), seed=1)
-        assert list(first) == list(first) == list(second)
-        second.set_epoch(1)
-        assert list(first) != list(second)
-        assert list(first) != list(MixtureSampler((50, 9), (0.5, 0.5), seed=2))
 
 
 class TestStatistics:

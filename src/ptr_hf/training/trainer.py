@@ -15,13 +15,14 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.processor import PolicyProcessorPipeline
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, RandomSampler, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from ptr_hf.data.in_memory import collate_segments
-from ptr_hf.data.mixture.dataset import Mixture, MixtureSampler
+from ptr_hf.data.mixture.dataset import Mixture
 from ptr_hf.data.mixture.processor import for_robot
+from ptr_hf.data.order import EpochSampler, MixtureSampler
 from ptr_hf.data.screening import leave_out
 from ptr_hf.data.segments import is_rows
 from ptr_hf.modeling_ptr import PTRPolicy
@@ -79,7 +80,7 @@ class PTRTrainer(Trainer):
 
     args: PTRTrainingArguments
     optimizer: torch.optim.Optimizer | None
-    _mixture_sampler: MixtureSampler | None = None
+    _sampler: EpochSampler | None = None
     _dynamics: DynamicsLog | None = None
 
     def compute_loss(
@@ -216,9 +217,9 @@ class PTRTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        if self._mixture_sampler is not None:
+        if self._sampler is not None:
             # Accelerate cannot reach it under all of its wrappers
-            self._mixture_sampler.set_epoch(epoch)
+            self._sampler.set_epoch(epoch)
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def get_batch_samples(
@@ -271,13 +272,15 @@ class PTRTrainer(Trainer):
         return loss.detach(), None, None
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
-        """A mixture's sources are drawn at their shares."""
+        """A mixture's sources are drawn at their shares; frames of one dataset in transformers' order, which is kept small."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(dataset, Mixture):
-            return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._mixture_sampler = MixtureSampler(dataset.sizes, dataset.meta.shares, seed)
-        return self._mixture_sampler
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(dataset, Mixture):
+            sampler = self._sampler = MixtureSampler(dataset.sizes, dataset.meta.shares, seed)
+        elif isinstance(sampler, RandomSampler) and self.accelerator.use_seedable_sampler:
+            sampler = self._sampler = EpochSampler(len(sampler), seed)
+        return sampler
 
     def processors_for(self, robot: str) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
         """Pre- and postprocessor for one of the robots of a mixture.

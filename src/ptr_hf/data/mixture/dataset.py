@@ -1,19 +1,18 @@
 """Several LeRobotDatasets read as one: different robots, cameras, rates and schemas, one batch.
 
 `Mixture` reads segments of what `MixtureMetadata` describes; a sample of a source is the same whether the source is alone or
-not. `MixtureSampler` draws the sources at their shares.
+not.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Int, Shaped
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as images
 
 from ptr_hf.data.datasets import check_episodes, episode_spans, open_dataset
@@ -112,44 +111,6 @@ class Mixture(Dataset[dict[str, Any]]):
         ]
 
 
-class MixtureSampler(Sampler[int]):
-    """Draws every source at its share, in an order that depends on seed and epoch alone.
-
-    An epoch has as many samples as the mixture; each source gives its share of them, rounded, without repeating a sample
-    before all of its own have been drawn.
-
-    Args:
-        sizes: samples of every source.
-        shares: π, adding up to 1.
-        seed: of the order.
-    """
-
-    def __init__(self, sizes: Sequence[int], shares: Sequence[float], seed: int = 0) -> None:
-        self.sizes, self.shares, self.seed = tuple(sizes), tuple(shares), seed
-        self.epoch = 0
-        total = sum(self.sizes)
-        ends = np.rint(np.cumsum(self.shares) * total).astype(int)
-        self.counts = tuple(np.diff(ends, prepend=0).tolist())
-        """Samples of every source in an epoch."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; Accelerate calls this."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return sum(self.counts)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(_seed(self.seed, self.epoch))
-        first, drawn = 0, []
-        for size, count in zip(self.sizes, self.counts, strict=True):
-            passes = [torch.randperm(size, generator=generator) for _ in range(-(-count // size))]
-            drawn.append(first + torch.cat([*passes, torch.empty(0, dtype=torch.int64)])[:count])
-            first += size
-        together = torch.cat(drawn)
-        yield from together[torch.randperm(len(together), generator=generator)].tolist()
-
-
 def unified(batch: dict[str, Any], source: Source, meta: MixtureMetadata, layout: SegmentLayout) -> dict[str, Any]:
     """A collated batch of one source in the mixture's form: slots, cameras, and numbers that no other source has."""
     batch = as_vectors(batch, layout)
@@ -240,8 +201,3 @@ def _joined(parts: list[dict[str, Any]], order: Int[Tensor, " rows"]) -> dict[st
 def _in_order(parts: Sequence[Sequence[str]], back: Int[Tensor, " rows"]) -> list[str]:
     together = [text for part in parts for text in part]
     return [together[place] for place in back.tolist()]
-
-
-def _seed(*numbers: int) -> int:
-    """A seed for torch that differs wherever one of the numbers does."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
