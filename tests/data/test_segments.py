@@ -26,6 +26,7 @@ from small_policies import (
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from ptr_hf.data import frame_columns
 from ptr_hf.data.datasets import episode_spans, open_dataset
 from ptr_hf.data.segments import Segment, SegmentLayout, segment_rows, split_segment
 from ptr_hf.processor_ptr import preprocess
@@ -202,7 +203,9 @@ def test_a_subset_of_episodes_reads_its_own_frames(points: Path, episodes: list[
             assert torch.equal(segment.futures[CAMERA][segment.future_index[t]][b], future[CAMERA])
 
 
-def test_spans_of_a_subset_are_positions_in_it(points: Path) -> None:
+@pytest.mark.parametrize("block", [7, 24, frame_columns.BLOCK])
+def test_spans_of_a_subset_are_positions_in_it(points: Path, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame_columns, "BLOCK", block)
     assert episode_spans(open_dataset(points, layout())) == list(zip(range(4), STARTS, LENGTHS, strict=True))
     assert episode_spans(open_dataset(points, layout(), episodes=[1, 3])) == [(1, 0, 24), (3, 24, 18)]
 

@@ -17,7 +17,7 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.io_utils import load_episodes, load_tasks
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from ptr_hf.data.frame_columns import FrameColumns, data_files, read_frame_columns
+from ptr_hf.data.frame_columns import FrameRuns, data_files, read_frame_runs, table_blocks
 
 FROM, TO, LENGTH, TASKS = "dataset_from_index", "dataset_to_index", "length", "tasks"
 _LEAVE_OUT = "Copy or convert the dataset anew, or open it with episodes=[...] without this one."
@@ -41,16 +41,17 @@ def mend_dataset(dataset: LeRobotDataset, known: LeRobotDatasetMetadata | None =
     else:
         said = []
         dataset.meta.episodes, dataset.meta.tasks, dataset.meta.info = known.episodes, known.tasks, known.info
-    table = dataset.hf_dataset.data
-    episode, frame, index = (table.column(name).to_numpy() for name in ("episode_index", "frame_index", "index"))
-    numbers = np.asarray(dataset.meta.episodes[FROM])[episode] + frame
-    wrong = np.flatnonzero(numbers != index)
-    if len(wrong):
-        said.append(
-            f"The column 'index' of {dataset.repo_id} does not count its frames (first in episode {episode[wrong[0]]}): "
-            "they are numbered anew in memory."
-        )
-        _renumber(dataset, numbers)
+    first = np.asarray(dataset.meta.episodes[FROM])
+    for episode, frame, index in table_blocks(dataset, "episode_index", "frame_index", "index"):
+        wrong = np.flatnonzero(first[episode] + frame != index)
+        if len(wrong):
+            said.append(
+                f"The column 'index' of {dataset.repo_id} does not count its frames (first in episode {episode[wrong[0]]}): "
+                "they are numbered anew in memory."
+            )
+            blocks = table_blocks(dataset, "episode_index", "frame_index")
+            _renumber(dataset, np.concatenate([first[episode] + frame for episode, frame in blocks]))
+            break
     return said
 
 
@@ -72,7 +73,7 @@ def mend_metadata(
     said = [*_mend_tasks(meta), *_mend_rows(meta)]
     files = data_files(Path(meta.root))
     if files:
-        return said + _Comparison(meta, read_frame_columns(files), episodes).mend(complete, fixed_index)
+        return said + _Comparison(meta, read_frame_runs(files), episodes).mend(complete, fixed_index)
     if complete:
         raise ValueError(f"The dataset {meta.repo_id} cannot be read: files are missing in {meta.root}/data.")
     return said + _number_by_length(meta)
@@ -88,17 +89,15 @@ class _Comparison:
 
     Attributes:
         here: episodes that are read and have frames, rising.
+        run: (here,) of each one's frames.
         start, count: (here,) position of each one's first frame, and how many it has.
-        place: (frames,) position of every frame in its episode.
     """
 
-    def __init__(self, meta: LeRobotDatasetMetadata, frames: FrameColumns, episodes: Sequence[int] | None) -> None:
+    def __init__(self, meta: LeRobotDatasetMetadata, frames: FrameRuns, episodes: Sequence[int] | None) -> None:
         self.meta, self.frames = meta, frames
         known = len(meta.episodes)
         self.chosen = np.arange(known) if episodes is None else np.intersect1d(episodes, np.arange(known))
-        starts = np.flatnonzero(np.diff(frames.episode, prepend=frames.episode[:1] - 1))
-        counts = np.diff(starts, append=len(frames))
-        found = frames.episode[starts]
+        starts, found = frames.start, frames.episode
         strange = np.flatnonzero((found < 0) | (found >= known))
         if episodes is None and len(strange):
             raise ValueError(
@@ -113,8 +112,8 @@ class _Comparison:
                 f"The frames of episode {found[own][again[0]]} of {meta.repo_id} do not lie together: "
                 f"{frames.file_of(starts[own][again[0]])} has some of them after those of other episodes. {_LEAVE_OUT}"
             )
-        self.start, self.count = starts[own][first], counts[own][first]
-        self.place = np.arange(len(frames)) - np.repeat(starts, counts)
+        self.run = np.flatnonzero(own)[first]
+        self.start, self.count = starts[self.run], frames.count[self.run]
 
     def mend(self, complete: bool, fixed_index: bool) -> list[str]:
         """Sentences for everything that was set right."""
@@ -131,7 +130,7 @@ class _Comparison:
         else:
             first, last = (values[self.here] for values in _bounds(meta))
             # whatever the other episodes are
-            fits = np.array_equal(self.frames.index[self.start], first) and np.array_equal(last - first, self.count)
+            fits = np.array_equal(self.frames.index[self.run], first) and np.array_equal(last - first, self.count)
             said += [] if fits and len(self.here) else _number_by_length(meta)
         said += [*self._places(), *self._instructions()]
         if fixed_index:
@@ -141,20 +140,21 @@ class _Comparison:
     def _check_frames(self) -> None:
         """Every frame of an episode is there, once and in order."""
         frames = self.frames
-        wrong = np.flatnonzero((frames.frame != self.place) & np.isin(frames.episode, self.here))
+        wrong = np.sort(self.run[frames.disorder[self.run] >= 0])
         if not len(wrong):
             return
-        episode = frames.episode[wrong[0]]
-        found = frames.frame[frames.episode == episode]
+        episode, place = frames.episode[wrong[0]], frames.disorder[wrong[0]]
+        found = frames.frames_of(int(episode))
         values, times = np.unique(found, return_counts=True)
         if times.max() > 1:
             what = f"are incomplete or doubled: frame {values[times > 1][0]} is there {times.max()} times"
         elif np.array_equal(values, np.arange(len(found))):
             what = "are out of order"
         else:
-            what = f"are incomplete: frame {self.place[wrong[0]]} is missing"
+            what = f"are incomplete: frame {place} is missing"
         raise ValueError(
-            f"The frames of episode {episode} of {self.meta.repo_id} {what} in {frames.file_of(wrong[0])}. {_LEAVE_OUT}"
+            f"The frames of episode {episode} of {self.meta.repo_id} {what} in "
+            f"{frames.file_of(frames.start[wrong[0]] + place)}. {_LEAVE_OUT}"
         )
 
     def _lengths(self) -> list[str]:
@@ -185,7 +185,7 @@ class _Comparison:
         if len(off):
             _replace(meta, {FROM: self.start, TO: self.start + self.count})
             said.append(_derived(meta, int(off[0])))
-        total = len(self.frames)
+        total = self.frames.frames
         if meta.info.total_frames != total:
             said.append(
                 f"meta/info.json of {meta.repo_id} counts {meta.info.total_frames} frames; {total} are there and read."
@@ -223,8 +223,8 @@ class _Comparison:
         meta, names = self.meta, self.meta.tasks.index.tolist()
         recorded = list(meta.episodes[TASKS]) if TASKS in meta.episodes.column_names else None
         wrong = []
-        for episode, start, count in zip(self.here.tolist(), self.start, self.count, strict=True):
-            numbers = np.unique(self.frames.task[start : start + count]).tolist()
+        for episode, run, start in zip(self.here.tolist(), self.run, self.start, strict=True):
+            numbers = self.frames.tasks[run]
             where = self.frames.file_of(start)
             unknown = [number for number in numbers if not 0 <= number < len(names)]
             if unknown:
@@ -254,12 +254,13 @@ class _Comparison:
     def _check_index(self) -> None:
         """The column `index` counts the frames as the metadata do."""
         frames, first = self.frames, np.asarray(self.meta.episodes[FROM])
-        own = np.flatnonzero(np.isin(frames.episode, self.here))
-        wrong = own[frames.index[own] != first[frames.episode[own]] + self.place[own]]
+        wrong = np.sort(self.run[(frames.index[self.run] != first[self.here]) | (frames.miscount[self.run] >= 0)])
         if len(wrong):
+            run = wrong[0]
+            place = 0 if frames.index[run] != first[frames.episode[run]] else frames.miscount[run]
             raise ValueError(
-                f"The column 'index' of {frames.file_of(wrong[0])} does not count the frames of episode "
-                f"{frames.episode[wrong[0]]}: convert the dataset anew, or train with PTRTrainer (ptr-train), which numbers them "
+                f"The column 'index' of {frames.file_of(frames.start[run] + place)} does not count the frames of episode "
+                f"{frames.episode[run]}: convert the dataset anew, or train with PTRTrainer (ptr-train), which numbers them "
                 "itself."
             )
 

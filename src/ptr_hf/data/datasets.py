@@ -27,7 +27,7 @@ from ptr_hf.data.bookkeeping import mend_dataset, mend_metadata
 from ptr_hf.data.frame_times import check_rate, wrong_times
 from ptr_hf.data.given_datasets import check_given, check_unedited
 from ptr_hf.data.pictures import video_backend
-from ptr_hf.data.segment_dataset import SegmentDataset
+from ptr_hf.data.segment_dataset import SegmentDataset, episode_runs
 from ptr_hf.data.segments import ACTION, OBSERVATION_PREFIX, SegmentLayout
 from ptr_hf.files.hub_access import asking_the_hub
 
@@ -263,9 +263,8 @@ def episode_spans(dataset: LeRobotDataset | HasEpisodes) -> list[tuple[int, int,
     """(episode, first position, length) of every selected episode, positions as the dataset is indexed."""
     if not isinstance(dataset, LeRobotDataset):
         return dataset.episode_spans()
-    column = dataset.hf_dataset.data.column("episode_index").to_numpy()
-    episodes, first, length = np.unique(column, return_index=True, return_counts=True)
-    return sorted(zip(episodes.tolist(), first.tolist(), length.tolist(), strict=True), key=lambda span: span[1])
+    runs = episode_runs(dataset)
+    return list(zip(runs.episode.tolist(), runs.start.tolist(), runs.length.tolist(), strict=True))
 
 
 def check_dataset(dataset: LeRobotDataset, layout: SegmentLayout) -> None:

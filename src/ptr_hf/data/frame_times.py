@@ -1,6 +1,6 @@
 """Whether a dataset's timestamps fit its rate and its videos: LeRobot looks a video's frames up by them alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,10 +9,14 @@ import numpy as np
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.video_utils import get_video_duration_in_s
 
+from ptr_hf.data.frame_columns import table_blocks
+
 RATE_TOLERANCE = 0.1
 """The frames' mean rate may differ by so much of the rate in info.json."""
 FEW = 0.02
 """Share of frames that may have a wrong time, and are left out; where there are more, the dataset is refused."""
+LOOKED_AT = 100_000
+"""About so many steps, spread evenly, tell the rate."""
 
 
 def check_rate(dataset: LeRobotDataset) -> str | None:
@@ -21,9 +25,12 @@ def check_rate(dataset: LeRobotDataset) -> str | None:
     Args:
         dataset: open; its episodes' frames lie together and in order.
     """
-    table, fps = dataset.hf_dataset.data, float(dataset.meta.fps)
-    episode, time = table.column("episode_index").to_numpy(), table.column("timestamp").to_numpy()
-    steps = np.diff(time.astype(np.float64))[np.diff(episode) == 0]
+    fps, every = float(dataset.meta.fps), max(1, len(dataset.hf_dataset) // LOOKED_AT)
+    parts = [
+        np.diff(time.astype(np.float64))[np.diff(episode) == 0][::every]
+        for episode, time in table_blocks(dataset, "episode_index", "timestamp")
+    ]
+    steps = np.concatenate([np.empty(0), *parts])
     steps = steps[np.isfinite(steps)]
     if not len(steps) or abs(float(np.median(steps)) * fps - 1.0) <= RATE_TOLERANCE:
         return None
@@ -43,26 +50,42 @@ def wrong_times(dataset: LeRobotDataset) -> np.ndarray:
         ValueError: a video is damaged, an episode's part of it is another's or too short, or many timestamps are wrong.
     """
     meta = dataset.meta
-    table, fps = dataset.hf_dataset.data, float(meta.fps)
+    fps, total = float(meta.fps), len(dataset.hf_dataset)
     if not meta.video_keys:
         return np.empty(0, dtype=np.int64)
-    episode = table.column("episode_index").to_numpy()
-    frame = table.column("frame_index").to_numpy()
-    time = table.column("timestamp").to_numpy().astype(np.float64)
+    chosen = range(meta.total_episodes) if dataset.episodes is None else dataset.episodes
     for key in meta.video_keys:
-        _check_spans(dataset, key, np.unique(episode).tolist())
-    # a recording with times of its own is looked up by them
-    regular = np.abs(time - frame / fps) <= 0.5 / fps
-    if regular.mean() < 0.5:
-        return np.flatnonzero(~np.isfinite(time))
-    wrong = np.flatnonzero(~regular)
-    if len(wrong) > max(1, FEW * len(time)):
-        raise ValueError(
-            f"{len(wrong)} of the {len(time)} timestamps of {dataset.repo_id} are not those of their frames at fps={fps:g}, and "
-            f"its videos are looked up by them (first in episode {episode[wrong[0]]}: frame {frame[wrong[0]]} at "
-            f"{time[wrong[0]]:.4g} s): convert the dataset anew."
+        _check_spans(dataset, key, chosen)
+
+    def regular(frame: np.ndarray, time: np.ndarray) -> np.ndarray:
+        return np.abs(time.astype(np.float64) - frame / fps) <= 0.5 / fps
+
+    wrong = total - sum(int(regular(*block).sum()) for block in table_blocks(dataset, "frame_index", "timestamp"))
+    if wrong > 0.5 * total:
+        # a recording with times of its own is looked up by them
+        return _positions(~np.isfinite(time) for (time,) in table_blocks(dataset, "timestamp"))
+    places = _positions(~regular(*block) for block in table_blocks(dataset, "frame_index", "timestamp"))
+    if wrong > max(1, FEW * total):
+        table = dataset.hf_dataset.data
+        episode, frame, time = (
+            table.column(name)[int(places[0])].as_py() for name in ("episode_index", "frame_index", "timestamp")
         )
-    return wrong
+        raise ValueError(
+            f"{wrong} of the {total} timestamps of {dataset.repo_id} are not those of their frames at fps={fps:g}, and "
+            f"its videos are looked up by them (first in episode {episode}: frame {frame} at {time:.4g} s): convert the "
+            "dataset anew."
+        )
+    return places
+
+
+def _positions(marked: Iterable[np.ndarray]) -> np.ndarray:
+    """Where blocks of marks that follow each other are set."""
+    found: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+    first = 0
+    for block in marked:
+        found.append(first + np.flatnonzero(block))
+        first += len(block)
+    return np.concatenate(found)
 
 
 def _check_spans(dataset: LeRobotDataset, key: str, chosen: Sequence[int]) -> None:

@@ -28,7 +28,6 @@ from ptr_hf.data.segment_dataset import (
     SegmentDataset,
     as_unreadable,
     chunk_columns,
-    episode_bounds,
     unreadable_frame,
 )
 from ptr_hf.data.segments import ACTION, CHUNK_PREFIX, OBSERVATION_PREFIX, PAD_SUFFIX, SegmentLayout, sample_of
@@ -87,7 +86,9 @@ class InMemorySegments(Dataset[dict[str, Any]]):
         self._unreadable = sorted(dataset.wrong_times.union(*(places for _, places in loaded.values())))
         for place in self._unreadable:
             logger.warning("%s", unreadable_frame(dataset, place))
-        self._first, self._last = map(torch.from_numpy, episode_bounds(dataset))
+        runs = dataset.runs
+        edges = (runs.start, runs.start + runs.length - 1)
+        self._first, self._last = (torch.from_numpy(np.repeat(edge, runs.length)) for edge in edges)
         self._task_names: list[str] = self.meta.tasks.index.tolist()
         # what is read at the layout's offsets
         self._moving = [

@@ -21,6 +21,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from torch import Tensor
 
 from ptr_hf.data.feature_store import FeatureStore
+from ptr_hf.data.frame_columns import run_starts, table_blocks
 from ptr_hf.data.pictures import pictures
 from ptr_hf.data.segments import ACTION, CHUNK_PREFIX, OBSERVATION_PREFIX, PAD_SUFFIX, SegmentLayout
 
@@ -56,7 +57,7 @@ class SegmentDataset(LeRobotDataset):
         super().__init__(repo_id, **settings)
         self.layout = layout
         self._features: FeatureStore | None = None
-        self._first, self._last = episode_bounds(self)
+        self.runs = episode_runs(self)
         self._columns = self.hf_dataset.select_columns(chunk_columns(self.meta.features, layout))
 
     def __getitem__(self, idx: int | slice) -> Any:
@@ -72,7 +73,8 @@ class SegmentDataset(LeRobotDataset):
         if self._features is not None:
             item = self._with_features(item, place, self._features)
         if self._columns.column_names:
-            rows = [min(place + step, int(self._last[place])) for step in self.layout.chunk_starts]
+            last = self.runs.bounds(place)[1]
+            rows = [min(place + step, last) for step in self.layout.chunk_starts]
             for key, values in self._columns[rows].items():
                 item[CHUNK_PREFIX + key] = torch.stack(values) if isinstance(values[0], Tensor) else values
             tasks = item[CHUNK_PREFIX + TASK_INDEX].tolist()
@@ -115,7 +117,7 @@ class SegmentDataset(LeRobotDataset):
     def _needed(self, place: int, keys: Collection[str]) -> list[int]:
         """Positions of the frames at which a sample has some features."""
         steps = {step for key in keys for step in self.reader.delta_indices.get(key, [0])}
-        first, last = int(self._first[place]), int(self._last[place])
+        first, last = self.runs.bounds(place)
         return sorted({min(max(place + step, first), last) for step in steps})
 
     def _unreadable(self, place: int) -> int:
@@ -159,7 +161,7 @@ class SegmentDataset(LeRobotDataset):
 
     def _with_features(self, item: dict[str, Any], place: int, store: FeatureStore) -> dict[str, Any]:
         offsets = self.layout.observation_offsets
-        first, last = int(self._first[place]), int(self._last[place])
+        first, last = self.runs.bounds(place)
         rows = [min(max(place + step, first), last) for step in offsets or [0]]
         found = store.read(rows)
         if any(not value.isfinite().all() for value in found.values()):
@@ -205,12 +207,38 @@ def chunk_columns(features: Mapping[str, Mapping[str, Any]], layout: SegmentLayo
     ]
 
 
-def episode_bounds(dataset: LeRobotDataset) -> tuple[Int[np.ndarray, " frames"], Int[np.ndarray, " frames"]]:
-    """Position of the first and of the last frame of each frame's episode."""
-    episode = dataset.hf_dataset.data.column("episode_index").to_numpy()
-    starts = np.flatnonzero(np.diff(episode, prepend=episode[:1] - 1))
-    lengths = np.diff(starts, append=len(episode))
-    return np.repeat(starts, lengths), np.repeat(starts + lengths - 1, lengths)
+@dataclasses.dataclass(frozen=True)
+class EpisodeRuns:
+    """Where the episodes of an open dataset lie, in the order in which it reads them.
+
+    Attributes:
+        episode: (runs,) numbers.
+        start: (runs,) position of the first frame.
+        length: (runs,) frames.
+    """
+
+    episode: Int[np.ndarray, " runs"]
+    start: Int[np.ndarray, " runs"]
+    length: Int[np.ndarray, " runs"]
+
+    def bounds(self, place: int) -> tuple[int, int]:
+        """Position of the first and of the last frame of a frame's episode."""
+        run = int(np.searchsorted(self.start, place, side="right")) - 1
+        return int(self.start[run]), int(self.start[run] + self.length[run] - 1)
+
+
+def episode_runs(dataset: LeRobotDataset) -> EpisodeRuns:
+    """Where the episodes of an open dataset lie; memory grows with their number alone."""
+    starts, found, before, total = [np.empty(0, np.int64)], [np.empty(0, np.int64)], None, 0
+    for (episode,) in table_blocks(dataset, "episode_index"):
+        begins = run_starts(episode)
+        if before == episode[0]:
+            begins = begins[1:]
+        starts.append(begins + total)
+        found.append(episode[begins])
+        before, total = episode[-1], total + len(episode)
+    start = np.concatenate(starts)
+    return EpisodeRuns(np.concatenate(found), start, np.diff(start, append=total))
 
 
 def as_unreadable(action: Tensor, steps: Sequence[int], offset: int) -> tuple[Tensor, Tensor]:
