@@ -17,7 +17,7 @@ from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.datasets.io_utils import load_episodes, load_tasks
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-from ptr_hf.data.frame_columns import FrameRuns, data_files, read_frame_runs, table_blocks
+from ptr_hf.data.frame_columns import FrameRuns, data_files, episode_column, read_frame_runs, table_blocks
 
 FROM, TO, LENGTH, TASKS = "dataset_from_index", "dataset_to_index", "length", "tasks"
 _LEAVE_OUT = "Copy or convert the dataset anew, or open it with episodes=[...] without this one."
@@ -41,7 +41,7 @@ def mend_dataset(dataset: LeRobotDataset, known: LeRobotDatasetMetadata | None =
     else:
         said = []
         dataset.meta.episodes, dataset.meta.tasks, dataset.meta.info = known.episodes, known.tasks, known.info
-    first = np.asarray(dataset.meta.episodes[FROM])
+    first = episode_column(dataset.meta, FROM).to_numpy()
     for episode, frame, index in table_blocks(dataset, "episode_index", "frame_index", "index"):
         wrong = np.flatnonzero(first[episode] + frame != index)
         if len(wrong):
@@ -159,7 +159,7 @@ class _Comparison:
 
     def _lengths(self) -> list[str]:
         """An episode's length is the number of its frames, where its bounds agree with them."""
-        meta, length = self.meta, np.array(self.meta.episodes[LENGTH])
+        meta, length = self.meta, np.array(episode_column(self.meta, LENGTH))
         first, last = (values[self.here] for values in _bounds(meta))
         wrong = np.flatnonzero(self.count != length[self.here])
         for place in wrong[(self.count != last - first)[wrong]][:1]:
@@ -200,7 +200,7 @@ class _Comparison:
             raise ValueError(
                 f"meta/episodes of {meta.repo_id} lacks {names[0]} or {names[1]}: convert the dataset anew."
             )
-        root, given = Path(meta.root), np.stack([meta.episodes[name] for name in names], axis=1)
+        root, given = Path(meta.root), np.stack([episode_column(meta, name) for name in names], axis=1)
         numbers = {
             root / meta.data_path.format(chunk_index=chunk, file_index=file): (chunk, file)
             for chunk, file in np.unique(given, axis=0).tolist()
@@ -221,7 +221,7 @@ class _Comparison:
     def _instructions(self) -> list[str]:
         """Every frame's instruction exists, and meta/episodes lists the episode's own."""
         meta, names = self.meta, self.meta.tasks.index.tolist()
-        recorded = list(meta.episodes[TASKS]) if TASKS in meta.episodes.column_names else None
+        recorded = episode_column(meta, TASKS).to_pylist() if TASKS in meta.episodes.column_names else None
         wrong = []
         for episode, run, start in zip(self.here.tolist(), self.run, self.start, strict=True):
             numbers = self.frames.tasks[run]
@@ -253,7 +253,7 @@ class _Comparison:
 
     def _check_index(self) -> None:
         """The column `index` counts the frames as the metadata do."""
-        frames, first = self.frames, np.asarray(self.meta.episodes[FROM])
+        frames, first = self.frames, episode_column(self.meta, FROM).to_numpy()
         wrong = np.sort(self.run[(frames.index[self.run] != first[self.here]) | (frames.miscount[self.run] >= 0)])
         if len(wrong):
             run = wrong[0]
@@ -306,7 +306,7 @@ def _mend_rows(meta: LeRobotDatasetMetadata) -> list[str]:
     lacking = [name for name in ("episode_index", LENGTH) if name not in meta.episodes.column_names]
     if lacking:
         raise ValueError(f"{where} lacks the column {lacking[0]!r}, which LeRobot writes: convert the dataset anew.")
-    numbers = np.asarray(meta.episodes["episode_index"])
+    numbers = episode_column(meta, "episode_index").to_numpy()
     known, times = np.unique(numbers, return_counts=True)
     counted = max(meta.info.total_episodes, int(known.max(initial=-1)) + 1)
     missing = np.setdiff1d(np.arange(counted), known)
@@ -332,7 +332,7 @@ def _mend_rows(meta: LeRobotDatasetMetadata) -> list[str]:
 
 def _number_by_length(meta: LeRobotDatasetMetadata) -> list[str]:
     """Episodes one after the other, in whichever order meta/episodes has them, if it has them so."""
-    length = np.asarray(meta.episodes[LENGTH])
+    length = episode_column(meta, LENGTH).to_numpy()
     first, last = _bounds(meta)
     order = first.argsort(kind="stable")
     ends = np.cumsum(length[order])
@@ -347,7 +347,7 @@ def _bounds(meta: LeRobotDatasetMetadata) -> tuple[np.ndarray, np.ndarray]:
     """As recorded; none is -1."""
     if not {FROM, TO} <= set(meta.episodes.column_names):
         return (np.full(len(meta.episodes), -1),) * 2
-    return np.asarray(meta.episodes[FROM]), np.asarray(meta.episodes[TO])
+    return episode_column(meta, FROM).to_numpy(), episode_column(meta, TO).to_numpy()
 
 
 def _replace(meta: LeRobotDatasetMetadata, columns: dict[str, Any], order: np.ndarray | None = None) -> None:

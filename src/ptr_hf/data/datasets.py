@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
@@ -24,6 +23,7 @@ from lerobot.utils.constants import OBS_ENV_STATE, OBS_STATE
 from lerobot.utils.import_utils import get_safe_default_video_backend
 
 from ptr_hf.data.bookkeeping import mend_dataset, mend_metadata
+from ptr_hf.data.frame_columns import episode_column
 from ptr_hf.data.frame_times import check_rate, wrong_times
 from ptr_hf.data.given_datasets import check_given, check_unedited
 from ptr_hf.data.pictures import video_backend
@@ -285,7 +285,7 @@ def check_episodes(meta: LeRobotDatasetMetadata, episodes: Sequence[int] | None,
     """
     if ACTION not in meta.features:
         raise ValueError(f"The dataset {meta.repo_id} has no {ACTION!r} feature, which a policy learns.")
-    lengths = np.asarray(meta.episodes["length"])
+    lengths = episode_column(meta, "length").to_numpy()
     longest = int((lengths if episodes is None else lengths[list(episodes)]).max(initial=0))
     if longest == 0:
         raise ValueError(f"The dataset {meta.repo_id} is empty: it has no frames to train on.")
@@ -316,7 +316,9 @@ def check_one_instruction(meta: LeRobotDatasetMetadata, layout: SegmentLayout) -
     """
     if layout.segment_length == 1:
         return
-    several = [episode for episode, tasks in enumerate(meta.episodes["tasks"]) if len(set(tasks)) > 1]
+    several = [
+        episode for episode, tasks in enumerate(episode_column(meta, "tasks").to_pylist()) if len(set(tasks)) > 1
+    ]
     if several:
         raise ValueError(
             f"{len(several)} episodes of {meta.repo_id} change their instruction on the way (the first is episode {several[0]}), "

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -117,6 +118,16 @@ def _read(files: tuple[Path, ...], _state: tuple[tuple[int, int], ...]) -> Frame
         files=files,
         ends=np.array(ends, np.int64),
     )
+
+
+def episode_column(meta: Any, name: str) -> pa.ChunkedArray:
+    """A column of meta/episodes at once; `meta.episodes[name]` would make a Python object of every row.
+
+    Args:
+        meta: of a dataset or a mixture.
+        name: of the column.
+    """
+    return meta.episodes.with_format("arrow")[:].column(name)
 
 
 def table_blocks(dataset: LeRobotDataset, *names: str) -> Iterator[list[np.ndarray]]:

@@ -9,7 +9,7 @@ import numpy as np
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.video_utils import get_video_duration_in_s
 
-from ptr_hf.data.frame_columns import table_blocks
+from ptr_hf.data.frame_columns import episode_column, table_blocks
 
 RATE_TOLERANCE = 0.1
 """The frames' mean rate may differ by so much of the rate in info.json."""
@@ -98,8 +98,8 @@ def _check_spans(dataset: LeRobotDataset, key: str, chosen: Sequence[int]) -> No
         raise ValueError(
             f"meta/episodes of {dataset.repo_id} lacks the column {lacking[0]!r}: convert the dataset anew."
         )
-    chunk, file, begin, end = (np.asarray(meta.episodes[name], dtype=np.float64) for name in names)
-    lasts = np.asarray(meta.episodes["length"]) / fps
+    chunk, file, begin, end = (np.asarray(episode_column(meta, name), dtype=np.float64) for name in names)
+    lasts = episode_column(meta, "length").to_numpy() / fps
     files: dict[tuple[int, int], list[int]] = {}
     for episode in np.argsort(begin, kind="stable").tolist():
         files.setdefault((int(chunk[episode]), int(file[episode])), []).append(episode)

@@ -8,8 +8,8 @@ fed from all ranks, so that it is equal on each.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Bool, Float, Int
 from lerobot.datasets import LeRobotDatasetMetadata
@@ -65,25 +65,28 @@ class EpisodeTable:
         Raises:
             ValueError: there is no such column.
         """
-        episodes = meta.episodes
-        first = torch.as_tensor(np.asarray(episodes["dataset_from_index"]), dtype=torch.int64)
-        length = torch.as_tensor(np.asarray(episodes["length"]), dtype=torch.int64)
+        # all rows at once: `meta.episodes[name]` would make a Python object of each
+        table = meta.episodes.with_format("arrow")[:]
+        first, length = (
+            torch.as_tensor(np.array(table.column(name)), dtype=torch.int64)
+            for name in ("dataset_from_index", "length")
+        )
         flags = torch.zeros(len(length), dtype=torch.bool)
         flags[torch.as_tensor(list(corrupted), dtype=torch.int64)] = True
-        return cls(first, length, _groups(episodes, group_by), flags, max(1, int(meta.total_tasks)))
+        return cls(first, length, _groups(table, group_by), flags, max(1, int(meta.total_tasks)))
 
 
-def _groups(episodes: datasets.Dataset, group_by: str) -> Int[Tensor, " episodes"]:
+def _groups(table: pa.Table, group_by: str) -> Int[Tensor, " episodes"]:
     if group_by == "all":
-        return torch.zeros(len(episodes), dtype=torch.int64)
+        return torch.zeros(len(table), dtype=torch.int64)
     column = "tasks" if group_by == "task" else group_by
-    if column not in episodes.column_names:
-        known = ", ".join(name for name in sorted(episodes.column_names) if "/" not in name)
+    if column not in table.column_names:
+        known = ", ".join(name for name in sorted(table.column_names) if "/" not in name)
         raise ValueError(
             f"standardize_by={group_by!r} is no column of the dataset's episodes: choose all, task, or a column of "
             f"meta/episodes ({known})."
         )
-    values = [str(value) for value in episodes[column]]
+    values = [str(value) for value in table.column(column).to_pylist()]
     number = {name: place for place, name in enumerate(sorted(set(values)))}
     return torch.tensor([number[value] for value in values])
 

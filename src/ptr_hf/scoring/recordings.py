@@ -11,6 +11,7 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import OBS_STATE
 
 from ptr_hf.data.datasets import open_dataset
+from ptr_hf.data.frame_columns import episode_column
 from ptr_hf.data.mixture.config import MixtureConfig, SourceConfig
 from ptr_hf.data.segments import ACTION, OBSERVATION_PREFIX, SegmentLayout
 from ptr_hf.scoring.seen import ImageFeatures
@@ -215,9 +216,8 @@ def _names(key: str, feature: Mapping[str, Any]) -> list[str]:
 
 def _attributes(dataset: LeRobotDataset, episode_index: np.ndarray) -> dict[str, np.ndarray]:
     """The columns of meta/episodes that a user has added: one text or number an episode."""
-    rows = dataset.meta.episodes
-    own = [name for name in rows.column_names if "/" not in name and name not in _BOOKKEEPING]
-    found = {name: np.asarray(rows[name])[episode_index] for name in own}
+    own = [name for name in dataset.meta.episodes.column_names if "/" not in name and name not in _BOOKKEEPING]
+    found = {name: np.asarray(episode_column(dataset.meta, name).to_pylist())[episode_index] for name in own}
     return {name: values for name, values in found.items() if values.ndim == 1 and values.dtype.kind in "iufbUO"}
 
 

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ptr_hf.artifacts.checkpoint import widest_vector
 from ptr_hf.data.datasets import Covering, check_dataset, covering, open_dataset, segments_at_once
 from ptr_hf.data.fit import check_fit, check_vectors, renamed_features
+from ptr_hf.data.frame_columns import episode_column
 from ptr_hf.data.in_memory import InMemorySegments, collate_segments
 from ptr_hf.data.masked_segments import saying_masked
 from ptr_hf.data.mixture.config import MixtureConfig
@@ -86,7 +87,7 @@ def score_dataset(
     if isinstance(opened, LeRobotDataset):
         check_dataset(opened, layout)
     cover = covering(opened, layout, episodes)
-    first_frame = dict(zip(range(opened.meta.total_episodes), opened.meta.episodes["dataset_from_index"], strict=True))
+    first_frame = episode_column(opened.meta, "dataset_from_index").to_numpy()
     columns: dict[str, list[np.ndarray]] = {}
     verdicts: list[Tensor] = []
     at_once = segments_at_once(opened.meta.features, layout, batch_size)
@@ -123,9 +124,8 @@ def score_dataset(
             table["score"] = known.nansum(dim=1).numpy()
     table = {name: values[order] for name, values in table.items()}
     names = np.asarray(opened.meta.tasks.index, dtype=object)
-    starts = np.asarray([first_frame[episode] for episode in table["episode_index"].tolist()])
     source = np.full(len(order), opened.meta.repo_id, dtype=object)
-    frame = table["index"] - starts
+    frame = table["index"] - first_frame[table["episode_index"]]
     if isinstance(opened, Mixture):
         source, table["episode_index"], table["index"] = opened.meta.located(table["episode_index"], frame)
     return ChunkScores(**table | {"task": names[table["task"]]}, frame_index=frame, source=source, verdicts=by_score)

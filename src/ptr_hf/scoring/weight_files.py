@@ -23,6 +23,7 @@ import numpy as np
 import pandas as pd
 from lerobot.datasets import LeRobotDatasetMetadata
 
+from ptr_hf.data.frame_columns import episode_column
 from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.scoring.dataset_scores import CHUNKS_FILE, EPISODES_FILE, SETTINGS_FILE
 
@@ -67,8 +68,8 @@ class FrameTable:
             episodes: that are read; None for all.
             name: by default the dataset's Hub id.
         """
-        first = np.asarray(meta.episodes["dataset_from_index"], dtype=np.int64)
-        length = np.asarray(meta.episodes["length"], dtype=np.int64)
+        first = np.asarray(episode_column(meta, "dataset_from_index"), dtype=np.int64)
+        length = np.asarray(episode_column(meta, "length"), dtype=np.int64)
         chosen = range(len(first)) if episodes is None else episodes
         read = [np.arange(first[episode], first[episode] + length[episode]) for episode in chosen]
         revision = getattr(meta, "revision", None)
@@ -125,8 +126,7 @@ def in_training_order(meta: LeRobotDatasetMetadata | MixtureMetadata, weights: S
         return weights[0]
     parts = []
     for source, own in zip(meta.sources, weights, strict=True):
-        episodes = source.meta.episodes
-        spans = zip(episodes["dataset_from_index"], episodes["length"], strict=True)
+        spans = zip(*(episode_column(source.meta, name) for name in ("dataset_from_index", "length")), strict=True)
         parts += [own[first : first + length] for first, length in spans]
     return np.concatenate(parts)
 

@@ -11,6 +11,7 @@ from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.data.datasets import check_dataset, dataset_metadata, open_dataset
 from ptr_hf.data.demonstrations import load_truth
 from ptr_hf.data.fit import check_fit, check_mixture_fit
+from ptr_hf.data.frame_columns import episode_column
 from ptr_hf.data.in_memory import InMemorySegments
 from ptr_hf.data.mixture.config import MixtureConfig
 from ptr_hf.data.mixture.dataset import Mixture
@@ -116,13 +117,13 @@ def described(given: DataSource, meta: Metadata, args: PTRTrainingArguments) -> 
         )
     assert isinstance(given, str | Path | LeRobotDataset)
     chosen = given.episodes if isinstance(given, LeRobotDataset) and given.episodes else range(meta.total_episodes)
-    lengths = meta.episodes["length"]
+    lengths = episode_column(meta, "length").to_numpy()
     return (
         TrainingData(
             source=_named(given),
             revision=args.dataset_revision,
             episodes=len(chosen),
-            frames=sum(lengths[episode] for episode in chosen),
+            frames=int(lengths[list(chosen)].sum()),
         ),
     )
 

@@ -21,6 +21,7 @@ from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
 from ptr_hf.data.datasets import dataset_metadata
+from ptr_hf.data.frame_columns import episode_column
 from ptr_hf.data.mixture.action_space import ActionSpace, EmbodimentLayout, resolve_layout
 from ptr_hf.data.mixture.config import MixtureConfig, SourceConfig
 from ptr_hf.data.segments import ACTION
@@ -69,7 +70,7 @@ class Source:
     @property
     def frames(self) -> int:
         """In the episodes that are read."""
-        return int(np.asarray(self.meta.episodes["length"])[list(self.episodes)].sum())
+        return int(episode_column(self.meta, "length").to_numpy()[list(self.episodes)].sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +154,7 @@ class MixtureMetadata:
         first = np.empty_like(own)
         for source in self.sources:
             rows = number == source.number
-            first[rows] = np.asarray(source.meta.episodes["dataset_from_index"])[own[rows]]
+            first[rows] = episode_column(source.meta, "dataset_from_index").to_numpy()[own[rows]]
         return names, own, first + frame
 
     @classmethod
@@ -192,7 +193,7 @@ class MixtureMetadata:
             called = [given.tasks.get(task, task) for task in recorded]
             _check_renames(given, meta, recorded)
             _check_chosen_episodes(given, meta)
-            starts = first_frame + np.concatenate([[0], np.cumsum(meta.episodes["length"])])
+            starts = first_frame + np.concatenate([[0], np.cumsum(episode_column(meta, "length"))])
             sources.append(
                 Source(
                     number,
@@ -292,8 +293,9 @@ def _episodes(sources: Sequence[Source]) -> datasets.Dataset:
     """A row an episode: its frames in the mixture, its instructions, source and robot."""
     columns: dict[str, list[Any]] = {}
     for source in sources:
-        lengths = np.asarray(source.meta.episodes["length"])
-        tasks = [[source.config.tasks.get(task, task) for task in tasks] for tasks in source.meta.episodes["tasks"]]
+        lengths = episode_column(source.meta, "length").to_numpy()
+        recorded = episode_column(source.meta, "tasks").to_pylist()
+        tasks = [[source.config.tasks.get(task, task) for task in tasks] for tasks in recorded]
         own = {
             "episode_index": (source.first_episode + np.arange(len(lengths))).tolist(),
             "dataset_from_index": source.first_frame.tolist(),
