@@ -74,8 +74,8 @@ class Pool:
         suite: of LIBERO.
         tasks: their numbers.
         track: whether policies read the objects' poses, or two cameras.
-        starts: of the demonstrations to post-train on, and of the held-out starts.
-        pretraining: expert demonstrations of every task from *sampled* starts, for the policy that every run starts from.
+        starts: of all demonstrations, and of the held-out starts.
+        pretraining: expert demonstrations of every task from other such starts, for the policy that every run starts from.
         recorded: demonstrations of every task to post-train on, half of them by the expert.
         used: of every task in a run.
         image_size: side of the pictures.
@@ -85,7 +85,7 @@ class Pool:
     tasks: tuple[int, ...] = (0, 1, 6, 8)
     track: Track = "states"
     starts: Starts = "wide"
-    pretraining: int = 25
+    pretraining: int = 40
     recorded: int = 96
     used: int = 40
     image_size: int = 84
@@ -94,12 +94,11 @@ class Pool:
 def record_pool(pool: Pool, workspace: Path) -> None:
     """Record what is missing."""
     common: dict[str, Any] = {"suite": pool.suite, "tasks": list(pool.tasks), "track": pool.track}
-    common |= {"image_size": pool.image_size, "overwrite": True}
+    common |= {"starts": pool.starts, "image_size": pool.image_size, "overwrite": True}
     parts: Mapping[str, dict[str, Any]] = {
         "pretraining": {"per_task": pool.pretraining, "first_start": FIRST_PRETRAINING_START},
         "training": {
             "per_task": pool.recorded,
-            "starts": pool.starts,
             "first_start": FIRST_START,
             "kinds": list(OPERATORS),
             "share": 0.5,

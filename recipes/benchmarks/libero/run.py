@@ -27,7 +27,7 @@ from transformers import set_seed
 from benchmarks.judged import inspected
 from benchmarks.libero.cameras import CAMERAS, Cameras
 from benchmarks.libero.conditions import FIRST_TEST_START, Pool, condition_dataset, pretraining_dataset
-from benchmarks.libero.scene import MAX_STEPS, LiberoScene, Suite, instruction
+from benchmarks.libero.scene import LiberoScene, Suite, instruction
 from ptr_hf import PTRTrainer, PTRTrainingArguments
 from ptr_hf.data.demonstrations import CLEAN, load_truth
 from ptr_hf.hyperparameters import AUTO
@@ -71,14 +71,14 @@ class Setting:
     """
 
     pool: Pool = field(default_factory=Pool)
-    pretraining_steps: int = 2500
-    steps: int = 1000
-    batch_size: int = 64
+    pretraining_steps: int = 3000
+    steps: int = 400
+    batch_size: int = 128
     pretraining_rate: float = 2e-3
     learning_rate: float = 1e-3
     chunk_size: int = 8
     test_starts: int = 8
-    test_steps: int = MAX_STEPS
+    test_steps: int = 200
 
 
 SETTINGS: Mapping[str, Setting] = {
@@ -112,7 +112,7 @@ class Cell:
 
 
 def pretrained_policy(setting: Setting, workspace: Path, blind: bool = False) -> Path:
-    """The folder of the policy that runs start from: learnt from the expert on starts as LIBERO draws them."""
+    """The folder of the policy that runs start from: learnt from the expert alone, on other starts."""
     be_quiet()
     folder = workspace / ("pretrained_blind" if blind else "pretrained")
     with FileLock(folder.with_suffix(".lock")):
