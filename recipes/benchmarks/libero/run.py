@@ -71,8 +71,8 @@ class Setting:
     """
 
     pool: Pool = field(default_factory=Pool)
-    pretraining_steps: int = 3000
-    steps: int = 400
+    pretraining_steps: int = 8000
+    steps: int = 600
     batch_size: int = 128
     pretraining_rate: float = 2e-3
     learning_rate: float = 1e-3
