@@ -27,7 +27,7 @@ def check_rate(dataset: LeRobotDataset) -> str | None:
     """
     fps, every = float(dataset.meta.fps), max(1, len(dataset.hf_dataset) // LOOKED_AT)
     parts = [
-        np.diff(time.astype(np.float64))[np.diff(episode) == 0][::every]
+        np.diff(time.astype(np.float64))[np.diff(episode) == 0][::every].copy()
         for episode, time in table_blocks(dataset, "episode_index", "timestamp")
     ]
     steps = np.concatenate([np.empty(0), *parts])

@@ -8,7 +8,6 @@ fed from all ranks, so that it is equal on each.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Bool, Float, Int
@@ -68,8 +67,7 @@ class EpisodeTable:
         # all rows at once: `meta.episodes[name]` would make a Python object of each
         table = meta.episodes.with_format("arrow")[:]
         first, length = (
-            torch.as_tensor(np.array(table.column(name)), dtype=torch.int64)
-            for name in ("dataset_from_index", "length")
+            torch.tensor(table.column(name).to_numpy(), dtype=torch.int64) for name in ("dataset_from_index", "length")
         )
         flags = torch.zeros(len(length), dtype=torch.bool)
         flags[torch.as_tensor(list(corrupted), dtype=torch.int64)] = True
