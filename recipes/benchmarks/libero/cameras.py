@@ -8,6 +8,7 @@ draws an expert's demonstration and a failed attempt from the same start, as the
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -25,6 +26,7 @@ CAMERAS = {"observation.images.image": "agentview", "observation.images.image2":
 SIZE = 128
 """Side of a picture in pixels."""
 
+POSITIONS = "positions"
 Picture = UInt8[np.ndarray, "size size 3"]
 
 
@@ -60,13 +62,40 @@ class Cameras:
         """Give the renderer back."""
         self._renderer.close()
 
-    def pictures(self) -> dict[str, Picture]:
-        """What both cameras see now, turned by 180° as LeRobot's datasets and environment have it."""
+    def pictures(self, data: Any = None) -> dict[str, Picture]:
+        """What both cameras see now, turned by 180° as LeRobot's datasets and environment have it.
+
+        Args:
+            data: MuJoCo's state of the scene to draw in place of the present one.
+        """
         found = {}
         for key, camera in CAMERAS.items():
-            self._renderer.update_scene(self.scene.data, camera=camera, scene_option=self._option)
+            self._renderer.update_scene(data or self.scene.data, camera=camera, scene_option=self._option)
             found[key] = self._renderer.render()[:, ::-1].copy()
         return found
+
+    def positions(self) -> dict[str, np.ndarray]:
+        """Where everything is now, in place of pictures: `looks` draws them later."""
+        return {POSITIONS: self.scene.data.qpos.copy()}
+
+    def looks(self, positions: np.ndarray, number: int) -> dict[str, UInt8[np.ndarray, "steps size size 3"]]:
+        """Pictures of so many steps, evenly from first to last; each stands until the next.
+
+        Args:
+            positions: (steps, numbers) of one episode, the scene's last one.
+            number: of the steps that are drawn.
+        """
+        import mujoco
+
+        data = mujoco.MjData(self.scene.model)
+        drawn = np.unique(np.rint(np.linspace(0, 1, number) * (len(positions) - 1)).astype(int))
+        shown = []
+        for step in drawn:
+            data.qpos[:] = positions[step]
+            mujoco.mj_forward(self.scene.model, data)
+            shown.append(self.pictures(data))
+        latest = np.searchsorted(drawn, np.arange(len(positions)), "right") - 1
+        return {key: np.stack([picture[key] for picture in shown])[latest] for key in CAMERAS}
 
 
 def film_strips(frames: int = 8, start: int = 1000, size: int = 112) -> Image.Image:

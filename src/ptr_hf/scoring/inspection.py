@@ -22,6 +22,7 @@ from ptr_hf.scoring.instruction import InstructionFromEpisode
 from ptr_hf.scoring.question import Answer, CannotAskError, Question
 from ptr_hf.scoring.recordings import TASK_GROUP, Recordings, read_in_parts, sources_of
 from ptr_hf.scoring.state_from_image import StateFromImage
+from ptr_hf.scoring.usual_picture import UsualPicture
 from ptr_hf.scoring.verdicts import Verdicts, judge
 
 QUESTIONS: tuple[type[Question], ...] = (
@@ -38,6 +39,8 @@ QUESTIONS: tuple[type[Question], ...] = (
 """What is asked, in the order of the columns."""
 IMAGE_QUESTIONS: tuple[type[Question], ...] = (StateFromImage, ImageMotion)
 """What is asked after them where pictures were looked at."""
+BY_NAME: tuple[type[Question], ...] = (UsualPicture,)
+"""What is asked of pictures only where it is named."""
 IMAGES_PER_EPISODE = 32
 FRAMES_AT_ONCE = 1_000_000
 """A larger dataset is inspected in parts of about so many frames, each a random choice of its episodes."""
@@ -71,7 +74,8 @@ def inspect_dataset(
         false_alarms: share of good episodes that may be flagged, in (0, 0.5].
         weight_min: weight of flagged frames, in [0, 1].
         group: within what episodes are compared: "task", "none", or an episode column (operator, source, ...).
-        questions: names of those to ask; None asks all of `QUESTIONS`, and with a policy those of `IMAGE_QUESTIONS`.
+        questions: names of those to ask; None asks all of `QUESTIONS`, and with a policy those of `IMAGE_QUESTIONS`;
+            those of `BY_NAME` are asked only so.
         policy: look at pictures too, encoded by the frozen vision tower of this policy: a folder, a Hub id, or a loaded LeRobot
             or PTR policy; "thumbnails" needs none. Videos of a Hub dataset are fetched. What was encoded is kept in the Hugging
             Face cache, so that a second inspection decodes nothing. None looks at no picture.
@@ -286,12 +290,13 @@ def _identity(recordings: Recordings) -> dict[str, Any]:
 
 def _chosen(names: Sequence[str] | None, looks: bool) -> list[Question]:
     """The questions of these names, or all: those about pictures only where somebody looks."""
-    known = {question.name: question for question in (*QUESTIONS, *(IMAGE_QUESTIONS if looks else ()))}
+    usual = QUESTIONS + (IMAGE_QUESTIONS if looks else ())
+    known = {question.name: question for question in usual + (BY_NAME if looks else ())}
     for name in names or ():
         if name not in known:
-            if any(name == question.name for question in IMAGE_QUESTIONS):
+            if any(name == question.name for question in IMAGE_QUESTIONS + BY_NAME):
                 raise ValueError(
                     f"The question {name!r} is about pictures: give a policy to look at them with, or 'thumbnails'."
                 )
             raise ValueError(f"There is no question {name!r}; there are {', '.join(known)}.")
-    return [known[name]() for name in (known if names is None else names)]
+    return [question() for question in usual] if names is None else [known[name]() for name in names]

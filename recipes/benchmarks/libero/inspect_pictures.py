@@ -1,0 +1,131 @@
+"""What an inspection finds of LIBERO's failed attempts: without pictures, with them, and by single questions.
+
+    python recipes/benchmarks/libero/inspect_pictures.py --dataset data/object data/object_states
+
+The datasets are those of record_libero.py with their truth beside them; `--looks 32` is enough. A failed attempt goes on to the
+end of its script where an expert's demonstration stops soon after success, so that everything is measured twice: on the episodes
+as they are, and cut in memory where the hand opens for the last time, before that difference. It also counts what is flagged
+where the clean episodes are alone. Runs without LIBERO. Rows are added to the file.
+"""
+
+import argparse
+import csv
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from ptr_hf.data.datasets import dataset_metadata
+from ptr_hf.data.demonstrations import load_truth
+from ptr_hf.scoring.crossfit import FitSettings
+from ptr_hf.scoring.image_encoders import Thumbnails
+from ptr_hf.scoring.image_features import read_image_features
+from ptr_hf.scoring.inspection import BY_NAME, IMAGE_QUESTIONS, IMAGES_PER_EPISODE, QUESTIONS, ask_all
+from ptr_hf.scoring.question import Answer, Question
+from ptr_hf.scoring.recordings import Recordings, read_recordings
+from ptr_hf.scoring.usual_picture import UsualPicture
+from ptr_hf.scoring.verdicts import judge
+
+COMMAND = "python recipes/benchmarks/libero/inspect_pictures.py --dataset"
+SETTINGS = FitSettings(progress=False)
+
+
+def kept(recordings: Recordings, frames: np.ndarray) -> Recordings:
+    """Some frames (frames,) bool of the recordings alone; every episode that is left keeps its beginning."""
+    episodes, episode, length = np.unique(recordings.episode[frames], return_inverse=True, return_counts=True)
+    of_frame = ("state", "action", "finite", "index", "frame", "timestamp")
+    seen = recordings.images
+    if seen is not None:
+        looked = frames[seen.rows]
+        rows = (np.cumsum(frames) - 1)[seen.rows[looked]]
+        seen = replace(seen, rows=rows, values=seen.values[looked])
+    return replace(
+        recordings,
+        **{name: getattr(recordings, name)[frames] for name in of_frame},
+        episode=episode,
+        episode_index=recordings.episode_index[episodes],
+        length=length,
+        task=recordings.task[episodes],
+        images=seen,
+    )
+
+
+def until_release(recordings: Recordings) -> np.ndarray:
+    """(frames,) whether the hand will be told again to be closed, or is."""
+    closed = np.where(recordings.action[:, -1] > 0, recordings.frame, -1)
+    return recordings.frame <= np.maximum.reduceat(closed, recordings.first)[recordings.episode]
+
+
+def measured(recordings: Recordings, answers: dict[Question, Answer], bad: np.ndarray) -> dict[str, object]:
+    """AUC by episode, and what is flagged at 1 %."""
+    window = int(np.clip(round(recordings.fps * 0.5), 8, 32))
+    found = judge(recordings, answers, recordings.task, false_alarms=0.01, weight_min=0.02, window=window)
+    return {
+        "auc": round(float(roc_auc_score(bad, -found.worst)), 3) if bad.any() else "",
+        "bad": int(bad.sum()),
+        "flagged_bad": int(found.flagged[bad].sum()),
+        "good": int((~bad).sum()),
+        "flagged_good": int(found.flagged[~bad].sum()),
+    }
+
+
+def rows_of(recordings: Recordings, bad: np.ndarray) -> Iterator[dict[str, object]]:
+    """Of one dataset: all questions without pictures, with those asked before, with all; and what is new alone."""
+    plain, _ = ask_all(
+        replace(recordings, images=None), [question() for question in QUESTIONS], SETTINGS, recordings.task
+    )
+    yield {"questions": "all, no picture"} | measured(recordings, plain, bad)
+    if recordings.images is None:
+        return
+    seen, _ = ask_all(
+        recordings, [question() for question in (*QUESTIONS, *IMAGE_QUESTIONS, *BY_NAME)], SETTINGS, recordings.task
+    )
+    usual: dict[Question, Answer] = {
+        question: answer for question, answer in seen.items() if isinstance(question, UsualPicture)
+    }
+    others = {question: answer for question, answer in seen.items() if question not in usual}
+    yield {"questions": "all but usual_picture, thumbnails"} | measured(recordings, others, bad)
+    yield {"questions": "all, thumbnails"} | measured(recordings, seen, bad)
+    for question, answer in usual.items():
+        yield {"questions": "usual_picture"} | measured(recordings, usual, bad)
+        assert answer.frames is not None
+        for place, camera in enumerate(answer.parts):
+            of_camera = Answer((camera,), answer.frames[:, [place]])
+            yield {"questions": f"usual_picture, {camera}"} | measured(recordings, {question: of_camera}, bad)
+
+
+def main() -> None:
+    """Measure every dataset; what is in the file already is kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", nargs="+", type=Path, required=True, help="folders with their truth beside them")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results/libero_pictures.csv"), help="CSV file of all rows"
+    )
+    options = parser.parse_args()
+    rows = list(csv.DictReader(options.results.open())) if options.results.exists() else []
+    for source in options.dataset:
+        truth = load_truth(source)
+        recordings = read_recordings(str(source))
+        if dataset_metadata(str(source)).camera_keys:
+            seen = read_image_features(str(source), recordings, Thumbnails(), per_episode=IMAGES_PER_EPISODE)
+            recordings = replace(recordings, images=seen)
+        clean = ~truth.corrupted[recordings.episode]
+        everything, closed = np.ones(len(recordings), bool), until_release(recordings)
+        cases = {"whole": everything, "until release": closed, "clean": clean, "clean until release": clean & closed}
+        for case, frames in cases.items():
+            if any(row["dataset"] == source.name and row["episodes"] == case for row in rows):
+                continue
+            part = kept(recordings, frames)
+            for row in rows_of(part, truth.corrupted[part.episode_index]):
+                rows.append({"dataset": source.name, "episodes": case} | row | {"command": f"{COMMAND} {source.name}"})
+                print(*rows[-1].values(), flush=True)
+            with options.results.open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[-1]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
