@@ -17,14 +17,14 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
-from ptr_hf.scoring import DatasetScores, inspection
+from ptr_hf.scoring import DatasetScores
 from ptr_hf.scoring.calibration import judged_within, lowest_of_minima, of_the_lowest, standard
 from ptr_hf.scoring.companions import Roughness
 from ptr_hf.scoring.crossfit import CrossFit, FitSettings
 from ptr_hf.scoring.inspection import inspect_dataset
 from ptr_hf.scoring.instruction import neighbours
 from ptr_hf.scoring.question import Answer
-from ptr_hf.scoring.recordings import Recordings, read_in_parts, read_recordings
+from ptr_hf.scoring.recordings import Recordings, read_recordings
 from ptr_hf.scoring.verdicts import episode_minima, forward_means, judge
 
 UNEVEN = bundled_demonstrations("train")
@@ -94,41 +94,6 @@ class TestWhatIsFound:
         assert back.episodes["reason"].tolist() == scores.episodes["reason"].tolist()
         settings = json.loads((tmp_path / "saved" / "ptr_scores.json").read_text())
         assert settings["datasets"][0]["frames"] == len(recordings)
-
-
-class TestInParts:
-    def test_parts_hold_every_episode_once(self, recordings: Recordings) -> None:
-        parts = list(read_in_parts(UNEVEN, most=len(recordings) // 3, seed=5))
-        assert len(parts) == 3
-        assert max(map(len, parts)) < len(recordings) / 2
-        together = np.concatenate([part.episode_index for part in parts])
-        assert not np.array_equal(together, recordings.episode_index)
-        assert np.array_equal(np.sort(together), recordings.episode_index)
-        for part in parts:
-            rows = np.isin(recordings.episode_index[recordings.episode], part.episode_index)
-            for name in ("index", "frame", "timestamp", "state", "action", "finite"):
-                assert np.array_equal(vars(part)[name], vars(recordings)[name][rows])
-            own = np.isin(recordings.episode_index, part.episode_index)
-            assert np.array_equal(part.task, recordings.task[own])
-            assert np.array_equal(part.length, recordings.length[own])
-
-    def test_a_large_dataset_is_inspected_in_parts(
-        self, recordings: Recordings, scores: DatasetScores, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(inspection, "FRAMES_AT_ONCE", len(recordings) // 2 + 1)
-        found = inspect_dataset(UNEVEN, device="cpu", progress=False)
-        assert found.settings["datasets"][0]["parts"] == 2
-        assert found.settings["datasets"][0]["frames"] == len(found.chunks) == len(scores.chunks)
-        assert "2 parts" in found.notes[0]
-        for name in ("index", "episode_index", "frame_index"):
-            assert found.chunks[name].equals(scores.chunks[name])
-        assert found.episodes[["episode_index", "task", "frames"]].equals(
-            scores.episodes[["episode_index", "task", "frames"]]
-        )
-        truth = set(corrupted())
-        flagged = set(found.flagged["episode_index"])
-        assert len(flagged & truth) >= 0.7 * len(set(scores.flagged["episode_index"]) & truth)
-        assert len(flagged - truth) <= 1
 
 
 class TestWhatIsNotFlagged:

@@ -56,6 +56,7 @@ def read_image_features(
     encoder: ImageEncoder,
     *,
     per_episode: int,
+    episodes: Sequence[int] | None = None,
     revision: str | None = None,
     progress: bool = True,
 ) -> ImageFeatures:
@@ -69,18 +70,15 @@ def read_image_features(
         recordings: of the dataset.
         encoder: of pictures.
         per_episode: frames of an episode that are looked at.
+        episodes: the subset that `recordings` hold.
         revision: of the Hub repo.
         progress: show a progress bar.
 
     Raises:
         ValueError: the dataset has no colour camera.
     """
-    source, _, revision = single(source, revision=revision)
+    source, episodes, revision = single(source, episodes, revision)
     cameras = colour_cameras(source, revision)
-    episodes = recordings.episode_index.tolist()
-    if len(episodes) == dataset_metadata(source, revision).total_episodes:
-        # files and key are those of the whole dataset
-        episodes = None
     dataset = open_dataset(source, ONE_FRAME, episodes=episodes, revision=revision, announce=logger.debug)
     rows = looked_at(recordings, per_episode)
     path = _folder() / f"{_key(dataset, cameras, encoder, rows)}.safetensors"

@@ -20,7 +20,7 @@ from ptr_hf.scoring.dataset_scores import DatasetScores
 from ptr_hf.scoring.image_motion import ImageMotion
 from ptr_hf.scoring.instruction import InstructionFromEpisode
 from ptr_hf.scoring.question import Answer, CannotAskError, Question
-from ptr_hf.scoring.recordings import TASK_GROUP, Recordings, read_in_parts, sources_of
+from ptr_hf.scoring.recordings import TASK_GROUP, Recordings, read_recordings, sources_of
 from ptr_hf.scoring.state_from_image import StateFromImage
 from ptr_hf.scoring.usual_picture import UsualPicture
 from ptr_hf.scoring.verdicts import Verdicts, judge
@@ -42,8 +42,6 @@ IMAGE_QUESTIONS: tuple[type[Question], ...] = (StateFromImage, ImageMotion)
 BY_NAME: tuple[type[Question], ...] = (UsualPicture,)
 """What is asked of pictures only where it is named."""
 IMAGES_PER_EPISODE = 32
-FRAMES_AT_ONCE = 1_000_000
-"""A larger dataset is inspected in parts of about so many frames, each a random choice of its episodes."""
 FALSE_ALARMS, WEIGHT_MIN = 0.01, 0.02
 WINDOW_SECONDS, WINDOW_FRAMES = 0.5, (8, 32)
 
@@ -118,20 +116,19 @@ def inspect_dataset(
         encoder = image_encoder(policy, device)
     parts = []
     for source in sources:
-        of_source = []
-        for recordings in read_in_parts(source, episodes=episodes, revision=revision, most=FRAMES_AT_ONCE, seed=seed):
-            if encoder is not None:
-                seen = read_image_features(
-                    source,
-                    recordings,
-                    encoder,
-                    per_episode=images_per_episode,
-                    revision=revision,
-                    progress=progress,
-                )
-                recordings = replace(recordings, images=seen)
-            of_source.append(_inspect(recordings, asked, fit, group, false_alarms, weight_min))
-        parts.append(_joined(of_source))
+        recordings = read_recordings(source, episodes=episodes, revision=revision)
+        if encoder is not None:
+            seen = read_image_features(
+                source,
+                recordings,
+                encoder,
+                per_episode=images_per_episode,
+                episodes=episodes,
+                revision=revision,
+                progress=progress,
+            )
+            recordings = replace(recordings, images=seen)
+        parts.append(_inspect(recordings, asked, fit, group, false_alarms, weight_min))
     settings = {
         "false_alarms": false_alarms,
         "weight_min": weight_min,
@@ -155,25 +152,6 @@ def inspect_dataset(
         pd.concat([part.episodes for part in parts], ignore_index=True),
         settings,
         tuple(f"{part.settings['dataset']['repo_id']}: {note}" for part in parts for note in part.notes),
-    )
-
-
-def _joined(parts: Sequence[DatasetScores]) -> DatasetScores:
-    """The scores of one dataset that was inspected in parts."""
-    if len(parts) == 1:
-        return parts[0]
-    identities = [part.settings["dataset"] for part in parts]
-    together = identities[0] | {name: sum(own[name] for own in identities) for name in ("frames", "episodes")}
-    together["fingerprint"] = hashlib.sha256("".join(own["fingerprint"] for own in identities).encode()).hexdigest()
-    return DatasetScores(
-        pd.concat([part.chunks for part in parts]).sort_values("index", ignore_index=True),
-        pd.concat([part.episodes for part in parts]).sort_values("episode_index", ignore_index=True),
-        {"window": parts[0].settings["window"], "dataset": together | {"parts": len(parts)}},
-        (
-            f"The dataset was inspected in {len(parts)} parts, each a random choice of its episodes that are compared with one "
-            "another.",
-            *(f"Part {number}: {note}" for number, part in enumerate(parts, 1) for note in part.notes),
-        ),
     )
 
 

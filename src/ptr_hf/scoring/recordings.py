@@ -1,6 +1,6 @@
 """What an inspection reads of a dataset: states, actions, instructions and episodes, from parquet; no video is decoded here."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +13,6 @@ from lerobot.utils.constants import OBS_STATE
 from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.frame_columns import episode_column
 from ptr_hf.data.mixture.config import MixtureConfig, SourceConfig
-from ptr_hf.data.segment_dataset import SegmentDataset
 from ptr_hf.data.segments import ACTION, OBSERVATION_PREFIX, SegmentLayout
 from ptr_hf.scoring.seen import ImageFeatures
 
@@ -137,52 +136,21 @@ def read_recordings(
     Raises:
         ValueError: the dataset has no actions, or cannot be read; the sentence names it.
     """
-    (whole,) = read_in_parts(source, episodes=episodes, revision=revision)
-    return whole
-
-
-def read_in_parts(
-    source: str | Any,
-    *,
-    episodes: Sequence[int] | None = None,
-    revision: str | None = None,
-    most: int | None = None,
-    seed: int = 0,
-) -> Iterator[Recordings]:
-    """As `read_recordings`, and a dataset of more than `most` frames in parts, each of which is a random choice of its episodes.
-
-    Args:
-        source, episodes, revision: as there.
-        most: frames of a part, roughly; None reads all at once.
-        seed: of the choice.
-    """
     source, episodes, revision = single(source, episodes, revision)
     alone = SegmentLayout(None, (0,), 1, 1, 1)
     dataset = open_dataset(source, alone, episodes=episodes, revision=revision, download_videos=False)
-    if ACTION not in dataset.meta.features:
+    features = dataset.meta.features
+    if ACTION not in features:
         raise ValueError(
             f"The dataset {dataset.repo_id} has no 'action': demonstrations without actions cannot be inspected or learned from."
         )
-    data, runs = dataset.hf_dataset.data, dataset.runs
-    if most is None or len(data) <= most:
-        yield _recordings(dataset, data)
-        return
-    number = -(-len(data) // most)
-    drawn = np.random.default_rng(seed).permutation(len(runs.length))
-    for own in np.array_split(drawn, number):
-        spans = [(int(runs.start[run]), int(runs.length[run])) for run in np.sort(own)]
-        yield _recordings(dataset, pa.concat_tables([data.fast_slice(first, length) for first, length in spans]))
-
-
-def _recordings(dataset: SegmentDataset, table: Any) -> Recordings:
-    """The episodes whose rows a table of the dataset has."""
-    features = dataset.meta.features
     keys = [
         key
         for key, feature in features.items()
         if key.startswith(OBSERVATION_PREFIX) and feature["dtype"].startswith("float") and len(feature["shape"]) <= 1
     ]
     keys.sort(key=lambda key: (key != OBS_STATE, key))
+    table = dataset.hf_dataset.data
     episode = table.column("episode_index").to_numpy()
     vectors = [_vectors(table, key) for key in keys]
     state = np.concatenate(vectors, axis=1) if vectors else np.zeros((len(episode), 0), np.float32)
