@@ -146,7 +146,7 @@ def figure(rows: Sequence[Mapping[str, str]]) -> Figure:
         ax.errorbar([x[n] for n in there], [100 * own[n].mean for n in there], errors, fmt="none", ecolor=INK)
     ax.set_xticks(range(len(conditions)), conditions)
     ax.set_ylim(0, 105)
-    name_axes(ax, "", "success in %, mean ± SE over seeds")
+    name_axes(ax, "Success on held-out starts", "%, mean ± SE over seeds")
     ax.legend(fontsize=TICK_SIZE, frameon=False, labelcolor=INK, loc="center left", bbox_to_anchor=(1, 0.5))
     return drawn
 
