@@ -159,7 +159,7 @@ class _Comparison:
 
     def _lengths(self) -> list[str]:
         """An episode's length is the number of its frames, where its bounds agree with them."""
-        meta, length = self.meta, np.array(episode_column(self.meta, LENGTH))
+        meta, length = self.meta, episode_column(self.meta, LENGTH).to_numpy().copy()
         first, last = (values[self.here] for values in _bounds(meta))
         wrong = np.flatnonzero(self.count != length[self.here])
         for place in wrong[(self.count != last - first)[wrong]][:1]:
