@@ -220,7 +220,8 @@ def run_grid(given: argparse.Namespace, results: Path) -> None:
             "docs/embodiment.md has the commands. --report prints the table of earlier results without it."
         )
     from benchmarks.embodiment.data import CONDITIONS, Pool, condition_mixture, record_all
-    from benchmarks.embodiment.run import Setting, be_quiet, run
+    from benchmarks.embodiment.run import Setting, run
+    from benchmarks.quiet import be_quiet
 
     settings: dict[str, Any] = {name: value for name in ("steps", "test_starts") if (value := vars(given)[name])}
     presets, conditions, seeds, workspace = given.presets, given.conditions, given.seeds, given.workspace

@@ -2,17 +2,13 @@
 
 import contextlib
 import io
-import logging
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
-import transformers
 from jaxtyping import Bool, Float
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import ACTION, OBS_STATE
@@ -28,6 +24,7 @@ from benchmarks.embodiment.data import (
     shared_camera,
     shared_scene,
 )
+from benchmarks.quiet import be_quiet
 from ptr_hf import PTRTrainer, PTRTrainingArguments
 from ptr_hf.data.mixture.config import MixtureConfig
 from ptr_hf.data.mixture.metadata import MixtureMetadata
@@ -239,12 +236,3 @@ def observation(arm: str, cameras: bool) -> dict[str, torch.Tensor]:
     if cameras:
         found[KEY] = torch.from_numpy(shared_camera(arm).picture()).permute(2, 0, 1) / 255
     return found
-
-
-def be_quiet() -> None:
-    """One thread and no chatter: the runs are what is parallel."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()

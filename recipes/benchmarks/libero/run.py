@@ -3,19 +3,14 @@
 import contextlib
 import io
 import json
-import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import av
-import datasets
 import numpy as np
 import torch
-import transformers
 from filelock import FileLock
 from jaxtyping import Bool
 from lerobot.configs import PreTrainedConfig
@@ -28,6 +23,7 @@ from benchmarks.judged import inspected
 from benchmarks.libero.cameras import CAMERAS, Cameras
 from benchmarks.libero.conditions import FIRST_TEST_START, Pool, condition_dataset, pretraining_dataset
 from benchmarks.libero.scene import LiberoScene, Suite, instruction
+from benchmarks.quiet import be_quiet
 from ptr_hf import PTRTrainer, PTRTrainingArguments
 from ptr_hf.data.demonstrations import CLEAN, load_truth
 from ptr_hf.hyperparameters import AUTO
@@ -242,16 +238,6 @@ def evaluate(trainer: PTRTrainer, setting: Setting, seed: int, blind: bool = Fal
                         break
                 snapshots[n], observed[n] = scene.snapshot(), observation(episodes[n][0])
     return np.array([snapshot.success for snapshot in snapshots]).reshape(len(scenes), setting.test_starts)
-
-
-def be_quiet() -> None:
-    """One thread and no chatter: the runs are what is parallel."""
-    torch.set_num_threads(1)
-    av.logging.set_libav_level(av.logging.ERROR)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
 
 
 def _arguments(
