@@ -84,10 +84,10 @@ class Pool:
     suite: Suite = "libero_object"
     tasks: tuple[int, ...] = (0, 1, 6, 8)
     track: Track = "states"
-    starts: Starts = "wide"
-    pretraining: int = 40
-    recorded: int = 96
-    used: int = 40
+    starts: Starts = "sampled"
+    pretraining: int = 12
+    recorded: int = 80
+    used: int = 30
     image_size: int = 84
 
 

@@ -125,12 +125,16 @@ class Operator:
         scene: at the start of an episode.
         seed: of everything the operator draws.
         kind: ``clean`` or one of the above.
+
+    Attributes:
+        let_go_at: the step at which the hand opens at the goal, with the object in it or without; None before.
     """
 
     def __init__(self, scene: LiberoScene, seed: int, kind: Kind = "clean") -> None:
         self.scene, self.kind = scene, kind
         self.rng = np.random.default_rng([seed, scene.task, KINDS.index(kind)])
         self.slips_at = str(self.rng.choice(["closing", "lifting", "carrying"])) if kind == "failed_attempt" else None
+        self.let_go_at: int | None = None
 
     def written(self, action: Action) -> Action:
         """What the operator writes down for an action that was carried out."""
@@ -203,6 +207,7 @@ class Operator:
         yield from self._go(Pose(to, rotation), CLOSE, 0.008, 0.2, slips="carrying")
         to[2] = release + below
         yield from self._go(Pose(to, rotation), CLOSE, 0.006, 0.2, limit=25)
+        self.let_go_at = scene.steps
         yield from self._hold(Pose(to, rotation), OPEN, 5)
         yield from self._go(Pose(scene.hand.position + np.array([0.0, 0.0, 0.1]), rotation), OPEN, 0.02, 0.3)
 

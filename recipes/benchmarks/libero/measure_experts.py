@@ -11,6 +11,7 @@ import csv
 import statistics
 import sys
 from pathlib import Path
+from typing import cast
 
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ COLUMNS = ("suite", "task", "instruction", "starts", "tried", "solved", "steps",
 def measure(suite: Suite, task: int, starts: Starts, count: int, replays: int) -> dict[str, object]:
     """A row of the results."""
     scene = LiberoScene(suite, task)
-    tries = [record(scene, start, starts, after=0) for start in range(count)]
+    tries = [record(scene, start, starts) for start in range(count)]
     solved = [item for item in tries if item.success_step is not None]
     replayed = 0
     for start in range(count - replays, count) if solved else ():
@@ -40,7 +41,7 @@ def measure(suite: Suite, task: int, starts: Starts, count: int, replays: int) -
         "starts": starts,
         "tried": count,
         "solved": len(solved),
-        "steps": statistics.median(len(item.actions) for item in solved) if solved else MAX_STEPS,
+        "steps": statistics.median(cast(int, item.success_step) for item in solved) if solved else MAX_STEPS,
         "replay_tried": replays if solved else 0,
         "replay_solved": replayed,
     }

@@ -8,6 +8,7 @@ the time. `--kinds failed_attempt hesitation --share 0.4` gives 40 % of every ta
 needs LIBERO in an environment of its own (docs/libero.md), and with cameras a headless GL.
 """
 
+import contextlib
 import os
 import sys
 
@@ -37,6 +38,7 @@ from benchmarks.libero.scene import (
     SLOT_NAMES,
     STATE_NAMES,
     LiberoScene,
+    NoStartError,
     Suite,
     instruction,
     num_tasks,
@@ -118,10 +120,11 @@ def demonstrations(arguments: RecordingArguments) -> Iterator[tuple[int, Demonst
                 film = None
                 if cameras is not None:
                     film = cameras.pictures if arguments.looks is None else cameras.positions
-                tried = record(scene, start, arguments.starts, kind, film=film, limit=LIMIT)
                 start += 1
-                if tried.is_as_meant:
-                    break
+                with contextlib.suppress(NoStartError):
+                    tried = record(scene, start - 1, arguments.starts, kind, film=film, limit=LIMIT)
+                    if tried.is_as_meant:
+                        break
                 left_out += 1
                 if left_out > len(wanted):
                     raise RuntimeError(f"{left_out} starts of '{instruction(suite, task)}' went wrong.")

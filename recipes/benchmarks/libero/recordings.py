@@ -8,6 +8,9 @@ import numpy as np
 from benchmarks.libero.experts import Kind, Operator
 from benchmarks.libero.scene import MAX_STEPS, LiberoScene, Starts
 
+AFTER = 15
+"""Steps that an episode goes on once the hand has opened at the goal."""
+
 
 @dataclass(frozen=True)
 class Demonstration:
@@ -42,13 +45,13 @@ def record(
     start: int,
     starts: Starts = "sampled",
     kind: Kind = "clean",
-    after: int = 15,
     film: Callable[[], Mapping[str, np.ndarray]] | None = None,
     limit: int = MAX_STEPS,
 ) -> Demonstration:
-    """Let an operator do the task once, and go on for ``after`` steps past success, so that the last chunks have a future.
+    """Let an operator do the task once, and go on for :data:`AFTER` steps once the hand has opened at the goal.
 
-    The same start and kind give the same episode, with cameras or without.
+    So the last chunks have a future, and an episode's length does not say whether the object was in the hand. The same start and
+    kind give the same episode, with cameras or without.
     """
     scene.film = film
     scene.reset(start, starts)
@@ -59,7 +62,7 @@ def record(
     pictures: dict[str, list[np.ndarray]] = {}
     success_step = None
     for action in operator.script():
-        if scene.steps == limit or (success_step is not None and scene.steps == success_step + after):
+        if scene.steps == limit or (operator.let_go_at is not None and scene.steps == operator.let_go_at + AFTER):
             break
         states.append(scene.state())
         objects.append(scene.object_state())

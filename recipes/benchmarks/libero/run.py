@@ -67,20 +67,20 @@ class Setting:
     """
 
     pool: Pool = field(default_factory=Pool)
-    pretraining_steps: int = 8000
-    steps: int = 600
+    pretraining_steps: int = 1500
+    steps: int = 400
     batch_size: int = 128
     pretraining_rate: float = 2e-3
     learning_rate: float = 1e-3
     chunk_size: int = 8
-    test_starts: int = 8
+    test_starts: int = 10
     test_steps: int = 200
 
 
 SETTINGS: Mapping[str, Setting] = {
     "states": Setting(),
     "pixels": Setting(
-        Pool(track="pixels", tasks=(0, 1, 6), starts="sampled", pretraining=12, recorded=48, used=20),
+        Pool(track="pixels", tasks=(0, 1, 6), recorded=40, used=20),
         pretraining_steps=1500,
         steps=400,
         batch_size=32,

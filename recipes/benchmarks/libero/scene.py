@@ -136,6 +136,10 @@ def narrow_side(points: Float[np.ndarray, "points 3"]) -> Float[np.ndarray, "3"]
     return directions[:, int(np.ptp(points @ directions, axis=0).argmin())]
 
 
+class NoStartError(RuntimeError):
+    """LIBERO's sampler did not place the objects as its official starts have them."""
+
+
 class LiberoScene:
     """One task's scene, without a renderer. Building it takes some seconds.
 
@@ -216,7 +220,7 @@ class LiberoScene:
             if self._lies_as_in(given[0]):
                 break
         else:
-            raise RuntimeError(
+            raise NoStartError(
                 f"LIBERO's sampler found no start {start} for task {self.task} of {self.suite} in 20 tries."
             )
         if starts == "wide":
