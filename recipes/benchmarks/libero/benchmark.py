@@ -44,6 +44,7 @@ from ptr_hf.report.style import (
     PINK,
     SKY,
     TICK_SIZE,
+    VERMILION,
     board,
     name_axes,
     save_figure,
@@ -66,7 +67,8 @@ GRID: Mapping[str, tuple[str, ...]] = {
     "hesitation": CORE[:4],
 }
 """Condition by condition, seed by seed, so that an interrupted grid lacks conditions and seeds but no presets."""
-PRESETS = (*CORE, "blind")
+PRESETS = ("sft", "ptr_offline", "ptr_offline_pictures", *CORE[2:], "blind")
+"""In the order of the table."""
 SHOWN: Mapping[str, str] = {
     "sft": GREY,
     "random_weights": PINK,
@@ -74,6 +76,7 @@ SHOWN: Mapping[str, str] = {
     "small_loss": ORANGE,
     "ptr_calibrated": INK,
     "ptr_offline": BLUE,
+    "ptr_offline_pictures": VERMILION,
     "oracle": GREEN,
     "clean_only": FAINT,
 }

@@ -22,7 +22,7 @@ from transformers import set_seed
 from benchmarks.judged import inspected
 from benchmarks.libero.cameras import CAMERAS, Cameras
 from benchmarks.libero.conditions import FIRST_TEST_START, Pool, condition_dataset, pretraining_dataset
-from benchmarks.libero.scene import LiberoScene, Suite, instruction
+from benchmarks.libero.scene import LiberoScene, Starts, Suite, instruction
 from benchmarks.quiet import be_quiet
 from ptr_hf import PTRTrainer, PTRTrainingArguments
 from ptr_hf.data.demonstrations import CLEAN, load_truth
@@ -30,11 +30,13 @@ from ptr_hf.hyperparameters import AUTO
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.scoring.dataset_scores import DatasetScores
 from ptr_hf.scoring.given_weights import INSPECTION_FOLDER
+from ptr_hf.scoring.inspection import inspect_dataset
 
 _NO_BELIEF = {"num_belief_tokens": 0}
 METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "sft": ("sft", {}),
     "ptr_offline": ("ptr_offline", {}),
+    "ptr_offline_pictures": ("ptr_offline", {}),
     "oracle": ("oracle", {}),
     "ptr": ("ptr", {}),
     "small_loss": ("small_loss", {}),
@@ -45,8 +47,11 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "blind": ("sft", {}),
 }
 """Name of a run -> preset of the package, and what is changed in it. ``clean_only`` is plain fine-tuning on the good episodes;
-``blind`` a policy that is not told where the objects are, on the good episodes too."""
+``blind`` a policy that is not told where the objects are, on the good episodes too; ``ptr_offline_pictures`` an inspection that
+looks at pictures as well."""
 TEXT: dict[str, Any] = {"text_dim": 64, "text_layers": 2, "text_heads": 2}
+POLICY_FOLDER = "policy"
+"""In a run's folder: what it trained, for lerobot-eval. Pixels only."""
 VISION: Mapping[str, dict[str, Any]] = {
     "states": {"image_size": 28, "vision_dim": 32, "vision_layers": 1},
     "pixels": {"vision_dim": 96, "vision_layers": 4},
@@ -151,6 +156,10 @@ def run(setting: Setting, cell: Cell, workspace: Path) -> list[dict[str, Any]]:
         vars(config)["freeze_vision_encoder"] = True
     policy = get_policy_class(config.type).from_pretrained(start, config=config)
     preset, changed = METHODS[cell.preset]
+    scores = None
+    if cell.preset == "ptr_offline_pictures":
+        scores = inspect_dataset(str(source), policy="thumbnails", seed=cell.seed, progress=False)
+        changed = {"weights": str(scores.save(folder / INSPECTION_FOLDER))}
     args = _arguments(setting, folder, cell.seed, preset, setting.steps, setting.learning_rate, **changed)
     data: Any = source
     if cell.preset in ("clean_only", "blind"):
@@ -159,7 +168,9 @@ def run(setting: Setting, cell: Cell, workspace: Path) -> list[dict[str, Any]]:
     trainer = PTRTrainer(policy, args, data)
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train()
-    success = evaluate(trainer, setting, cell.seed, blind)
+    if setting.pool.track == "pixels":
+        trainer.save_model(str(folder / POLICY_FOLDER))
+    success = evaluate(trainer.policy, trainer.preprocessor, trainer.postprocessor, setting, cell.seed, blind=blind)
     row: dict[str, Any] = {
         "preset": cell.preset,
         "condition": cell.condition,
@@ -170,7 +181,9 @@ def run(setting: Setting, cell: Cell, workspace: Path) -> list[dict[str, Any]]:
         ),
     }
     if trainer.policy.config.weights == AUTO:
-        row |= inspected(DatasetScores.load(folder / INSPECTION_FOLDER), truth)
+        scores = DatasetScores.load(folder / INSPECTION_FOLDER)
+    if scores is not None:
+        row |= inspected(scores, truth)
     return [row | {"command": cell.command(setting.pool.track)}]
 
 
@@ -181,22 +194,42 @@ def shared_scenes(suite: Suite, tasks: Sequence[int]) -> list[LiberoScene]:
 
 
 @cache
-def shared_cameras(suite: Suite, tasks: Sequence[int], size: int) -> list[Cameras]:
+def shared_cameras(suite: Suite, tasks: Sequence[int], size: int, fast: bool) -> list[Cameras]:
     """This process's cameras of those scenes."""
-    return [Cameras(scene, size) for scene in shared_scenes(suite, tasks)]
+    return [Cameras(scene, size, fast) for scene in shared_scenes(suite, tasks)]
 
 
-def evaluate(trainer: PTRTrainer, setting: Setting, seed: int, blind: bool = False) -> Bool[np.ndarray, "tasks starts"]:
-    """Which of the held-out starts of every task the policy solves.
+def evaluate(
+    policy: Any,
+    preprocessor: Any,
+    postprocessor: Any,
+    setting: Setting,
+    seed: int,
+    starts: Starts | None = None,
+    blind: bool = False,
+    fast: bool = True,
+) -> Bool[np.ndarray, "tasks starts"]:
+    """Which starts of every task the policy solves.
 
     All episodes advance together, a chunk at a time: one prediction for those that go on, then each carries out its actions;
     cameras draw only what a prediction reads.
+
+    Args:
+        policy: predicts chunks of actions.
+        preprocessor: from what the robot observes to what the policy reads.
+        postprocessor: from what it predicts to actions.
+        setting: names tasks, cameras, and how many starts and steps.
+        seed: of the held-out starts, and of the policy's own draws.
+        starts: LIBERO's own starts in place of the held-out ones, from the first on.
+        blind: leave out where the objects are.
+        fast: cameras without anti-aliasing, shadows and reflections, as demonstrations are recorded.
     """
     pool = setting.pool
     scenes = shared_scenes(pool.suite, pool.tasks)
-    cameras = (
-        shared_cameras(pool.suite, pool.tasks, pool.image_size) if pool.track == "pixels" else [None] * len(scenes)
-    )
+    if pool.track == "pixels":
+        cameras: list[Any] = shared_cameras(pool.suite, pool.tasks, pool.image_size, fast)
+    else:
+        cameras = [None] * len(scenes)
 
     def observation(number: int) -> dict[str, torch.Tensor]:
         scene, camera = scenes[number], cameras[number]
@@ -207,14 +240,13 @@ def evaluate(trainer: PTRTrainer, setting: Setting, seed: int, blind: bool = Fal
             found |= {key: torch.from_numpy(seen[key]).permute(2, 0, 1) / 255 for key in CAMERAS}
         return found
 
-    first = FIRST_TEST_START + 1_000 * seed
+    first = 0 if starts == "official" else FIRST_TEST_START + 1_000 * seed
     episodes = [(number, start) for number in range(len(scenes)) for start in range(first, first + setting.test_starts)]
     snapshots, observed = [], []
     for number, start in episodes:
-        scenes[number].reset(start, pool.starts)
+        scenes[number].reset(start, starts or pool.starts)
         snapshots.append(scenes[number].snapshot())
         observed.append(observation(number))
-    policy = trainer.policy
     policy.eval()
     policy.reset()
     with torch.random.fork_rng(), torch.inference_mode():
@@ -226,9 +258,7 @@ def evaluate(trainer: PTRTrainer, setting: Setting, seed: int, blind: bool = Fal
                 key: torch.stack([observed[n][key] for n in running]) for key in observed[running[0]]
             }
             batch["task"] = [instruction(pool.suite, pool.tasks[episodes[n][0]]) for n in running]
-            chunks = (
-                trainer.postprocessor(policy.predict_action_chunk(trainer.preprocessor(batch))).float().cpu().numpy()
-            )
+            chunks = postprocessor(policy.predict_action_chunk(preprocessor(batch))).float().cpu().numpy()
             for n, chunk in zip(running, chunks, strict=True):
                 scene = scenes[episodes[n][0]]
                 scene.restore(snapshots[n])

@@ -1,0 +1,90 @@
+"""Does the benchmark's own evaluation agree with `lerobot-eval`, and do its faster cameras change success?
+
+    .venv-libero/bin/python recipes/benchmarks/libero/compare_evaluation.py \
+        --runs sft_clean_0 ptr_offline_combined_0 --count 10
+
+takes policies that `benchmark.py --track pixels` has trained and lets them act on LIBERO's own first starts of the benchmark's
+tasks: in this process with the cameras that demonstrations are recorded with, with LeRobot's cameras, and by `lerobot-eval`. The
+policies' own draws differ between the three. Results go to `results/libero_evaluation.json`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+os.environ.setdefault("MUJOCO_GL", "egl")  # mujoco chooses its GL when it is first imported
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # where the package `benchmarks` lies
+from benchmarks.commits import commit
+from benchmarks.libero.install_assets import install
+from benchmarks.libero.run import POLICY_FOLDER, SETTINGS, Setting, evaluate
+
+
+def by_lerobot(policy: Path, setting: Setting) -> dict[int, float]:
+    """Success of each task as `lerobot-eval` measures it."""
+    pool = setting.pool
+    with TemporaryDirectory() as folder:
+        command = [
+            *(sys.executable, "-m", "lerobot.scripts.lerobot_eval", f"--policy.path={policy}", "--policy.device=cpu"),
+            *("--env.type=libero", f"--env.task={pool.suite}", f"--env.task_ids={list(pool.tasks)}"),
+            *("--env.hard_reset=false", f"--env.episode_length={setting.test_steps}"),
+            *(f"--env.observation_height={pool.image_size}", f"--env.observation_width={pool.image_size}"),
+            *(f"--eval.n_episodes={setting.test_starts}", "--eval.batch_size=1", "--eval.use_async_envs=false"),
+            f"--output_dir={folder}/out",
+        ]
+        subprocess.run(command, check=True, env=os.environ | {"LIBERO_CONFIG_PATH": str(install().parent)})
+        info = json.loads(Path(folder, "out", "eval_info.json").read_text(encoding="utf-8"))
+    found = {part["task_id"]: part["metrics"]["successes"] for part in info["per_task"]}
+    return {task: sum(found[task]) / len(found[task]) for task in pool.tasks}
+
+
+def compare(policy: Path, setting: Setting) -> dict[str, Any]:
+    """Success by task, measured in three ways."""
+    config = PreTrainedConfig.from_pretrained(policy)
+    loaded = get_policy_class(config.type).from_pretrained(policy, config=config)
+    processors = make_pre_post_processors(config, pretrained_path=str(policy))
+    found = {
+        name: dict(
+            zip(
+                setting.pool.tasks,
+                evaluate(loaded, *processors, setting, 0, "official", fast=fast).mean(1).tolist(),
+                strict=True,
+            )
+        )
+        for name, fast in (("in process", True), ("in process, LeRobot's cameras", False))
+    }
+    found["lerobot-eval"] = by_lerobot(policy, setting)
+    return {name: {"mean": sum(own.values()) / len(own), "by_task": own} for name, own in found.items()}
+
+
+def main(argv: list[str]) -> None:
+    """Compare, and write what was found."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--runs", nargs="+", required=True, help="folders of runs in the workspace: preset_condition_seed")
+    options.add_argument("--count", type=int, default=10, help="starts of each task")
+    options.add_argument("--workspace", type=Path, default=Path("outputs/libero"), help="of the benchmark")
+    options.add_argument("--results", type=Path, default=Path("results/libero_evaluation.json"), help="file to write")
+    given = options.parse_args(argv)
+    setting = replace(SETTINGS["pixels"], test_starts=given.count)
+    runs = given.workspace / "pixels" / "runs"
+    found = {name: compare(runs / name / POLICY_FOLDER, setting) for name in given.runs}
+    command = (
+        f"python recipes/benchmarks/libero/compare_evaluation.py --runs {' '.join(given.runs)} --count {given.count}"
+    )
+    content = {"command": command, "commit": commit(), "episodes": given.count * len(setting.pool.tasks), "runs": found}
+    given.results.write_text(json.dumps(content, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
