@@ -72,13 +72,13 @@ class Setting:
     """
 
     pool: Pool = field(default_factory=Pool)
-    pretraining_steps: int = 1500
+    pretraining_steps: int = 400
     steps: int = 400
     batch_size: int = 128
     pretraining_rate: float = 2e-3
     learning_rate: float = 1e-3
     chunk_size: int = 8
-    test_starts: int = 10
+    test_starts: int = 8
     test_steps: int = 200
 
 
