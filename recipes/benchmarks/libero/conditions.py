@@ -22,7 +22,7 @@ from ptr_hf.data.demonstrations import CLEAN, Truth, TruthRecord, load_truth, sa
 type Track = Literal["states", "pixels"]
 
 OPERATORS: tuple[Kind, ...] = ("failed_attempt", "hesitation", "recovery")
-"""Who records the other half of the pool."""
+"""Who does not do it straight on."""
 FIRST_PRETRAINING_START, FIRST_START, FIRST_TEST_START = 1_000, 2_000, 100_000
 """First start of the demonstrations to pretrain on, to post-train on, and of the held-out starts: they never meet."""
 
@@ -77,6 +77,7 @@ class Pool:
         starts: of all demonstrations, and of the held-out starts.
         pretraining: expert demonstrations of every task from other such starts, for the policy that every run starts from.
         recorded: demonstrations of every task to post-train on, half of them by the expert.
+        operators: who records the other half, in turns.
         used: of every task in a run.
         image_size: side of the pictures.
     """
@@ -87,6 +88,7 @@ class Pool:
     starts: Starts = "sampled"
     pretraining: int = 12
     recorded: int = 80
+    operators: tuple[Kind, ...] = OPERATORS
     used: int = 30
     image_size: int = 84
 
@@ -100,7 +102,7 @@ def record_pool(pool: Pool, workspace: Path) -> None:
         "training": {
             "per_task": pool.recorded,
             "first_start": FIRST_START,
-            "kinds": list(OPERATORS),
+            "kinds": list(pool.operators),
             "share": 0.5,
         },
     }
