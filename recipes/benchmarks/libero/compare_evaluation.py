@@ -70,7 +70,9 @@ def compare(policy: Path, setting: Setting) -> dict[str, Any]:
 def main(argv: list[str]) -> None:
     """Compare, and write what was found."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--runs", nargs="+", required=True, help="folders of runs in the workspace: preset_condition_seed")
+    options.add_argument(
+        "--runs", nargs="+", required=True, help="folders of runs in the workspace: preset_condition_seed"
+    )
     options.add_argument("--count", type=int, default=10, help="starts of each task")
     options.add_argument("--workspace", type=Path, default=Path("outputs/libero"), help="of the benchmark")
     options.add_argument("--results", type=Path, default=Path("results/libero_evaluation.json"), help="file to write")
