@@ -83,7 +83,7 @@ class Setting:
 SETTINGS: Mapping[str, Setting] = {
     "states": Setting(),
     "pixels": Setting(
-        Pool(track="pixels", tasks=(0, 1, 6), pretraining=8, recorded=36, operators=("failed_attempt",), used=16),
+        Pool(track="pixels", tasks=(0, 1, 6), pretraining=8, recorded=24, operators=("failed_attempt",), used=12),
         pretraining_steps=1500,
         steps=400,
         batch_size=32,
