@@ -45,8 +45,10 @@ IMAGE_KINDS = ("camera_moved", "wrong_camera", "frozen_frames")
 PAPER_SHARES = {"noise": 0.30, "truncation": 0.25, "wrong_instruction": 0.20}
 
 
-def add_action_noise(episode: Episode, seed: int, std: float = 0.1, bounds: Sequence[float] | None = None) -> Episode:
-    """Adds N(0, std^2) to every action channel; ``bounds`` (low, high) clips the result to the action space."""
+def add_action_noise(
+    episode: Episode, seed: int, std: float | Sequence[float] = 0.1, bounds: Sequence[float] | None = None
+) -> Episode:
+    """Adds N(0, std^2) to every action channel, or each its own std; ``bounds`` (low, high) clips it to the action space."""
     noise = np.random.default_rng(seed).normal(0.0, std, size=episode.actions.shape)
     noisy = episode.actions + noise
     return episode.with_actions(noisy if bounds is None else np.clip(noisy, bounds[0], bounds[1]))

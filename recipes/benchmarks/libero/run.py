@@ -23,6 +23,7 @@ from benchmarks.libero.conditions import FIRST_TEST_START, Pool, condition_datas
 from benchmarks.libero.scene import LiberoScene, Starts, Suite, instruction
 from benchmarks.quiet import be_quiet
 from ptr_hf import PTRTrainer, PTRTrainingArguments
+from ptr_hf.cli.export import export
 from ptr_hf.data.demonstrations import CLEAN, load_truth
 from ptr_hf.hyperparameters import AUTO
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
@@ -138,7 +139,8 @@ def pretrained_policy(setting: Setting, workspace: Path, blind: bool = False) ->
             trainer.train()
         if meta.camera_keys:  # runs train what follows the tower
             vars(policy.config)["freeze_vision_encoder"] = True
-        trainer.save_model(str(folder))
+        trainer.save_model(str(folder / "run"))
+        export(folder / "run", folder)  # a LeRobot policy, for any preset to start from
     return folder
 
 
@@ -156,7 +158,7 @@ def run(setting: Setting, cell: Cell, workspace: Path) -> list[dict[str, Any]]:
     if cell.preset == "ptr_offline_pictures":
         scores = inspect_dataset(str(source), policy="thumbnails", seed=cell.seed, progress=False)
         changed = {"weights": str(scores.save(folder / INSPECTION_FOLDER))}
-    changed = {"statistics": "policy", **changed}  # the noise of some episodes makes a data set's own 20 times as wide
+    changed = {"statistics": "policy", **changed}
     args = _arguments(setting, folder, cell.seed, preset, setting.steps, setting.learning_rate, **changed)
     data: Any = source
     if cell.preset in ("clean_only", "blind"):
