@@ -17,9 +17,9 @@ from benchmarks.libero import benchmark
 from benchmarks.libero.conditions import CONDITIONS, OPERATORS, Pool, condition_dataset, load_episodes
 from benchmarks.libero.experts import GAIN, KINDS, Operator, downward
 from benchmarks.libero.install_assets import install
-from benchmarks.libero.record_libero import RecordingArguments, kinds_of
-from benchmarks.libero.recordings import record
-from benchmarks.libero.scene import STATE_NAMES, STEP_METRES, LiberoScene, narrow_side
+from benchmarks.libero.record_libero import RecordingArguments, kinds_of, write
+from benchmarks.libero.recordings import AFTER, record
+from benchmarks.libero.scene import STATE_NAMES, STEP_METRES, LiberoScene, NoStartError, narrow_side
 from episodes import Episode
 from ptr_hf.data.demonstrations import EpisodeSource, Truth, TruthRecord, load_truth, save_truth
 
@@ -198,6 +198,9 @@ def test_operators_do_what_they_say(bowl: LiberoScene, kind: str) -> None:
     assert clean.success_step is not None
     assert item.is_as_meant
     assert (item.success_step is None) == (kind == "failed_attempt")
+    for one in (clean, item):
+        opened = len(one.actions) - 1 - np.flatnonzero(one.actions[:, 6] > 0)[-1]
+        assert 5 <= opened <= AFTER, "whoever has lost the object stops when the others do"
     if kind in ("hesitation", "recovery"):
         assert len(item.actions) > len(clean.actions) + 10
     if kind == "wrong_convention":
@@ -208,6 +211,20 @@ def test_operators_do_what_they_say(bowl: LiberoScene, kind: str) -> None:
         assert np.abs(item.states[:shared, :3] - clean.states[:shared, :3]).max() < 0.06
         assert np.abs(item.states[:shared, 6:] - clean.states[:shared, 6:]).max() < 0.005
         assert np.abs(item.objects[-1] - clean.objects[-1]).max() > 0.05
+
+
+@needs_libero
+def test_a_start_that_the_sampler_does_not_find_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reset = LiberoScene.reset
+
+    def without_1000(scene: LiberoScene, start: int, *rest: str) -> None:
+        if start == 1000:
+            raise NoStartError(f"no start {start}")
+        reset(scene, start, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LiberoScene, "reset", without_1000)
+    write(RecordingArguments(tmp_path / "data", tasks=[0], per_task=2, track="states"))
+    assert [source.environment_seed for source in load_truth(tmp_path / "data").sources] == [1001, 1002]
 
 
 @needs_libero

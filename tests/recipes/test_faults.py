@@ -84,6 +84,10 @@ def test_noise_has_the_asked_standard_deviation_and_respects_bounds() -> None:
     assert noise.std() == pytest.approx(0.3, rel=0.02)
     assert abs(noise.mean()) < 0.01
     assert np.abs(noise).max() > 0.2
+    channels = clean.actions.shape[1]
+    own = faults.add_action_noise(clean, seed=1, std=[0.3, *[0.0] * (channels - 1)]).actions
+    np.testing.assert_array_equal(own[:, 0], noise[:, 0])
+    np.testing.assert_array_equal(own[:, 1:], clean.actions[:, 1:])
     bounded = faults.add_action_noise(clean, seed=1, std=0.3, bounds=(-0.2, 0.2)).actions
     np.testing.assert_allclose(bounded, np.clip(noise, -0.2, 0.2), atol=1e-7)
 
