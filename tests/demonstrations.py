@@ -23,6 +23,7 @@ def write_dataset(
     seed: int = 0,
     vivid: bool = False,
     file_an_episode: bool = False,
+    encoder: RGBEncoderConfig = ENCODER,
 ) -> Path:
     """A LeRobotDataset of a point that follows its actions; every frame shows where the point is and which frame it is.
 
@@ -38,7 +39,7 @@ def write_dataset(
     for camera in cameras:
         features[camera] = {"dtype": kind, "shape": (size, size, 3), "names": ["height", "width", "channels"]}
     dataset = LeRobotDataset.create(
-        "tests/points", fps, features, root=root, use_videos=use_videos, rgb_encoder=ENCODER
+        "tests/points", fps, features, root=root, use_videos=use_videos, rgb_encoder=encoder
     )
     if file_an_episode:
         dataset.meta.update_chunk_settings(data_files_size_in_mb=1e-6, video_files_size_in_mb=1e-6)

@@ -8,7 +8,6 @@ import torch
 from demonstrations import write_dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from lerobot.datasets import dataset_reader
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.processor import PolicyProcessorPipeline, batch_to_transition, transition_to_batch
@@ -26,6 +25,7 @@ from small_policies import (
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from benchmarks.speed.frames import DecodedFrames
 from ptr_hf.data import frame_columns
 from ptr_hf.data.datasets import episode_spans, open_dataset
 from ptr_hf.data.segments import Segment, SegmentLayout, segment_rows, split_segment
@@ -321,19 +321,14 @@ def test_futures_cannot_reach_the_policy(points: Path, family: str, belief: int)
 
 
 @pytest.mark.parametrize("name", ["offset is stride", "offset beyond stride", "overlapping chunks"])
-def test_no_frame_is_decoded_twice(point_videos: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    decoded: list[int] = []
-    decode = dataset_reader.decode_video_frames
-
-    def counting(path: Any, timestamps: list[float], *args: Any, **kwargs: Any) -> torch.Tensor:
-        decoded.append(len(timestamps))
-        assert len(set(timestamps)) == len(timestamps)
-        return decode(path, timestamps, *args, **kwargs)
-
-    monkeypatch.setattr(dataset_reader, "decode_video_frames", counting)
-    layout_ = LAYOUTS[name]
-    open_dataset(point_videos, layout_)[3]
-    assert decoded == [len(layout_.observation_offsets)]
+def test_no_frame_is_decoded_twice(point_videos: Path, name: str) -> None:
+    layout_, counter = LAYOUTS[name], DecodedFrames()
+    dataset = open_dataset(point_videos, layout_)
+    with counter.counting():
+        dataset[3]
+    ((_, times),) = counter.requests
+    assert len(times) == len(set(times)) == len(layout_.observation_offsets)
+    assert len(counter.codec_frames) == len(set(counter.codec_frames))
 
 
 def test_frames_of_a_video_stay_8_bit_until_they_are_on_the_device(points: Path, point_videos: Path) -> None:

@@ -8,30 +8,24 @@ from lerobot.utils.import_utils import get_safe_default_video_backend
 from transformers import HfArgumentParser
 
 from benchmarks.speed.benchmark import SpeedArguments
-from benchmarks.speed.frames import DecodedFrames, decoded_frames
+from benchmarks.speed.frames import DecodedFrames, chunk_layout, decoded_frames, measure_reading, whole_segments
 from benchmarks.speed.probes import Case, build_policy, training_run
 from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.demonstrations import bundled_demonstrations
-from ptr_hf.data.segments import SegmentLayout
-
-CHUNK = 16
-
-
-def _layout(length: int, futures: bool) -> SegmentLayout:
-    return SegmentLayout(None, tuple(range(CHUNK)), length, CHUNK, CHUNK if futures else None)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(("length", "futures", "frames"), [(1, False, 1), (1, True, 2), (4, True, 5), (4, False, 4)])
 def test_a_segment_asks_for_each_frame_once_and_none_is_decoded_twice(length: int, futures: bool, frames: int) -> None:
-    counted = decoded_frames(_layout(length, futures), bundled_demonstrations(), samples=24, seed=0)
+    dataset = open_dataset(bundled_demonstrations(), chunk_layout(length, futures))
+    counted = decoded_frames(dataset, whole_segments(dataset, length, samples=24, seed=0), length)
     assert counted["requested_per_chunk"] == pytest.approx(frames / length)
     assert counted["twice"] == 0
     assert counted["distinct_per_chunk"] <= counted["requested_per_chunk"]
 
 
 def test_only_frames_past_the_end_of_an_episode_are_asked_for_twice() -> None:
-    dataset = open_dataset(bundled_demonstrations(), _layout(4, True))
+    dataset = open_dataset(bundled_demonstrations(), chunk_layout(4, True))
     for index in (0, len(dataset) - 1):
         counter = DecodedFrames()
         with counter.counting():
@@ -43,7 +37,7 @@ def test_only_frames_past_the_end_of_an_episode_are_asked_for_twice() -> None:
 
 @pytest.mark.skipif(get_safe_default_video_backend() != "pyav", reason="only PyAV shows its codec's frames")
 def test_the_counter_sees_a_frame_that_is_decoded_twice() -> None:
-    dataset = open_dataset(bundled_demonstrations(), _layout(1, False))
+    dataset = open_dataset(bundled_demonstrations(), chunk_layout(1, False))
     counter = DecodedFrames()
     with counter.counting():
         first, second = dataset[5], dataset[5]
@@ -60,8 +54,16 @@ def test_a_training_run_reports_throughput_and_memory(runner: str) -> None:
     assert all(value > 0 for value in figures.values())
 
 
+@pytest.mark.full
+def test_either_loader_reads_the_same_chunks() -> None:
+    rows = measure_reading(bundled_demonstrations("heldout"), samples=2, rounds=1, seed=0, distances=(8,))
+    assert {row["backend"] for row in rows} >= {"pyav"}
+    codec = {row["sample"]: row["codec_per_chunk"] for row in rows if row["backend"] == "pyav"}
+    assert codec["PTR, T = 4"] < codec["LeRobot, T = 1"] < codec["PTR, T = 4, by LeRobot's decoder"]
+
+
 def test_an_unknown_policy_is_named(tmp_path: Path) -> None:
-    meta = open_dataset(bundled_demonstrations(), _layout(1, False)).meta
+    meta = open_dataset(bundled_demonstrations(), chunk_layout(1, False)).meta
     with pytest.raises(ValueError, match=r"'pi99'.*act, smolvla"):
         build_policy("pi99", meta, tmp_path, seed=0)
 

@@ -25,10 +25,9 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where the package `benchmarks` lies
-from benchmarks.speed.frames import decoded_frames
+from benchmarks.speed.frames import measure_reading
 from benchmarks.speed.probes import Case, paired_steps, spread, training_run
 from ptr_hf.data.demonstrations import bundled_demonstrations
-from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.report.console import PlainConsole
 
 RUNNERS = ("lerobot-train", "sft", "ptr")
@@ -63,7 +62,8 @@ class SpeedArguments:
         default=3, metadata={"help": "Training runs of each kind on a tiny policy; one at the released size."}
     )
     run_steps: int = field(default=25, metadata={"help": "Steps of a training run; the first five do not count."})
-    frame_samples: int = field(default=256, metadata={"help": "Samples in which decoded frames are counted."})
+    frame_samples: int = field(default=24, metadata={"help": "Segments of four chunks that are read."})
+    frame_rounds: int = field(default=5, metadata={"help": "Rounds in which every loader reads them."})
     threads: int = field(default=1, metadata={"help": "Threads of torch."})
     seed: int = field(default=0, metadata={"help": "Of weights, samples and order."})
 
@@ -112,22 +112,6 @@ def _ratio(runs: dict[str, list[dict[str, float]]], name: str, above: str, below
     return spread([first[name] / second[name] for first, second in pairs])
 
 
-def measure_frames(arguments: SpeedArguments, dataset: Path, chunk_size: int = 16) -> list[dict[str, Any]]:
-    """Frames that a chunk costs, for SFT and for PTR with Δ = stride = chunk_size."""
-    results = []
-    for preset, length in (("sft", 1), ("ptr", 1), ("ptr", 4)):
-        layout = SegmentLayout(
-            observation_steps=None,
-            action_steps=tuple(range(chunk_size)),
-            segment_length=length,
-            chunk_stride=chunk_size,
-            consequence_offset=None if preset == "sft" else chunk_size,
-        )
-        counted = decoded_frames(layout, dataset, arguments.frame_samples, arguments.seed)
-        results.append({"preset": preset, "segment_length": length} | counted)
-    return results
-
-
 def show(result: dict[str, Any]) -> None:
     """The result as tables."""
     console = PlainConsole()
@@ -154,14 +138,23 @@ def show(result: dict[str, Any]) -> None:
         ratios = ("sft_to_lerobot_samples_per_cpu_s", "ptr_to_lerobot_samples_per_cpu_s", "ptr_to_sft_peak_memory")
         runs.add_row(label, *figures, *(_span(row[name]) for name in ratios))
     console.print(runs)
-    frames = _table(
-        "Frames per chunk and camera", "sample", "requested", "distinct", "codec", "decoded twice", "inside"
+    reading = _table(
+        "Reading, per chunk and camera",
+        "sample",
+        "key frames",
+        "decoder",
+        "frames",
+        "codec",
+        "twice",
+        "CPU ms",
+        "to LeRobot",
     )
-    for row in result["frames"]:
+    for row in result["reading"]:
         codec = "–" if row["codec_per_chunk"] is None else f"{row['codec_per_chunk']:.2f}"
-        counts = (f"{row['requested_per_chunk']:.2f}", f"{row['distinct_per_chunk']:.2f}", codec, str(row["twice"]))
-        frames.add_row(f"{row['preset']}, T={row['segment_length']}", *counts, f"{row['chunks_inside_episode']:.0%}")
-    console.print(frames)
+        counts = (f"{row['requested_per_chunk']:.2f}", codec, str(row["twice"]), f"{row['cpu_ms_per_chunk']:.1f}")
+        every = f"every {row['key_frames_every']}"
+        reading.add_row(row["sample"], every, row["backend"], *counts, _span(row["cpu_to_lerobot"]))
+    console.print(reading)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -191,7 +184,12 @@ def main() -> None:
         "machine": {"architecture": platform.machine(), "cores": os.cpu_count(), "threads": arguments.threads},
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("lerobot_policy_ptr", "lerobot", "torch", "transformers", "av")},
-        "frames": measure_frames(arguments, dataset),
+        "reading": measure_reading(
+            arguments.dataset or bundled_demonstrations("heldout"),
+            arguments.frame_samples,
+            arguments.frame_rounds,
+            arguments.seed,
+        ),
         "step_time": [],
         "training_runs": [],
     }

@@ -10,6 +10,8 @@ from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.datasets.video_utils import decode_video_frames
 from lerobot.utils.import_utils import get_safe_default_video_backend
 
+from ptr_hf.data.video_frames import frames_at
+
 
 def pictures(
     dataset: LeRobotDataset, camera: str, episode: int, rows: Sequence[int]
@@ -33,7 +35,10 @@ def pictures(
     begin = float(meta.episodes[episode][f"videos/{camera}/from_timestamp"])
     path = Path(meta.root) / meta.get_video_file_path(episode, camera)
     times = [begin + float(time) for time in times]
-    return decode_video_frames(path, times, dataset.tolerance_s, video_backend(dataset), return_uint8=True).numpy()
+    backend = video_backend(dataset)
+    if backend == "pyav":
+        return frames_at(path, times, dataset.tolerance_s).numpy()
+    return decode_video_frames(path, times, dataset.tolerance_s, backend, return_uint8=True).numpy()
 
 
 def video_backend(dataset: LeRobotDataset) -> str:

@@ -24,6 +24,7 @@ from ptr_hf.data.feature_store import FeatureStore
 from ptr_hf.data.frame_columns import run_starts, table_blocks
 from ptr_hf.data.pictures import pictures
 from ptr_hf.data.segments import ACTION, CHUNK_PREFIX, OBSERVATION_PREFIX, PAD_SUFFIX, SegmentLayout
+from ptr_hf.data.video_frames import ForwardReader
 
 TASK = "task"
 TASK_INDEX = "task_index"
@@ -55,6 +56,7 @@ class SegmentDataset(LeRobotDataset):
 
     def __init__(self, repo_id: str, *, layout: SegmentLayout, **settings: Any) -> None:
         super().__init__(repo_id, **settings)
+        self.reader = ForwardReader(self._ensure_reader())
         self.layout = layout
         self._features: FeatureStore | None = None
         self.runs = episode_runs(self)
