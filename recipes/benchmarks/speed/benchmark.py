@@ -193,6 +193,7 @@ def main() -> None:
         "step_time": [],
         "training_runs": [],
     }
+    save(result, arguments.output)
     plan = []
     if arguments.tiny:
         plan.append((STEPS, arguments.pairs, RUNS, arguments.rounds, arguments.run_steps, 5))
