@@ -1,5 +1,6 @@
 """The speed benchmark counts what it claims to count; nothing here looks at a time."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from transformers import HfArgumentParser
 
+from benchmarks.speed import gpu
 from benchmarks.speed.benchmark import SpeedArguments
 from benchmarks.speed.frames import DecodedFrames, chunk_layout, decoded_frames, measure_reading, whole_segments
 from benchmarks.speed.probes import Case, build_policy, training_run
@@ -52,6 +54,21 @@ def test_a_training_run_reports_throughput_and_memory(runner: str) -> None:
     figures = training_run(runner, case, bundled_demonstrations(), steps=2, skip=1, threads=1, seed=0)
     assert set(figures) == {"samples_per_cpu_s", "samples_per_s", "peak_mib"}
     assert all(value > 0 for value in figures.values())
+
+
+@pytest.mark.full
+def test_the_script_for_a_gpu_runs_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "gpu.json"
+    options = ["--tiny", "true", "--device", "cpu", "--pairs", "1", "--output", str(output)]
+    monkeypatch.setattr("sys.argv", ["gpu.py", *options])
+    gpu.main()
+    result = json.loads(output.read_text())
+    assert [step["belief_tokens"] for step in result["steps"]] == [0, 4]
+    for step in result["steps"]:
+        for side in ("sft", "offline", "cached", "ptr"):
+            assert step[f"{side}_wall_s"] > 0
+            assert step[f"{side}_samples_per_s"] == pytest.approx(step["chunks"] / step[f"{side}_wall_s"])
+    assert result["resume"]["bit_for_bit"]
 
 
 @pytest.mark.full

@@ -9,11 +9,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from subprocess import run
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from lerobot.configs.default import DatasetConfig
 from lerobot.configs.train import TrainPipelineConfig
@@ -32,6 +34,7 @@ from ptr_hf.data.segments import split_segment
 from ptr_hf.policies.base import features_key
 from ptr_hf.policies.tiny import tiny_act, tiny_smolvla, write_tiny_vlm
 from ptr_hf.processor_ptr import preprocess
+from ptr_hf.scores.given import FrameWeights
 
 POLICIES = ("act", "smolvla", "smolvla_frozen", "smolvla_500m")
 MAX_GRAD_NORM = 10.0
@@ -66,7 +69,9 @@ class Case:
 # ---- policies ------------------------------------------------------------------------------------------------------
 
 
-def build_policy(name: str, meta: LeRobotDatasetMetadata, folder: Path, seed: int) -> PreTrainedPolicy:
+def build_policy(
+    name: str, meta: LeRobotDatasetMetadata, folder: Path, seed: int, device: str = "cpu"
+) -> PreTrainedPolicy:
     """A policy with random weights; `smolvla_500m` has the sizes and the frozen parts of the released SmolVLA.
 
     Raises:
@@ -74,10 +79,12 @@ def build_policy(name: str, meta: LeRobotDatasetMetadata, folder: Path, seed: in
     """
     texts = list(meta.tasks.index)
     if name == "act":
-        return tiny_act(meta.features, seed=seed)
+        return tiny_act(meta.features, seed=seed, device=device)
     if name in ("smolvla", "smolvla_frozen"):
         vlm = write_tiny_vlm(folder / "tiny_vlm", texts=texts)
-        return tiny_smolvla(meta.features, vlm, freeze_vision_encoder=name == "smolvla_frozen", seed=seed)
+        return tiny_smolvla(
+            meta.features, vlm, freeze_vision_encoder=name == "smolvla_frozen", seed=seed, device=device
+        )
     if name == "smolvla_500m":
         return tiny_smolvla(
             meta.features,
@@ -88,6 +95,7 @@ def build_policy(name: str, meta: LeRobotDatasetMetadata, folder: Path, seed: in
             freeze_vision_encoder=True,
             train_expert_only=True,
             seed=seed,
+            device=device,
         )
     raise ValueError(f"There is no policy {name!r} in this benchmark; choose from {', '.join(POLICIES)}.")
 
@@ -124,47 +132,29 @@ def write_real_vlm(folder: Path, texts: Sequence[str]) -> Path:
 # ---- paired steps --------------------------------------------------------------------------------------------------
 
 
+Step = Callable[[], tuple[float, float]]
+"""A training step of one side; returns its CPU time and its wall time in seconds."""
+
+
 def paired_steps(case: Case, dataset: Path, pairs: int, seed: int, progress: Callable[[], Any]) -> dict[str, Any]:
-    """SFT and PTR steps by turns on the same policy, optimiser and chunks, so that the machine's noise meets both.
+    """SFT and PTR steps by turns on the same policy, optimiser and chunks, so that the machine's noise meets both."""
+    sides = step_sides(case, dataset, seed)
+    sides.pop("offline")
+    result: dict[str, Any] = asdict(case) | {"chunks": case.chunks, "pairs": pairs}
+    return result | by_turns(sides, pairs, progress)
 
-    SFT is the base policy's own forward on the chunks as plain rows. PTR is `PTRPolicy.forward` on the segments, with the
-    objective, the metrics and `update()`. Where the tower is frozen and its features can be stored, SFT's step from these is a
-    third side. All run backward, clipping and AdamW; loading and preprocessing lie outside.
+
+def by_turns(sides: dict[str, Step], pairs: int, progress: Callable[[], Any]) -> dict[str, Any]:
+    """The times of the sides' steps and their ratios to SFT's; the first round does not count.
+
+    It allocates memory and the optimiser's state.
     """
-    torch.manual_seed(seed)
-    policy, segments = _policy_and_batch(case, dataset, seed)
-    chunks = split_segment(segments, policy.config.layout).chunks
-    optimizer = torch.optim.AdamW([value for value in policy.parameters() if value.requires_grad], lr=1e-5)
-
-    def step(
-        model: Callable[[dict[str, Any]], Any], batch: dict[str, Any], after: Callable[[], Any]
-    ) -> tuple[float, float]:
-        start = time.process_time(), time.perf_counter()
-        loss, _ = model(batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        after()
-        return time.process_time() - start[0], time.perf_counter() - start[1]
-
-    def from_features(batch: dict[str, Any]) -> Any:
-        with policy.adapter.features_scope(batch):
-            return policy.base(batch)
-
-    sides: dict[str, tuple[Callable[[dict[str, Any]], Any], dict[str, Any], Callable[[], Any]]] = {
-        "sft": (policy.base, chunks, lambda: None),
-        "ptr": (policy, segments, policy.update),
-    }
-    if policy.adapter.reads_features and policy.adapter.tower_is_frozen():
-        sides["cached"] = from_features, _with_features(policy, chunks), lambda: None
     times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
     for pair in range(pairs + 1):
         for side in list(sides) if pair % 2 == 0 else list(sides)[::-1]:
-            times[side].append(step(*sides[side]))
+            times[side].append(sides[side]())
         progress()
-    # The first pair allocates memory and the optimiser's state.
-    result: dict[str, Any] = asdict(case) | {"chunks": case.chunks, "pairs": pairs}
+    result: dict[str, Any] = {}
     for clock, name in enumerate(("cpu", "wall")):
         taken = {side: [values[clock] for values in own[1:]] for side, own in times.items()}
         result |= {f"{side}_{name}_s": statistics.median(own) for side, own in taken.items()}
@@ -172,6 +162,59 @@ def paired_steps(case: Case, dataset: Path, pairs: int, seed: int, progress: Cal
             ratios = [after / before for before, after in zip(taken["sft"], taken[side], strict=True)]
             result[f"ratio_{name}" if side == "ptr" else f"{side}_ratio_{name}"] = spread(ratios)
     return result
+
+
+def step_sides(case: Case, dataset: Path, seed: int, device: str = "cpu", bf16: bool = False) -> dict[str, Step]:
+    """Steps of several kinds on the same policy, optimiser and chunks.
+
+    "sft" is the base policy's own forward on the chunks as plain rows, as `lerobot-train` calls it. "ptr" is
+    `PTRPolicy.forward` on the segments, with the objective, the metrics and `update()`; "offline" reads weights that were known
+    before. Where the tower is frozen and its features can be stored, "cached" is SFT's step from these. All run backward,
+    clipping and AdamW; loading and preprocessing lie outside.
+    """
+    torch.manual_seed(seed)
+    meta = dataset_metadata(dataset)
+    with tempfile.TemporaryDirectory() as folder:
+        base = build_policy(case.policy, meta, Path(folder), seed, device)
+        policy, segments = _policy_and_batch(
+            case, dataset, seed, base, preset="ptr", num_belief_tokens=case.belief_tokens
+        )
+        offline, weighed = _policy_and_batch(case, dataset, seed, base, preset="ptr_offline")
+    offline.set_weights(FrameWeights.of_array(np.random.default_rng(seed).uniform(0.5, 1.5, meta.total_frames)))
+    chunks = split_segment(segments, policy.config.layout).chunks
+    optimizer = torch.optim.AdamW([value for value in policy.parameters() if value.requires_grad], lr=1e-5)
+
+    def wait() -> None:
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    def step(
+        model: Callable[[dict[str, Any]], Any], batch: dict[str, Any], after: Callable[[], Any]
+    ) -> tuple[float, float]:
+        wait()
+        start = time.process_time(), time.perf_counter()
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss, _ = model(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        after()
+        wait()
+        return time.process_time() - start[0], time.perf_counter() - start[1]
+
+    def from_features(batch: dict[str, Any]) -> Any:
+        with policy.adapter.features_scope(batch):
+            return policy.base(batch)
+
+    sides: dict[str, Step] = {
+        "sft": partial(step, policy.base, chunks, lambda: None),
+        "ptr": partial(step, policy, segments, policy.update),
+        "offline": partial(step, offline, weighed, offline.update),
+    }
+    if policy.adapter.reads_features and policy.adapter.tower_is_frozen():
+        sides["cached"] = partial(step, from_features, _with_features(policy, chunks), lambda: None)
+    return sides
 
 
 @torch.no_grad()
@@ -182,18 +225,14 @@ def _with_features(policy: PTRPolicy, chunks: dict[str, Any]) -> dict[str, Any]:
     return kept | {features_key(key): value for key, value in views.features.items() if key in chunks}
 
 
-def _policy_and_batch(case: Case, dataset: Path, seed: int) -> tuple[PTRPolicy, dict[str, Any]]:
-    """The case's policy with the paper's PTR around it, and a preprocessed batch of segments for it."""
-    meta = dataset_metadata(dataset)
-    with tempfile.TemporaryDirectory() as folder:
-        config = PTRConfig(
-            device="cpu",
-            preset="ptr",
-            segment_length=case.segment_length,
-            num_belief_tokens=case.belief_tokens,
-        )
-        policy = PTRPolicy(config, base_policy=build_policy(case.policy, meta, Path(folder), seed)).train()
-        preprocessor, _ = make_pre_post_processors(policy.config.base_config, dataset_stats=meta.stats)
+def _policy_and_batch(
+    case: Case, dataset: Path, seed: int, base: PreTrainedPolicy, **settings: Any
+) -> tuple[PTRPolicy, dict[str, Any]]:
+    """PTR around a policy, and a preprocessed batch of segments for it on its device."""
+    device = base.config.device
+    config = PTRConfig(device=device, segment_length=case.segment_length, **settings)
+    policy = PTRPolicy(config, base_policy=base).train()
+    preprocessor, _ = make_pre_post_processors(policy.config.base_config, dataset_stats=dataset_metadata(dataset).stats)
     opened = open_dataset(dataset, policy.config.layout)
     generator = torch.Generator().manual_seed(seed)
     loader: DataLoader = DataLoader(opened, batch_size=case.segments, shuffle=True, generator=generator)
