@@ -5,7 +5,10 @@
 
 takes policies that `benchmark.py --track pixels` has trained and lets them act on LIBERO's own first starts of the benchmark's
 tasks: in this process with the cameras that demonstrations are recorded with, with LeRobot's cameras, and by `lerobot-eval`. The
-policies' own draws differ between the three. Results go to `results/libero_evaluation.json`.
+policies' own draws differ between the three. Results go to `results/libero_evaluation.json`. `--film` draws instead how the runs
+act from one held-out start, a row a run, as the first camera shows it to them:
+
+    ... compare_evaluation.py --runs sft_combined_0 ptr_offline_combined_0 --film results/figures/libero_policies.png --task 1
 """
 
 import argparse
@@ -21,13 +24,20 @@ from typing import Any
 os.environ.setdefault("MUJOCO_GL", "egl")  # mujoco chooses its GL when it is first imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
+import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.utils.constants import OBS_STATE
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where the package `benchmarks` lies
 from benchmarks.commits import commit
+from benchmarks.libero.cameras import CAMERAS, Cameras
+from benchmarks.libero.conditions import FIRST_TEST_START
 from benchmarks.libero.install_assets import install
 from benchmarks.libero.run import POLICY_FOLDER, SETTINGS, Setting, evaluate
+from benchmarks.libero.scene import LiberoScene, instruction
 
 
 def by_lerobot(policy: Path, setting: Setting) -> dict[int, float]:
@@ -67,6 +77,32 @@ def compare(policy: Path, setting: Setting) -> dict[str, Any]:
     return {name: {"mean": sum(own.values()) / len(own), "by_task": own} for name, own in found.items()}
 
 
+def film(policy: Path, setting: Setting, task: int, start: int, frames: int = 8) -> np.ndarray:
+    """Frames of an episode from its first to its last, side by side."""
+    config = PreTrainedConfig.from_pretrained(policy)
+    loaded = get_policy_class(config.type).from_pretrained(policy, config=config).eval()
+    preprocessor, postprocessor = make_pre_post_processors(config, pretrained_path=str(policy))
+    pool = setting.pool
+    scene = LiberoScene(pool.suite, task)
+    shown = []
+    with Cameras(scene, pool.image_size) as cameras, torch.inference_mode():
+        torch.manual_seed(start)
+        scene.reset(start, pool.starts)
+        while not scene.success and scene.steps < setting.test_steps:
+            seen = cameras.pictures()
+            shown.append(seen[next(iter(CAMERAS))])
+            observed: dict[str, Any] = {OBS_STATE: torch.from_numpy(scene.state())[None]}
+            observed |= {key: torch.from_numpy(picture).permute(2, 0, 1)[None] / 255 for key, picture in seen.items()}
+            observed["task"] = [instruction(pool.suite, task)]
+            for action in postprocessor(loaded.predict_action_chunk(preprocessor(observed)))[0].float().numpy():
+                scene.step(action)
+                if scene.success or scene.steps >= setting.test_steps:
+                    break
+        shown.append(cameras.pictures()[next(iter(CAMERAS))])
+    print(f"{policy.parent.name}: {'solved' if scene.success else 'not solved'} after {scene.steps} steps")
+    return np.concatenate([shown[n] for n in np.linspace(0, len(shown) - 1, frames).round().astype(int)], axis=1)
+
+
 def main(argv: list[str]) -> None:
     """Compare, and write what was found."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -76,9 +112,19 @@ def main(argv: list[str]) -> None:
     options.add_argument("--count", type=int, default=10, help="starts of each task")
     options.add_argument("--workspace", type=Path, default=Path("outputs/libero"), help="of the benchmark")
     options.add_argument("--results", type=Path, default=Path("results/libero_evaluation.json"), help="file to write")
+    options.add_argument(
+        "--film", type=Path, help="PNG file of how the runs act from one start; nothing is measured then"
+    )
+    options.add_argument("--task", type=int, default=SETTINGS["pixels"].pool.tasks[0], help="of the film")
+    options.add_argument("--start", type=int, default=FIRST_TEST_START, help="of the film, a held-out one")
     given = options.parse_args(argv)
     setting = replace(SETTINGS["pixels"], test_starts=given.count)
     runs = given.workspace / "pixels" / "runs"
+    if given.film is not None:
+        rows = [film(runs / name / POLICY_FOLDER, setting, given.task, given.start) for name in given.runs]
+        picture = Image.fromarray(np.concatenate(rows)).convert("P", palette=Image.Palette.ADAPTIVE, colors=200)
+        picture.save(given.film, optimize=True)
+        return
     found = {name: compare(runs / name / POLICY_FOLDER, setting) for name in given.runs}
     command = (
         f"python recipes/benchmarks/libero/compare_evaluation.py --runs {' '.join(given.runs)} --count {given.count}"

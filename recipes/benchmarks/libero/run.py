@@ -37,11 +37,10 @@ METHODS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ptr_offline": ("ptr_offline", {}),
     "ptr_offline_pictures": ("ptr_offline", {}),
     "oracle": ("oracle", {}),
-    "ptr": ("ptr", {}),
+    "ptr": ("ptr", _NO_BELIEF),
     "small_loss": ("small_loss", {}),
     "random_weights": ("random_weights", {}),
     "ptr_calibrated": ("ptr_calibrated", {}),
-    "sft_belief": ("sft_belief", {}),
     "clean_only": ("sft", {}),
     "blind": ("sft", {}),
 }
