@@ -21,7 +21,7 @@ from ptr_hf.scoring import DatasetScores
 from ptr_hf.scoring.calibration import judged_within, lowest_of_minima, of_the_lowest, standard
 from ptr_hf.scoring.companions import Roughness
 from ptr_hf.scoring.crossfit import CrossFit, FitSettings
-from ptr_hf.scoring.inspection import inspect_dataset
+from ptr_hf.scoring.inspection import inspect_dataset, widened
 from ptr_hf.scoring.instruction import neighbours
 from ptr_hf.scoring.question import Answer
 from ptr_hf.scoring.recordings import Recordings, read_recordings
@@ -94,6 +94,22 @@ class TestWhatIsFound:
         assert back.episodes["reason"].tolist() == scores.episodes["reason"].tolist()
         settings = json.loads((tmp_path / "saved" / "ptr_scores.json").read_text())
         assert settings["datasets"][0]["frames"] == len(recordings)
+
+
+class TestWhatBadFramesDoToStatistics:
+    def test_a_channel_that_they_make_wider_is_named(self, recordings: Recordings) -> None:
+        weight = np.where(recordings.episode == 4, 0.02, 1.0)
+        noisy = recordings.action.copy()
+        noisy[:, 2] *= 0.01
+        noisy[recordings.episode == 4, 2] = np.random.default_rng(0).normal(0, 1, (recordings.episode == 4).sum())
+        (note,) = widened(replace(recordings, action=noisy), weight)
+        of_all, of_good = noisy[:, 2].std(), noisy[weight == 1, 2].std()
+        assert f"of action {recordings.action_names[2]}, up to {of_all / of_good:.0f} times" in note
+        assert "--statistics policy" in note
+
+    def test_nothing_is_said_where_none_is_wider(self, scores: DatasetScores, recordings: Recordings) -> None:
+        assert not any("widen" in note for note in scores.notes)
+        assert widened(recordings, np.ones(len(recordings))) == []
 
 
 class TestWhatIsNotFlagged:

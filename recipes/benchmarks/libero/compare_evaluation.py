@@ -62,12 +62,12 @@ def compare(policy: Path, setting: Setting) -> dict[str, Any]:
     """Success by task, measured in three ways."""
     config = PreTrainedConfig.from_pretrained(policy)
     loaded = get_policy_class(config.type).from_pretrained(policy, config=config)
-    processors = make_pre_post_processors(config, pretrained_path=str(policy))
+    preprocessor, postprocessor = make_pre_post_processors(config, pretrained_path=str(policy))
     found = {
         name: dict(
             zip(
                 setting.pool.tasks,
-                evaluate(loaded, *processors, setting, 0, "official", fast=fast).mean(1).tolist(),
+                evaluate(loaded, preprocessor, postprocessor, setting, 0, "official", fast=fast).mean(1).tolist(),
                 strict=True,
             )
         )

@@ -44,6 +44,8 @@ BY_NAME: tuple[type[Question], ...] = (UsualPicture,)
 IMAGES_PER_EPISODE = 32
 FALSE_ALARMS, WEIGHT_MIN = 0.01, 0.02
 WINDOW_SECONDS, WINDOW_FRAMES = 0.5, (8, 32)
+WIDER = 3.0
+"""Standard deviation of an action channel over all frames, by that over the frames that weigh 1, from which a note says so."""
 
 
 def inspect_dataset(
@@ -221,8 +223,32 @@ def _inspect(
             f"{int((~recordings.finite).sum())} frames hold NaN or Inf, in {len(broken)} episodes (first: {broken[0]}); they are "
             "not scored, and training leaves out the samples that read them."
         )
+    notes += widened(recordings, verdicts.weight)
     chunks, rows = _tables(recordings, verdicts, list(answers), questions)
     return DatasetScores(chunks, rows, {"window": window, "dataset": _identity(recordings)}, tuple(notes))
+
+
+def widened(recordings: Recordings, weight: np.ndarray) -> list[str]:
+    """A sentence where bad frames decide what training normalises actions by: good actions then hardly differ from one another.
+
+    Args:
+        recordings: what was inspected.
+        weight: (frames,) of the inspection.
+    """
+    good = recordings.finite & (weight == 1)
+    if good.all() or not good.any():
+        return []
+    of_all, of_good = recordings.action[recordings.finite].std(0), recordings.action[good].std(0)
+    wide = np.flatnonzero((of_good > 0) & (of_all > WIDER * of_good))
+    if not len(wide):
+        return []
+    most = wide[np.argmax(of_all[wide] / of_good[wide])]
+    names = ", ".join(recordings.action_names[channel] for channel in wide)
+    return [
+        f"The flagged frames widen the standard deviation of action {names}, up to {of_all[most] / of_good[most]:.0f} times "
+        f"({of_all[most]:.3g} for {of_good[most]:.3g}), and training normalises by it: leave the flagged episodes out, or keep "
+        "the statistics of the policy that you start from (--statistics policy)."
+    ]
 
 
 def _tables(
