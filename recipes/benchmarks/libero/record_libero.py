@@ -8,7 +8,6 @@ the time. `--kinds failed_attempt hesitation --share 0.4` gives 40 % of every ta
 needs LIBERO in an environment of its own (docs/libero.md), and with cameras a headless GL.
 """
 
-import contextlib
 import os
 import sys
 
@@ -121,13 +120,19 @@ def demonstrations(arguments: RecordingArguments) -> Iterator[tuple[int, Demonst
                 if cameras is not None:
                     film = cameras.pictures if arguments.looks is None else cameras.positions
                 start += 1
-                with contextlib.suppress(NoStartError):
+                try:
                     tried = record(scene, start - 1, arguments.starts, kind, film=film, limit=LIMIT)
                     if tried.is_as_meant:
                         break
+                    why = f"from start {start - 1} the operator '{kind}' did not do what it is to do"
+                except NoStartError as error:
+                    why = str(error).rstrip(".")
                 left_out += 1
                 if left_out > len(wanted):
-                    raise RuntimeError(f"{left_out} starts of '{instruction(suite, task)}' went wrong.")
+                    raise RuntimeError(
+                        f"{left_out} starts of '{instruction(suite, task)}' went wrong, the last because {why}: leave task {task} "
+                        "out of --tasks, or record it from --starts official."
+                    )
             if cameras is not None and arguments.looks is not None:
                 tried = replace(tried, pictures=cameras.looks(tried.pictures[POSITIONS], arguments.looks))
             yield task, tried
