@@ -130,8 +130,8 @@ def demonstrations(arguments: RecordingArguments) -> Iterator[tuple[int, Demonst
                 left_out += 1
                 if left_out > len(wanted):
                     raise RuntimeError(
-                        f"{left_out} starts of '{instruction(suite, task)}' went wrong, the last because {why}: leave task {task} "
-                        "out of --tasks, or record it from --starts official."
+                        f"{left_out} starts of '{instruction(suite, task)}' went wrong, the last because {why}: leave task "
+                        f"{task} out of --tasks, or record it from --starts official."
                     )
             if cameras is not None and arguments.looks is not None:
                 tried = replace(tried, pictures=cameras.looks(tried.pictures[POSITIONS], arguments.looks))
