@@ -29,7 +29,6 @@ from ptr_hf.scoring.question import CannotAskError, Question
 from ptr_hf.scoring.recordings import Recordings, read_recordings
 from ptr_hf.scoring.seen import ImageFeatures, components, predicted
 from ptr_hf.scoring.state_from_image import StateFromImage
-from ptr_hf.scoring.usual_picture import UsualPicture
 
 BAD = 7
 QUICK = [question.name for question in IMAGE_QUESTIONS]
@@ -87,18 +86,6 @@ def seen(episodes: int = 24, frames: int = 40, per_episode: int = 20) -> Recordi
     looked = looked_at(recordings, per_episode)
     shown = state[looked] @ draws.normal(size=(3, 30)) + 0.05 * draws.normal(size=(len(looked), 30))
     return replace(recordings, images=ImageFeatures(looked, shown[:, None].astype(np.float32), ("front",), "made"))
-
-
-def held(recordings: Recordings) -> tuple[Recordings, np.ndarray]:
-    """Thumbnails of noise in which one field is bright while the gripper is told to close, in the second half."""
-    assert recordings.images is not None
-    closed = (recordings.frame >= recordings.length[0] // 2).astype(np.float32)
-    rows = recordings.images.rows
-    values = np.random.default_rng(2).normal(size=(len(rows), 1, 3, 16, 16), scale=0.1).astype(np.float32)
-    values[..., 12:, 6:10] += closed[rows][:, None, None, None, None]
-    images = replace(recordings.images, encoder=THUMBNAILS)
-    state = np.stack([recordings.frame / 10, closed], axis=1).astype(np.float32)
-    return replace(recordings, state=state, action=closed[:, None], images=images), values.reshape(len(rows), 1, -1)
 
 
 def with_pictures(recordings: Recordings, values: np.ndarray) -> Recordings:
@@ -167,22 +154,6 @@ class TestQuestions:
         scores = asked(Completeness(), with_pictures(recordings, values.astype(np.float32)))
         assert scores.shape == (24, 3)
         assert scores[:, 2].argmin() == BAD
-
-    def test_an_empty_hand(self) -> None:
-        """The hand's field shows the gripper's command, except in the second half of one episode; all others show noise."""
-        recordings, values = held(seen())
-        own = np.flatnonzero(recordings.episode[recordings.images.rows] == BAD)
-        scores = asked(UsualPicture(), with_pictures(recordings, values))
-        values.reshape(-1, 3, 16, 16)[own[10:], :, 12:, 6:10] = 0
-        emptied = asked(UsualPicture(), with_pictures(recordings, values))
-        assert emptied.argmin() == BAD
-        assert emptied[BAD] < scores[BAD] - 0.5
-
-    def test_pictures_that_tell_nothing_are_not_compared(self) -> None:
-        recordings, values = held(seen())
-        noise = np.random.default_rng(3).normal(size=values.shape).astype(np.float32)
-        with pytest.raises(CannotAskError, match="no region of the pictures tells what the robot does"):
-            asked(UsualPicture(), with_pictures(recordings, noise))
 
     def test_without_a_state_they_say_so(self) -> None:
         recordings = replace(seen(), state=np.zeros((960, 0), np.float32))

@@ -1,10 +1,8 @@
-"""What an inspection finds of LIBERO's failed attempts: without pictures, with them, and by single questions.
+"""What an inspection finds of LIBERO's failed attempts, without pictures and with them.
 
     python recipes/benchmarks/libero/inspect_pictures.py --dataset data/object data/object_states
 
-The datasets are those of record_libero.py with their truth beside them; `--looks 32` is enough. A failed attempt goes on to the
-end of its script where an expert's demonstration stops soon after success, so that everything is measured twice: on the episodes
-as they are, and cut in memory where the hand opens for the last time, before that difference. It also counts what is flagged
+The datasets are those of record_libero.py with their truth beside them; `--looks 32` is enough. It also counts what is flagged
 where the clean episodes are alone. Runs without LIBERO. Rows are added to the file.
 """
 
@@ -22,10 +20,9 @@ from ptr_hf.data.demonstrations import load_truth
 from ptr_hf.scoring.crossfit import FitSettings
 from ptr_hf.scoring.image_encoders import Thumbnails
 from ptr_hf.scoring.image_features import read_image_features
-from ptr_hf.scoring.inspection import BY_NAME, IMAGE_QUESTIONS, IMAGES_PER_EPISODE, QUESTIONS, ask_all
+from ptr_hf.scoring.inspection import IMAGE_QUESTIONS, IMAGES_PER_EPISODE, QUESTIONS, ask_all
 from ptr_hf.scoring.question import Answer, Question
 from ptr_hf.scoring.recordings import Recordings, read_recordings
-from ptr_hf.scoring.usual_picture import UsualPicture
 from ptr_hf.scoring.verdicts import judge
 
 COMMAND = "python recipes/benchmarks/libero/inspect_pictures.py --dataset"
@@ -52,12 +49,6 @@ def kept(recordings: Recordings, frames: np.ndarray) -> Recordings:
     )
 
 
-def until_release(recordings: Recordings) -> np.ndarray:
-    """(frames,) whether the hand will be told again to be closed, or is."""
-    closed = np.where(recordings.action[:, -1] > 0, recordings.frame, -1)
-    return recordings.frame <= np.maximum.reduceat(closed, recordings.first)[recordings.episode]
-
-
 def measured(recordings: Recordings, answers: dict[Question, Answer], bad: np.ndarray) -> dict[str, object]:
     """AUC by episode, and what is flagged at 1 %."""
     window = int(np.clip(round(recordings.fps * 0.5), 8, 32))
@@ -72,28 +63,14 @@ def measured(recordings: Recordings, answers: dict[Question, Answer], bad: np.nd
 
 
 def rows_of(recordings: Recordings, bad: np.ndarray) -> Iterator[dict[str, object]]:
-    """Of one dataset: all questions without pictures, with those asked before, with all; and what is new alone."""
-    plain, _ = ask_all(
-        replace(recordings, images=None), [question() for question in QUESTIONS], SETTINGS, recordings.task
-    )
-    yield {"questions": "all, no picture"} | measured(recordings, plain, bad)
-    if recordings.images is None:
-        return
-    seen, _ = ask_all(
-        recordings, [question() for question in (*QUESTIONS, *IMAGE_QUESTIONS, *BY_NAME)], SETTINGS, recordings.task
-    )
-    usual: dict[Question, Answer] = {
-        question: answer for question, answer in seen.items() if isinstance(question, UsualPicture)
-    }
-    others = {question: answer for question, answer in seen.items() if question not in usual}
-    yield {"questions": "all but usual_picture, thumbnails"} | measured(recordings, others, bad)
-    yield {"questions": "all, thumbnails"} | measured(recordings, seen, bad)
-    for question, answer in usual.items():
-        yield {"questions": "usual_picture"} | measured(recordings, usual, bad)
-        assert answer.frames is not None
-        for place, camera in enumerate(answer.parts):
-            of_camera = Answer((camera,), answer.frames[:, [place]])
-            yield {"questions": f"usual_picture, {camera}"} | measured(recordings, {question: of_camera}, bad)
+    """Of one dataset: all questions without pictures, and with them."""
+    for name, images in (("all, no picture", None), ("all, thumbnails", recordings.images)):
+        asked = QUESTIONS if images is None else QUESTIONS + IMAGE_QUESTIONS
+        own = replace(recordings, images=images)
+        answers, _ = ask_all(own, [question() for question in asked], SETTINGS, own.task)
+        yield {"questions": name} | measured(own, answers, bad)
+        if recordings.images is None:
+            return
 
 
 def main() -> None:
@@ -112,8 +89,7 @@ def main() -> None:
             seen = read_image_features(str(source), recordings, Thumbnails(), per_episode=IMAGES_PER_EPISODE)
             recordings = replace(recordings, images=seen)
         clean = ~truth.corrupted[recordings.episode]
-        everything, closed = np.ones(len(recordings), bool), until_release(recordings)
-        cases = {"whole": everything, "until release": closed, "clean": clean, "clean until release": clean & closed}
+        cases = {"all": np.ones(len(recordings), bool), "clean alone": clean}
         for case, frames in cases.items():
             if any(row["dataset"] == source.name and row["episodes"] == case for row in rows):
                 continue

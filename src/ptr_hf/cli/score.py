@@ -110,7 +110,7 @@ def _score(options: Namespace, answers: object) -> int:
 
 def _show_plan(sources: list[Any], options: Namespace, console: "Console") -> None:
     from ptr_hf.data.datasets import dataset_metadata
-    from ptr_hf.scoring.inspection import BY_NAME, IMAGE_QUESTIONS, QUESTIONS
+    from ptr_hf.scoring.inspection import IMAGE_QUESTIONS, QUESTIONS
     from ptr_hf.scoring.recordings import single
 
     for given in sources:
@@ -125,8 +125,6 @@ def _show_plan(sources: list[Any], options: Namespace, console: "Console") -> No
             f"{meta.total_tasks} tasks{seen}."
         )
     possible = QUESTIONS if options.policy is None else QUESTIONS + IMAGE_QUESTIONS
-    if options.questions is not None:
-        possible += BY_NAME
     asked = [question.title for question in possible if options.questions is None or question.name in options.questions]
     console.print(f"{len(asked)} questions: {' '.join(asked)}")
     console.print(

@@ -22,7 +22,6 @@ from ptr_hf.scoring.instruction import InstructionFromEpisode
 from ptr_hf.scoring.question import Answer, CannotAskError, Question
 from ptr_hf.scoring.recordings import TASK_GROUP, Recordings, read_recordings, sources_of
 from ptr_hf.scoring.state_from_image import StateFromImage
-from ptr_hf.scoring.usual_picture import UsualPicture
 from ptr_hf.scoring.verdicts import Verdicts, judge
 
 QUESTIONS: tuple[type[Question], ...] = (
@@ -39,8 +38,6 @@ QUESTIONS: tuple[type[Question], ...] = (
 """What is asked, in the order of the columns."""
 IMAGE_QUESTIONS: tuple[type[Question], ...] = (StateFromImage, ImageMotion)
 """What is asked after them where pictures were looked at."""
-BY_NAME: tuple[type[Question], ...] = (UsualPicture,)
-"""What is asked of pictures only where it is named."""
 IMAGES_PER_EPISODE = 32
 FALSE_ALARMS, WEIGHT_MIN = 0.01, 0.02
 WINDOW_SECONDS, WINDOW_FRAMES = 0.5, (8, 32)
@@ -74,8 +71,7 @@ def inspect_dataset(
         false_alarms: share of good episodes that may be flagged, in (0, 0.5].
         weight_min: weight of flagged frames, in [0, 1].
         group: within what episodes are compared: "task", "none", or an episode column (operator, source, ...).
-        questions: names of those to ask; None asks all of `QUESTIONS`, and with a policy those of `IMAGE_QUESTIONS`;
-            those of `BY_NAME` are asked only so.
+        questions: names of those to ask; None asks all of `QUESTIONS`, and with a policy those of `IMAGE_QUESTIONS`.
         policy: look at pictures too, encoded by the frozen vision tower of this policy: a folder, a Hub id, or a loaded LeRobot
             or PTR policy; "thumbnails" needs none. Videos of a Hub dataset are fetched. What was encoded is kept in the Hugging
             Face cache, so that a second inspection decodes nothing. None looks at no picture.
@@ -295,10 +291,10 @@ def _identity(recordings: Recordings) -> dict[str, Any]:
 def _chosen(names: Sequence[str] | None, looks: bool) -> list[Question]:
     """The questions of these names, or all: those about pictures only where somebody looks."""
     usual = QUESTIONS + (IMAGE_QUESTIONS if looks else ())
-    known = {question.name: question for question in usual + (BY_NAME if looks else ())}
+    known = {question.name: question for question in usual}
     for name in names or ():
         if name not in known:
-            if any(name == question.name for question in IMAGE_QUESTIONS + BY_NAME):
+            if any(name == question.name for question in IMAGE_QUESTIONS):
                 raise ValueError(
                     f"The question {name!r} is about pictures: give a policy to look at them with, or 'thumbnails'."
                 )
