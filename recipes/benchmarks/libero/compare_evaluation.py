@@ -8,7 +8,7 @@ tasks: in this process with the cameras that demonstrations are recorded with, w
 policies' own draws differ between the three. Results go to `results/libero_evaluation.json`. `--film` draws instead how the runs
 act from one held-out start, a row a run, as the first camera shows it to them:
 
-    ... compare_evaluation.py --runs sft_combined_0 ptr_offline_combined_0 --film results/figures/libero_policies.png --task 1
+    ... compare_evaluation.py --runs sft_combined_0 ptr_offline_combined_0 --film results/figures/libero_policies.png --task 6
 """
 
 import argparse

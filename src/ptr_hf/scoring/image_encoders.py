@@ -27,12 +27,13 @@ from ptr_hf.policies import make_adapter
 from ptr_hf.policies.base import AdapterBase, unwrap
 from ptr_hf.policies.hooks import preserved_modes
 from ptr_hf.processor_ptr import saved_processors, saved_renames
-from ptr_hf.scoring.seen import SIDE, THUMBNAILS
 
 logger = logging.getLogger(__name__)
 
-GRID, WIDEST, BATCH = 4, 768, 32
-"""Cells of a side in which a tower's tokens are averaged; numbers kept of a picture; pictures at once."""
+THUMBNAILS = "thumbnails"
+SIDE, GRID, WIDEST, BATCH = 16, 4, 768, 32
+"""Pixels of a thumbnail's side; cells of a side in which a tower's tokens are averaged; numbers kept of a picture; pictures at
+once."""
 
 
 class Thumbnails:

@@ -290,8 +290,7 @@ def _identity(recordings: Recordings) -> dict[str, Any]:
 
 def _chosen(names: Sequence[str] | None, looks: bool) -> list[Question]:
     """The questions of these names, or all: those about pictures only where somebody looks."""
-    usual = QUESTIONS + (IMAGE_QUESTIONS if looks else ())
-    known = {question.name: question for question in usual}
+    known = {question.name: question for question in QUESTIONS + (IMAGE_QUESTIONS if looks else ())}
     for name in names or ():
         if name not in known:
             if any(name == question.name for question in IMAGE_QUESTIONS):
@@ -299,4 +298,4 @@ def _chosen(names: Sequence[str] | None, looks: bool) -> list[Question]:
                     f"The question {name!r} is about pictures: give a policy to look at them with, or 'thumbnails'."
                 )
             raise ValueError(f"There is no question {name!r}; there are {', '.join(known)}.")
-    return [question() for question in usual] if names is None else [known[name]() for name in names]
+    return [known[name]() for name in (known if names is None else names)]

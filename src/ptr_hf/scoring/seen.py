@@ -5,9 +5,6 @@ from functools import cached_property
 
 import numpy as np
 
-THUMBNAILS = "thumbnails"
-SIDE, FIELDS = 16, 8
-"""Pixels of a thumbnail's side, and regions of a side."""
 COMPONENTS = 48
 """Numbers kept of a picture."""
 RIDGE = 1e-3
@@ -37,15 +34,6 @@ class ImageFeatures:
         """Of each camera, see `components`."""
         return tuple(components(self.values[:, place]) for place in range(len(self.cameras)))
 
-    @cached_property
-    def regions(self) -> tuple[np.ndarray, ...]:
-        """Of each camera, (looked, regions, numbers): a thumbnail's 8 x 8 fields, or one region of components."""
-        if self.encoder != THUMBNAILS:
-            return tuple(found[:, None] for found in self.components)
-        wide = SIDE // FIELDS
-        parts = self.values.reshape(len(self.rows), len(self.cameras), 3, FIELDS, wide, FIELDS, wide)
-        return tuple(parts.transpose(1, 0, 3, 5, 2, 4, 6).reshape(len(self.cameras), len(self.rows), FIELDS**2, -1))
-
 
 def components(values: np.ndarray, most: int = COMPONENTS) -> np.ndarray:
     """The first principal components of one camera's pictures, the largest at deviation 1.
@@ -69,9 +57,7 @@ def components(values: np.ndarray, most: int = COMPONENTS) -> np.ndarray:
     return np.concatenate(blocks).astype(np.float32)
 
 
-def predicted(
-    inputs: np.ndarray, targets: np.ndarray, fold: np.ndarray, weight: np.ndarray, penalty: float = RIDGE
-) -> np.ndarray:
+def predicted(inputs: np.ndarray, targets: np.ndarray, fold: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Targets as a ridge regression tells them, fold by fold from the rows of the others.
 
     Args:
@@ -79,7 +65,6 @@ def predicted(
         targets: (n, T) at mean 0 and deviation 1.
         fold: (n,) the fold of each row.
         weight: (n,) how much to learn from it.
-        penalty: of the ridge, in the mean square of an input.
 
     Returns:
         (n, T).
@@ -92,6 +77,6 @@ def predicted(
         own = fold == number
         others, trusted = design[~own], design[~own] * weight[~own, None]
         square = trusted.T @ others
-        square[np.diag_indices(len(square))] += penalty * np.trace(square) / len(square) + 1e-9
+        square[np.diag_indices(len(square))] += RIDGE * np.trace(square) / len(square) + 1e-9
         found[own] = design[own] @ np.linalg.solve(square, trusted.T @ targets[~own])
     return found
