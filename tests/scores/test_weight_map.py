@@ -26,7 +26,8 @@ def data(seed: int, slots: int, groups: int) -> tuple[torch.Tensor, torch.Tensor
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
-    slots=st.integers(1, 40),
+    # values of large groups are not sorted
+    slots=st.integers(1, 40) | st.integers(380, 420),
     groups=st.integers(1, 6),
     quantile=st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]),
 )
