@@ -11,7 +11,8 @@ from synthetic_runs import ptr_rows, sft_rows
 
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.publishing.card_facts import BasePolicy, CardFacts, Evaluation, TrainingData
-from ptr_hf.report import Dynamics, DynamicsLog, WeightShare, read_dynamics
+from ptr_hf.report.dynamics import Dynamics, DynamicsLog, read_dynamics
+from ptr_hf.report.evaluation import WeightShare
 
 RANDOM_BASE = BasePolicy(policy_type="act", random_weights=True)
 HOSTILE = (

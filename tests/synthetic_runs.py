@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ptr_hf.report import weight_bin_edges, weight_histogram
+from ptr_hf.report.dynamics import weight_bin_edges, weight_histogram
 
 CHANCE = 1.0 / 88.0
 

@@ -17,7 +17,7 @@ from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments
 from ptr_hf.cli import train_run
 from ptr_hf.envs import draw_without_display
 from ptr_hf.publishing.push import local_needs
-from ptr_hf.report import DYNAMICS_FILE, read_dynamics
+from ptr_hf.report.dynamics import DYNAMICS_FILE, read_dynamics
 from ptr_hf.training.evaluation import EVALUATION_FILE, EvaluationCallback
 from ptr_hf.training.nonfinite import NONFINITE_FILE, BadFrame, NonFiniteRecord
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ptr_hf import PTRTrainingArguments
-from ptr_hf.report import DYNAMICS_FILE
+from ptr_hf.report.dynamics import DYNAMICS_FILE
 from ptr_hf.training.launch import check_launch, is_launcher, launch_arguments, processes_asked_for
 
 TESTS = Path(__file__).parent

@@ -14,7 +14,8 @@ from metrics_rows import NAMES, TASKS, TOTAL, config_of, output_of
 from safetensors.torch import load, save
 
 from ptr_hf.method import GROUP_STATISTICS
-from ptr_hf.report import DynamicsLog, group_shares, read_dynamics
+from ptr_hf.report.dynamics import DynamicsLog, read_dynamics
+from ptr_hf.report.sources import group_shares
 from ptr_hf.training.metrics import MetricsWindow
 
 PAPER = (1.0, 0.25, 4.0)

@@ -26,15 +26,16 @@ from ptr_hf.publishing.card_facts import (
     CardFacts,
     Evaluation,
     TrainingData,
+    library_versions,
 )
 from ptr_hf.publishing.card_text import LONGEST_TEXT, plain
 from ptr_hf.publishing.model_card import (
     ORIGINS,
-    library_versions,
     model_card,
     write_model_card,
 )
-from ptr_hf.report import DYNAMICS_COLUMNS, DYNAMICS_FILE, Dynamics, write_report
+from ptr_hf.report.dynamics import DYNAMICS_COLUMNS, DYNAMICS_FILE, Dynamics
+from ptr_hf.report.page import write_report
 
 NOT_EVALUATED = "This checkpoint has not been evaluated"
 

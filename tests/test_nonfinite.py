@@ -21,7 +21,7 @@ from torch.amp.grad_scaler import GradScaler
 from ptr_hf import PTRTrainer
 from ptr_hf.data.screening import Screen
 from ptr_hf.data.segments import segment_rows
-from ptr_hf.report import DYNAMICS_FILE, read_dynamics
+from ptr_hf.report.dynamics import DYNAMICS_FILE, read_dynamics
 from ptr_hf.training.nonfinite import NONFINITE_FILE, PATIENCE, NonFiniteWatch
 
 

@@ -14,7 +14,7 @@ import pytest
 from killed_runs import BEST, SETTINGS, Runs, kill_again_and_again
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ptr_hf.report import DYNAMICS_FILE, read_dynamics
+from ptr_hf.report.dynamics import DYNAMICS_FILE, read_dynamics
 from ptr_hf.training.checkpoint_files import MANIFEST_NAME, checkpoints, fault, step_of
 
 pytestmark = pytest.mark.full

@@ -16,7 +16,7 @@ from starved_runs import Grades
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments
-from ptr_hf.report import DYNAMICS_FILE, read_dynamics
+from ptr_hf.report.dynamics import DYNAMICS_FILE, read_dynamics
 from ptr_hf.training.checkpoint_contents import checksums
 from ptr_hf.training.checkpoint_files import MANIFEST_NAME, PARTIAL, Manifest, SaveError, checkpoints, fault, step_of
 from ptr_hf.training.run_lock import LOCK_NAME, RunLock

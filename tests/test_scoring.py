@@ -17,7 +17,7 @@ from ptr_hf.data.datasets import dataset_metadata, open_dataset, segments_at_onc
 from ptr_hf.data.in_memory import InMemorySegments
 from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
-from ptr_hf.report import ChunkScores
+from ptr_hf.report.chunk_scores import ChunkScores
 from ptr_hf.scores import EpisodeTable
 from ptr_hf.scoring import action_loss
 

@@ -26,7 +26,8 @@ from transformers import get_scheduler
 
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments
 from ptr_hf.policies.tiny import tiny_smolvla
-from ptr_hf.report import DYNAMICS_COLUMNS, DYNAMICS_FILE, REPORT_FILE, read_dynamics
+from ptr_hf.report.dynamics import DYNAMICS_COLUMNS, DYNAMICS_FILE, read_dynamics
+from ptr_hf.report.files import REPORT_FILE
 
 SECRET = "hf_secretsecretsecret"
 SMALL = {"segment_length": 2, "queue_size": 64, "queue_negatives": 8}

@@ -100,3 +100,13 @@ def test_help_all_has_every_option() -> None:
 
 def test_what_is_said_in_other_words_is_an_option_of_the_help() -> None:
     assert WORDS.keys() <= {name for names in GROUPS.values() for name in names}
+
+
+def test_a_run_begins_without_what_draws() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, ptr_hf.cli.train_run; print('matplotlib' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["False"]

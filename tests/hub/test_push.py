@@ -16,7 +16,8 @@ from small_policies import base_policy, observation, ptr_policy, stats_of, tenso
 
 from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments, score_dataset
 from ptr_hf.publishing.push import PushError
-from ptr_hf.report import write_report, write_scores
+from ptr_hf.report.chunk_scores import write_scores
+from ptr_hf.report.page import write_report
 
 REPO = "lab/policy"
 SMALL = {"segment_length": 2, "queue_size": 16, "queue_negatives": 4, "scorer_warmup_steps": 0}

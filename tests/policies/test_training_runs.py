@@ -18,7 +18,7 @@ from torch.utils.data import default_collate
 from ptr_hf import PTRPolicy, PTRTrainer, PTRTrainingArguments
 from ptr_hf.data.datasets import open_dataset
 from ptr_hf.processor_ptr import preprocess
-from ptr_hf.report import read_dynamics
+from ptr_hf.report.dynamics import read_dynamics
 
 STEPS, WINDOW = 30, 5
 LONG = ("act", "smolvla", "pi0", "pi05", "pi0_fast", "diffusion", "multi_task_dit", "xvla", "evo1", "vla_jepa", "groot")

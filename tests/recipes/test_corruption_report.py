@@ -35,7 +35,7 @@ from benchmarks.corruption.run import Cell, Setting
 from benchmarks.corruption.write_report import main, severity
 from benchmarks.grid import append, finished, read
 from ptr_hf.presets import PRESETS
-from ptr_hf.report import DYNAMICS_FILE, DynamicsLog
+from ptr_hf.report.dynamics import DYNAMICS_FILE, DynamicsLog
 
 SHIFT = {0: 0.02, 1: -0.03, 2: 0.00, 3: 0.01, 4: -0.01}
 MEANS = {

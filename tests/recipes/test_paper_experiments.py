@@ -27,7 +27,7 @@ from transformers import set_seed
 
 from ptr_hf import PTRPolicy, PTRTrainer
 from ptr_hf.cli import train_run
-from ptr_hf.report import read_dynamics
+from ptr_hf.report.dynamics import read_dynamics
 
 pytestmark = pytest.mark.full
 

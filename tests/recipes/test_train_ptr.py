@@ -21,7 +21,8 @@ from ptr_hf import PTRPolicy, PTRTrainer
 from ptr_hf.cli import train_run
 from ptr_hf.cli.export import export
 from ptr_hf.policies.bundled import BUNDLED_POLICY
-from ptr_hf.report import read_dynamics, read_scores
+from ptr_hf.report.chunk_scores import read_scores
+from ptr_hf.report.dynamics import read_dynamics
 from ptr_hf.scoring.dataset_scores import DatasetScores
 from ptr_hf.scoring.inspected import SUCCESS, SUCCESS_OF_TASK
 

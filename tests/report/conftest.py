@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from synthetic_runs import ptr_rows, sft_rows
 
-from ptr_hf.report import ChunkScores, Dynamics, DynamicsLog, read_dynamics
+from ptr_hf.report.chunk_scores import ChunkScores
+from ptr_hf.report.dynamics import Dynamics, DynamicsLog, read_dynamics
 
 KINDS = ("clean", "noise", "truncation", "wrong_instruction")
 

@@ -10,19 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from synthetic_runs import ptr_rows
 
-from ptr_hf.report import (
-    ChunkScores,
-    DynamicsLog,
-    dynamics_figure,
-    findings,
-    read_dynamics,
-    read_scores,
-    write_report,
-    write_scores,
-)
+from ptr_hf.report.chunk_scores import ChunkScores, read_scores, write_scores
 from ptr_hf.report.console import PlainConsole
-from ptr_hf.report.dynamics import DYNAMICS_COLUMNS, DYNAMICS_SCHEMA
+from ptr_hf.report.dynamics import DYNAMICS_COLUMNS, DYNAMICS_SCHEMA, DynamicsLog, read_dynamics
 from ptr_hf.report.evaluation import number
+from ptr_hf.report.figures import dynamics_figure
+from ptr_hf.report.findings import findings
+from ptr_hf.report.page import write_report
 from ptr_hf.report.text import drawable, visible, without_local_paths
 
 HOSTILE = "pick\x00 the \x1b[31mcup\u202e up\n[/b] $x$"

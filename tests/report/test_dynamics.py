@@ -16,11 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_runs import ptr_rows, sft_rows
 
-from ptr_hf.report import DYNAMICS_COLUMNS, Dynamics, DynamicsLog, read_dynamics, weight_bin_edges, weight_histogram
+from ptr_hf.report.dynamics import (
+    DYNAMICS_COLUMNS,
+    Dynamics,
+    DynamicsLog,
+    read_dynamics,
+    weight_bin_edges,
+    weight_histogram,
+)
 
 APPEND_FOREVER = """
 import sys
-from ptr_hf.report import DynamicsLog
+from ptr_hf.report.dynamics import DynamicsLog
 log = DynamicsLog(sys.argv[1])
 for step in range(1, 1_000_000):
     log.append({"step": step, "loss": 1.0 / step})

@@ -8,17 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from ptr_hf.report import (
-    ChunkScores,
-    Dynamics,
-    detection,
-    effective_sample_share,
-    episode_weights,
-    read_scores,
-    summary_table,
-    weight_shares,
-    write_scores,
-)
+from ptr_hf.report.chunk_scores import ChunkScores, read_scores, write_scores
+from ptr_hf.report.dynamics import Dynamics
+from ptr_hf.report.evaluation import detection, effective_sample_share, episode_weights, summary_table, weight_shares
 
 # (episode, task, weight, target_valid): episode means are 3, 2, 1 (clean) and 2, 0.5 (corrupted).
 ROWS = [

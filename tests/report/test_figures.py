@@ -16,17 +16,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 from synthetic_runs import CHANCE, ptr_rows, sft_rows
 
-from ptr_hf.report import (
-    ChunkScores,
-    Dynamics,
-    DynamicsLog,
-    detection,
-    dynamics_figure,
-    save_figure,
-    weight_histogram_figure,
-)
-from ptr_hf.report.figures import weights_by_quality_figure
-from ptr_hf.report.style import running_mean
+from ptr_hf.report.chunk_scores import ChunkScores
+from ptr_hf.report.dynamics import Dynamics, DynamicsLog
+from ptr_hf.report.evaluation import detection
+from ptr_hf.report.figures import dynamics_figure, weight_histogram_figure, weights_by_quality_figure
+from ptr_hf.report.style import running_mean, save_figure
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from synthetic_runs import CHANCE, ptr_rows, sft_rows
 
-from ptr_hf.report import ChunkScores, Dynamics, DynamicsLog, findings, write_report, write_scores
+from ptr_hf.report.chunk_scores import ChunkScores, write_scores
+from ptr_hf.report.dynamics import Dynamics, DynamicsLog
+from ptr_hf.report.findings import findings
+from ptr_hf.report.page import write_report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 

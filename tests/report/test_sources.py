@@ -15,18 +15,11 @@ from synthetic_runs import ptr_rows, sourced_rows
 
 from ptr_hf.publishing.card_facts import TrainingData
 from ptr_hf.publishing.model_card import model_card
-from ptr_hf.report import (
-    DYNAMICS_FILE,
-    Dynamics,
-    DynamicsLog,
-    findings,
-    group_shares,
-    read_dynamics,
-    save_figure,
-    sources_figure,
-    write_report,
-)
-from ptr_hf.report.sources import logged_share_bound
+from ptr_hf.report.dynamics import DYNAMICS_FILE, Dynamics, DynamicsLog, read_dynamics
+from ptr_hf.report.findings import findings
+from ptr_hf.report.page import write_report
+from ptr_hf.report.sources import group_shares, logged_share_bound, sources_figure
+from ptr_hf.report.style import save_figure
 
 
 def group(name: str, chunks: int, targets: int, share: float, weight_share: float, **means: float | None) -> dict:

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from synthetic_runs import ptr_rows, sft_rows
 
-from ptr_hf.report import DynamicsLog, read_dynamics, save_figure
+from ptr_hf.report.dynamics import DynamicsLog, read_dynamics
+from ptr_hf.report.style import save_figure
 from ptr_hf.scoring.dataset_scores import DatasetScores
 from ptr_hf.scoring.inspected import AUC, SUCCESS, SUCCESS_OF_TASK, inspection_by_truth, inspection_figure
 

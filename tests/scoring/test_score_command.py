@@ -18,7 +18,7 @@ from ptr_hf.cli.score import main, score
 from ptr_hf.cli.score_options import DEFAULTS, parse
 from ptr_hf.data.demonstrations import bundled_demonstrations, load_truth
 from ptr_hf.processor_ptr import make_ptr_pre_post_processors
-from ptr_hf.report import SCORES_FILE, read_scores
+from ptr_hf.report.chunk_scores import SCORES_FILE, read_scores
 from ptr_hf.scoring import inspection
 from ptr_hf.scoring.dataset_scores import CHUNKS_FILE, DatasetScores
 from ptr_hf.scoring.next_steps import PAGE_FILE, commands, excluded_episodes, kept_episodes, recommendation

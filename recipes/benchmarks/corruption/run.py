@@ -36,7 +36,8 @@ from ptr_hf.data.demonstrations import load_truth, truth_path
 from ptr_hf.envs.metaworld_tasks import PIXEL_TASKS, STATE_TASKS, Goals, Track
 from ptr_hf.hyperparameters import AUTO
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
-from ptr_hf.report import ChunkScores, detection, effective_sample_share, episode_weights
+from ptr_hf.report.chunk_scores import ChunkScores
+from ptr_hf.report.evaluation import detection, effective_sample_share, episode_weights
 from ptr_hf.scores import SlotMemory
 from ptr_hf.scoring.dataset_scores import DatasetScores
 from ptr_hf.scoring.given_weights import INSPECTION_FOLDER

@@ -17,8 +17,8 @@ from transformers import HfArgumentParser
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where the package `benchmarks` lies
 from benchmarks.corruption.conditions import CONDITIONS, Condition
 from benchmarks.corruption.report import read_runs, write_corruption_report
-from ptr_hf.report import Dynamics, read_dynamics
 from ptr_hf.report.console import PlainConsole
+from ptr_hf.report.dynamics import Dynamics, read_dynamics
 
 
 @dataclass

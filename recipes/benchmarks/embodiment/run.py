@@ -29,7 +29,7 @@ from ptr_hf import PTRTrainer, PTRTrainingArguments
 from ptr_hf.data.mixture.config import MixtureConfig
 from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
-from ptr_hf.report import DYNAMICS_FILE, read_dynamics
+from ptr_hf.report.dynamics import DYNAMICS_FILE, read_dynamics
 from ptr_hf.report.sources import group_shares
 
 _NO_BELIEF = {"num_belief_tokens": 0}

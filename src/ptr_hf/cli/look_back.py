@@ -13,23 +13,13 @@ from rich.table import Table
 from ptr_hf import PTRTrainer, PTRTrainingArguments, score_dataset
 from ptr_hf.cli.train_options import RecipeArguments
 from ptr_hf.hyperparameters import AUTO
-from ptr_hf.report import (
-    DYNAMICS_FILE,
-    REPORT_FILE,
-    SCORES_FILE,
-    Dynamics,
-    detection,
-    dynamics_figure,
-    episode_weights,
-    given_weights_figure,
-    read_dynamics,
-    save_figure,
-    write_report,
-    write_scores,
-)
-from ptr_hf.report.evaluation import corruption_kinds
-from ptr_hf.report.files import beside_the_run
-from ptr_hf.report.page import FIGURES_FOLDER, has_curves
+from ptr_hf.report.chunk_scores import SCORES_FILE, write_scores
+from ptr_hf.report.dynamics import DYNAMICS_FILE, Dynamics, read_dynamics
+from ptr_hf.report.evaluation import corruption_kinds, detection, episode_weights
+from ptr_hf.report.figures import dynamics_figure, given_weights_figure
+from ptr_hf.report.files import FIGURES_FOLDER, REPORT_FILE, beside_the_run
+from ptr_hf.report.page import has_curves, write_report
+from ptr_hf.report.style import save_figure
 from ptr_hf.scoring import action_loss
 from ptr_hf.scoring.dataset_scores import DatasetScores
 from ptr_hf.scoring.given_weights import INSPECTION_FOLDER

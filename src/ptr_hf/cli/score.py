@@ -171,7 +171,7 @@ def _write_copy(scores: "DatasetScores", source: str, options: Namespace, consol
 def _ask_scorer(source: str, options: Namespace, console: "Console") -> None:
     import numpy as np
 
-    from ptr_hf.report import SCORES_FILE, write_scores
+    from ptr_hf.report.chunk_scores import SCORES_FILE, write_scores
     from ptr_hf.scoring import score_dataset
 
     known = score_dataset(options.scorer, source, episodes=options.episodes, seed=options.seed)

@@ -10,7 +10,6 @@ from transformers import set_seed
 from ptr_hf import PTRTrainer, PTRTrainingArguments
 from ptr_hf.cli import interrupts
 from ptr_hf.cli.base_policies import adapted_policy, new_policy, tiny_policy
-from ptr_hf.cli.look_back import comparison_table, look_back, reasons_table
 from ptr_hf.cli.refusals import refusals
 from ptr_hf.cli.train import PROGRAM
 from ptr_hf.cli.train_options import OPTIONS, parse_arguments, read_mixture
@@ -22,9 +21,8 @@ from ptr_hf.hyperparameters import AUTO
 from ptr_hf.policies.bundled import bundled_policy
 from ptr_hf.presets import PRESETS
 from ptr_hf.publishing.push import PushError
-from ptr_hf.report import REPORT_FILE
 from ptr_hf.report.console import PlainConsole
-from ptr_hf.report.files import beside_the_run
+from ptr_hf.report.files import REPORT_FILE, beside_the_run
 from ptr_hf.scoring.dataset_scores import DatasetScores
 from ptr_hf.scoring.given_weights import INSPECTION_FOLDER
 from ptr_hf.training.checkpoint_files import SaveError, checkpoints
@@ -108,6 +106,7 @@ def main(argv: list[str]) -> None:
     main_trainer = trainers[name]
     if not main_trainer.is_world_process_zero():
         return
+    from ptr_hf.cli.look_back import comparison_table, look_back, reasons_table
 
     if demo == "states" and recipe.evaluation_starts:
         console.rule("Success in simulation")

@@ -1,13 +1,16 @@
 """The facts of a run that its cards are written from; whoever fills them leaves out what it does not know."""
 
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 from ptr_hf.artifacts.sources import is_repo_id
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.hyperparameters import PTRHyperparameters
-from ptr_hf.report import Dynamics, WeightShare
+from ptr_hf.report.dynamics import Dynamics
+from ptr_hf.report.evaluation import WeightShare
 
 OWN_POLICY_TYPES = ("smolvla_state",)
 """Policy types that only ptr_hf brings."""
@@ -125,3 +128,15 @@ class CardFacts:
     def measured(self) -> list[Evaluation]:
         """The evaluations of this very checkpoint."""
         return [result for result in self.evaluations if result.step in (None, self.steps)]
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that training rests on, of those that are installed."""
+    versions = {"Python": platform.python_version()}
+    names = ("lerobot", "transformers", "torch", "accelerate", "peft", "datasets", "huggingface_hub")
+    for label, name in {"ptr_hf": "lerobot_policy_ptr", **{name: name for name in names}}.items():
+        try:
+            versions[label] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions

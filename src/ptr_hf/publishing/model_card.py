@@ -4,10 +4,8 @@ A fact that is missing is left out or called missing; nothing is guessed. Whatev
 datasets, environments) is escaped when a template prints it, and a local folder shows its name, never its path.
 """
 
-import platform
 from collections.abc import Iterable
 from dataclasses import fields
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,15 @@ from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.method import share_bound, weight_bounds
 from ptr_hf.policies.base import unwrap
 from ptr_hf.presets import PRESETS
-from ptr_hf.publishing.card_facts import BasePolicy, CardFacts, Evaluation
+from ptr_hf.publishing.card_facts import BasePolicy, CardFacts, Evaluation, library_versions
 from ptr_hf.publishing.card_text import fill_card, plain
-from ptr_hf.report import Dynamics, GroupShare, findings, group_shares, summary_table
-from ptr_hf.report.evaluation import SUMMARY_METRICS, main_run
+from ptr_hf.report.dynamics import Dynamics
+from ptr_hf.report.evaluation import SUMMARY_METRICS, main_run, summary_table
+from ptr_hf.report.files import FIGURES_FOLDER
+from ptr_hf.report.findings import findings
 from ptr_hf.report.given_weights import weight_sentences
-from ptr_hf.report.page import CAPTIONS, FIGURES_FOLDER
+from ptr_hf.report.page import CAPTIONS
+from ptr_hf.report.sources import GroupShare, group_shares
 
 POLICY_TEMPLATE = "policy_card.md.j2"
 
@@ -120,18 +121,6 @@ def policy_facts(policy: Any, *, random_weights: bool = False, **more: Any) -> C
         versions=library_versions(),
         **more,
     )
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that training rests on, of those that are installed."""
-    versions = {"Python": platform.python_version()}
-    names = ("lerobot", "transformers", "torch", "accelerate", "peft", "datasets", "huggingface_hub")
-    for label, name in {"ptr_hf": "lerobot_policy_ptr", **{name: name for name in names}}.items():
-        try:
-            versions[label] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def preset_changes(config: PTRHyperparameters) -> dict[str, tuple[Any, Any]]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+REPORT_FILE = "ptr_report.html"
+FIGURES_FOLDER = "figures"
 DAMAGED = ".damaged"
 """Ending of a file that could not be read and was put aside; such files are not published."""
 

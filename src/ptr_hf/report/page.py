@@ -32,16 +32,14 @@ from ptr_hf.report.figures import (
     weight_histogram_figure,
     weights_by_quality_figure,
 )
-from ptr_hf.report.files import beside_the_run, replacing
+from ptr_hf.report.files import FIGURES_FOLDER, REPORT_FILE, beside_the_run, replacing
 from ptr_hf.report.findings import findings
 from ptr_hf.report.given_weights import given_options, weight_sentences
 from ptr_hf.report.sources import SOURCES_CAPTION, group_shares, logged_share_bound, sources_figure
 from ptr_hf.report.style import save_figure
 from ptr_hf.report.text import readable, visible, without_local_paths
 
-REPORT_FILE = "ptr_report.html"
 CONFIG_FILE = "ptr_config.json"
-FIGURES_FOLDER = "figures"
 NO_CURVES = (
     "One step was logged, step {step}, so there are no curves over training: for those, log more often (logging_steps), or train "
     "for longer."

@@ -6,7 +6,8 @@ badly are drawn less often in the next stage: weight σ(2 (z + 3)) (METHOD: cros
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -170,17 +171,18 @@ class CrossFit:
         bar = tqdm(total=total, desc=label, disable=not settings.progress, leave=False, unit="step")
         for stage in range(settings.stages):
             chance = np.cumsum(np.where(own, 0.0, trust[recordings.episode[self.rows]]), axis=1)
-            for _ in range(steps):
-                ball = draws.random((self.folds, settings.batch_size)) * chance[:, -1:]
-                drawn = np.stack(
-                    [np.searchsorted(line, thrown, "right") for line, thrown in zip(chance, ball, strict=True)]
-                )
-                value = loss(torch.as_tensor(self.rows[drawn], device=settings.device))
-                optimizer.zero_grad()
-                value.backward()
-                optimizer.step()
-                schedule.step()
-                bar.update()
+            with one_thread():
+                for _ in range(steps):
+                    ball = draws.random((self.folds, settings.batch_size)) * chance[:, -1:]
+                    drawn = np.stack(
+                        [np.searchsorted(line, thrown, "right") for line, thrown in zip(chance, ball, strict=True)]
+                    )
+                    value = loss(torch.as_tensor(self.rows[drawn], device=settings.device))
+                    optimizer.zero_grad()
+                    value.backward()
+                    optimizer.step()
+                    schedule.step()
+                    bar.update()
             if stage < settings.stages - 1:
                 trust = np.clip(reweigh(recordings.means(self._judged(self.rows, judge))), 1e-3, 1)
         bar.close()
@@ -200,6 +202,17 @@ class CrossFit:
                 scores[block] = judged
         assert scores is not None, "some frame is finite"
         return scores
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The steps' products are small: several threads gain nothing, and wait for each other where the machine has other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _dealt(task: np.ndarray, usable: np.ndarray, folds: int, draws: np.random.Generator) -> np.ndarray:

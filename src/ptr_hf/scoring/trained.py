@@ -30,7 +30,7 @@ from ptr_hf.data.segments import Segment, SegmentLayout
 from ptr_hf.method.chunks import ChunkBatch, in_time_order, joined
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.processor_ptr import preprocess, saved_processors
-from ptr_hf.report import ChunkScores
+from ptr_hf.report.chunk_scores import ChunkScores
 from ptr_hf.scores import EpisodeTable, ScoreWeigher, SlotMemory
 
 type ScoredSource = str | Path | LeRobotDataset | InMemorySegments | Mixture | MixtureConfig | Mapping | Sequence

@@ -21,8 +21,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from ptr_hf.modeling_ptr import PTRPolicy
-from ptr_hf.publishing.card_facts import TrainingData
-from ptr_hf.publishing.model_card import library_versions
+from ptr_hf.publishing.card_facts import TrainingData, library_versions
 from ptr_hf.training.launcher_watch import watch_launcher
 
 MAY_DIFFER = frozenset(

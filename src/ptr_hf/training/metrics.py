@@ -11,8 +11,7 @@ from torch import Tensor
 from ptr_hf.hyperparameters import PTRHyperparameters
 from ptr_hf.method import GROUP_STATISTICS, ObjectiveOutput, group_statistics, share_bound, weight_bounds
 from ptr_hf.modeling_ptr import PTRPolicy
-from ptr_hf.report import weight_bin_edges, weight_histogram
-from ptr_hf.report.dynamics import MOST_TASKS
+from ptr_hf.report.dynamics import MOST_TASKS, weight_bin_edges, weight_histogram
 
 _SMALLEST, _LARGEST = "weight_min", "weight_max"
 _SUM, _WEIGHTS, _COUNT, _GROUPS = "sum.", "weights", "count", "groups."

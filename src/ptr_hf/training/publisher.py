@@ -15,21 +15,11 @@ from huggingface_hub import CommitInfo
 from transformers.trainer_utils import HubStrategy, SchedulerType
 
 from ptr_hf.publishing.card_facts import CardFacts, Evaluation
-from ptr_hf.publishing.model_card import policy_facts, write_model_card
 from ptr_hf.publishing.push import Destination, PushError, local_needs, published_files, remove_staged, stage
-from ptr_hf.report import (
-    DYNAMICS_FILE,
-    REPORT_FILE,
-    SCORES_FILE,
-    Dynamics,
-    effective_sample_share,
-    read_dynamics,
-    read_scores,
-    weight_shares,
-    write_report,
-)
-from ptr_hf.report.evaluation import main_run
-from ptr_hf.report.files import beside_the_run
+from ptr_hf.report.chunk_scores import SCORES_FILE, read_scores
+from ptr_hf.report.dynamics import DYNAMICS_FILE, Dynamics, read_dynamics
+from ptr_hf.report.evaluation import effective_sample_share, main_run, weight_shares
+from ptr_hf.report.files import REPORT_FILE, beside_the_run
 from ptr_hf.training.evaluation import EVALUATION_FILE, read_evaluations
 
 if TYPE_CHECKING:
@@ -59,6 +49,8 @@ class RunPublisher:
 
     def card_facts(self, repo_id: str | None = None) -> CardFacts:
         """What is known of the run so far; what is not known stays out of the card."""
+        from ptr_hf.publishing.model_card import policy_facts
+
         trainer, args = self._trainer, self._trainer.args
         output = Path(args.output_dir)
         shares: dict[str, Any] = {}
@@ -112,6 +104,10 @@ class RunPublisher:
         A report in the folder that is newer than the dynamics and the scores stays: whoever wrote it may have known more, such as
         results, the truth about the data or another run beside this one.
         """
+        # they draw, and what draws is imported when there is something to draw
+        from ptr_hf.publishing.model_card import write_model_card
+        from ptr_hf.report.page import write_report
+
         config, dynamics = self._trainer.policy.config, self._dynamics()
         if dynamics is not None and dynamics.runs and not self._is_reported(folder):
             with beside_the_run("The report could not be written"):

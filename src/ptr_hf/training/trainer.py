@@ -27,7 +27,7 @@ from ptr_hf.data.screening import leave_out
 from ptr_hf.data.segments import is_rows
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.processor_ptr import preprocess
-from ptr_hf.report import DYNAMICS_FILE, DynamicsLog
+from ptr_hf.report.dynamics import DYNAMICS_FILE, DynamicsLog
 from ptr_hf.report.files import beside_the_run
 from ptr_hf.scores import weighed_loss, weight_metrics
 from ptr_hf.training.arguments import PTRTrainingArguments
