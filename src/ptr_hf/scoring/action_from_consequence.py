@@ -1,5 +1,7 @@
 """Can the action be told from what followed? The inverse question, asked of every action dimension."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -67,18 +69,18 @@ class _Changes:
     def __init__(self, fit: CrossFit) -> None:
         self._fit = fit
         rows = torch.as_tensor(fit.rows, device=fit.settings.device)
-        spreads = [self._change(rows, steps).std(dim=0, correction=0) for steps in STEPS]
+        spreads = [self._changes(rows, (steps,)).std(dim=0, correction=0) for steps in STEPS]
         self._scale = torch.cat([torch.ones_like(spreads[0]), *(1 / spread.clamp(min=1e-4) for spread in spreads)])
 
-    def _change(self, rows: Tensor, steps: int) -> Tensor:
+    def _changes(self, rows: Tensor, steps: Sequence[int]) -> Tensor:
         state = self._fit.state
-        return state[self._fit.at(rows, steps)] - state[rows]
+        return (state[self._fit.at(rows, steps)] - state[rows][:, None]).flatten(1)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Frames (...,) given by their rows -> (..., inputs)."""
         flat = rows.reshape(-1)
-        parts = [self._fit.state[flat], *(self._change(flat, steps) for steps in STEPS)]
-        inputs = torch.cat(parts, dim=1).mul_(self._scale).clamp_(-8, 8)
+        inputs = torch.cat([self._fit.state[flat], self._changes(flat, STEPS)], dim=1)
+        inputs = inputs.mul_(self._scale).clamp_(-8, 8)
         return inputs.reshape(*rows.shape, -1)
 
 

@@ -29,7 +29,6 @@ class ConsequenceFromAction(Question):
             raise CannotAskError("it takes two episodes to judge one by the other")
         size = fit.state.shape[1]
         network = _Scorer(fit, torch.Generator().manual_seed(fit.settings.seed))
-        offsets = torch.arange(HORIZON, device=fit.settings.device)
         others = torch.as_tensor(fit.rows, device=fit.settings.device)
         drawn = torch.randint(len(others), (CANDIDATES,), generator=torch.Generator().manual_seed(fit.settings.seed))
         pool = others[drawn.to(others.device)]
@@ -37,13 +36,13 @@ class ConsequenceFromAction(Question):
         def before(rows: Tensor) -> Tensor:
             flat = rows.reshape(-1)
             state = fit.state[flat]
-            acted = fit.action[torch.minimum(flat[:, None] + offsets, fit.at(flat, HORIZON - 1)[:, None])]
-            step = state - fit.state[fit.at(flat, -1)]
+            acted = fit.action[fit.at(flat, range(HORIZON))]
+            step = state - fit.state[fit.at(flat, (-1,))[:, 0]]
             return torch.cat([state, step, acted.flatten(1)], dim=1).reshape(*rows.shape, -1)
 
         def after(rows: Tensor) -> Tensor:
             flat = rows.reshape(-1)
-            followed = fit.state[fit.at(flat, HORIZON)]
+            followed = fit.state[fit.at(flat, (HORIZON,))[:, 0]]
             return torch.cat([followed, followed - fit.state[flat]], dim=1).reshape(*rows.shape, 2 * size)
 
         def loss(rows: Tensor) -> Tensor:

@@ -6,13 +6,13 @@ badly are drawn less often in the next stage: weight σ(2 (z + 3)) (METHOD: cros
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
@@ -131,9 +131,10 @@ class CrossFit:
             torch.as_tensor(edge[recordings.episode], device=device) for edge in (recordings.first, recordings.last)
         )
 
-    def at(self, rows: Tensor, steps: int) -> Tensor:
+    def at(self, rows: Int[Tensor, " frames"], steps: Sequence[int]) -> Int[Tensor, "frames steps"]:
         """The rows of the frames so many steps on (or back), held at the episode's ends."""
-        return torch.minimum(torch.maximum(rows + steps, self._first[rows]), self._last[rows])
+        first, last = self._first[rows][:, None], self._last[rows][:, None]
+        return torch.clamp(rows[:, None] + torch.tensor(steps, device=rows.device), first, last)
 
     def fit(
         self,
