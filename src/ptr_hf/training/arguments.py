@@ -64,6 +64,12 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
         default="tensorboard", metadata={"help": "Where logs go: tensorboard, trackio, wandb, none, or several."}
     )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False: policies read dicts."})
+    dataloader_persistent_workers: bool = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "Start the processes that read data once, not at every epoch. Default: yes where there are any."
+        },
+    )
     nonfinite: Literal["skip", "stop"] = field(
         default="skip",
         metadata={
@@ -142,6 +148,7 @@ class PTRTrainingArguments(PTRHyperparameters, TrainingArguments):
         PTRHyperparameters.__post_init__(self, _filled)
         self._refuse_idle(self.given)
         self._count_steps()
+        self._fill("dataloader_persistent_workers", bool(self.dataloader_num_workers))
         check_ranges(self)
         check_structures(self, self._VALID_DICT_FIELDS)
         TrainingArguments.__post_init__(self)

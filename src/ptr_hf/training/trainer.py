@@ -15,7 +15,7 @@ from lerobot.configs import PreTrainedConfig
 from lerobot.processor import PolicyProcessorPipeline
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.utils.data import Dataset, RandomSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
@@ -281,6 +281,14 @@ class PTRTrainer(Trainer):
         elif isinstance(sampler, RandomSampler) and self.accelerator.use_seedable_sampler:
             sampler = self._sampler = EpochSampler(len(sampler), seed)
         return sampler
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """As transformers' Trainer, which keeps the loader of persistent workers whatever dataset is asked for later."""
+        if isinstance(eval_dataset, Dataset) and eval_dataset is not self.eval_dataset:
+            return self._get_dataloader(
+                eval_dataset, "Evaluation", self.args.eval_batch_size, sampler_fn=self._get_eval_sampler
+            )
+        return super().get_eval_dataloader(eval_dataset)
 
     def processors_for(self, robot: str) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
         """Pre- and postprocessor for one of the robots of a mixture.
