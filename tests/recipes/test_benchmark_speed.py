@@ -48,10 +48,10 @@ def test_the_counter_sees_a_frame_that_is_decoded_twice() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("runner", ["lerobot-train", "ptr"])
+@pytest.mark.parametrize("runner", ["lerobot-train", "cached", "ptr"])
 def test_a_training_run_reports_throughput_and_memory(runner: str) -> None:
-    case = Case("smolvla", segments=1, segment_length=2, belief_tokens=2)
-    figures = training_run(runner, case, bundled_demonstrations(), steps=2, skip=1, threads=1, seed=0)
+    case = Case("smolvla_frozen", segments=1, segment_length=2, belief_tokens=2)
+    figures = training_run(runner, case, bundled_demonstrations(), steps=2, skip=1, threads=1, seed=0, episodes=[0, 3])
     assert set(figures) == {"samples_per_cpu_s", "samples_per_s", "peak_mib"}
     assert all(value > 0 for value in figures.values())
 

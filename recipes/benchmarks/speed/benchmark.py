@@ -14,6 +14,7 @@ import platform
 import statistics
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -26,11 +27,11 @@ from transformers import HfArgumentParser
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where the package `benchmarks` lies
 from benchmarks.speed.frames import measure_reading
-from benchmarks.speed.probes import Case, paired_steps, spread, training_run
+from benchmarks.speed.probes import FROZEN, Case, paired_steps, spread, training_run
 from ptr_hf.data.demonstrations import bundled_demonstrations
 from ptr_hf.report.console import PlainConsole
 
-RUNNERS = ("lerobot-train", "sft", "ptr")
+RUNNERS = ("lerobot-train", "sft", "cached", "ptr")
 STEPS = [
     Case("act", 8, 4, 0),
     Case("act", 8, 4, 4),
@@ -41,9 +42,11 @@ STEPS = [
     Case("smolvla", 32, 1, 0),
     Case("smolvla", 32, 4, 4),
 ]
-RUNS = [Case("act", 2, 4, 4), Case("smolvla", 8, 4, 4)]
+RUNS = [Case("act", 2, 4, 0), Case("smolvla_frozen", 8, 4, 0)]
 REAL_STEPS = [Case("smolvla_500m", 2, 4, 0), Case("smolvla_500m", 2, 4, 4)]
 REAL_RUNS = [Case("smolvla_500m", 2, 4, 0)]
+REAL_EPISODES = (0,)
+"""What runs at the released size train on: the features of every frame are computed first."""
 
 
 @dataclass
@@ -56,6 +59,7 @@ class SpeedArguments:
     )
     real_size: bool = field(default=False, metadata={"help": "Also measure SmolVLA at its released size."})
     tiny: bool = field(default=True, metadata={"help": "Measure the tiny policies."})
+    reading: bool = field(default=True, metadata={"help": "Measure how videos are read."})
     pairs: int = field(default=20, metadata={"help": "Pairs of steps of a tiny policy."})
     real_size_pairs: int = field(default=5, metadata={"help": "Pairs of steps at the released size."})
     rounds: int = field(
@@ -78,17 +82,24 @@ def measure_steps(arguments: SpeedArguments, dataset: Path, cases: list[Case], p
 
 
 def measure_runs(
-    arguments: SpeedArguments, dataset: Path, cases: list[Case], rounds: int, steps: int, skip: int
+    arguments: SpeedArguments,
+    dataset: Path,
+    cases: list[Case],
+    rounds: int,
+    steps: int,
+    skip: int,
+    episodes: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Throughput and peak memory of `lerobot-train`, and of `PTRTrainer` without and with PTR."""
+    """Throughput and peak memory of `lerobot-train`, and of `PTRTrainer` plain, from stored features and with PTR."""
     results = []
     for case in cases:
-        runs: dict[str, list[dict[str, float]]] = {runner: [] for runner in RUNNERS}
-        with tqdm(total=rounds * len(RUNNERS), desc=case.label, unit="run") as bar:
+        runners = [name for name in RUNNERS if name != "cached" or case.policy in FROZEN]
+        runs: dict[str, list[dict[str, float]]] = {runner: [] for runner in runners}
+        with tqdm(total=rounds * len(runners), desc=case.label, unit="run") as bar:
             for _ in range(rounds):
-                for runner in RUNNERS:
+                for runner in runners:
                     runs[runner].append(
-                        training_run(runner, case, dataset, steps, skip, arguments.threads, arguments.seed)
+                        training_run(runner, case, dataset, steps, skip, arguments.threads, arguments.seed, episodes)
                     )
                     bar.update()
         figures = {
@@ -99,10 +110,10 @@ def measure_runs(
             asdict(case)
             | {"chunks": case.chunks, "rounds": rounds, "steps": steps - skip, "runs": figures}
             | {
-                "sft_to_lerobot_samples_per_cpu_s": _ratio(runs, "samples_per_cpu_s", "sft", "lerobot-train"),
-                "ptr_to_lerobot_samples_per_cpu_s": _ratio(runs, "samples_per_cpu_s", "ptr", "lerobot-train"),
-                "ptr_to_sft_peak_memory": _ratio(runs, "peak_mib", "ptr", "sft"),
+                f"{runner}_to_lerobot_cpu": _ratio(runs, "samples_per_cpu_s", "lerobot-train", runner)
+                for runner in runners[1:]
             }
+            | {f"{runner}_to_sft_peak_memory": _ratio(runs, "peak_mib", runner, "sft") for runner in runners[2:]}
         )
     return results
 
@@ -116,7 +127,8 @@ def show(result: dict[str, Any]) -> None:
     """The result as tables."""
     console = PlainConsole()
     steps = _table(
-        "Step time to SFT's on the same chunks", "step", "SFT CPU s", "PTR CPU s", "ratio", "wall", "SFT cached"
+        "Step time to SFT's on the same chunks",
+        *("step", "SFT CPU s", "PTR CPU s", "ratio", "wall", "SFT cached", "SFT chunk by chunk"),
     )
     for row in result["step_time"]:
         label = Case(*(row[name] for name in Case.__dataclass_fields__)).label
@@ -126,17 +138,21 @@ def show(result: dict[str, Any]) -> None:
             f"{row['ptr_cpu_s']:.3f}",
             _span(row["ratio_cpu"]),
             _span(row["ratio_wall"]),
-            _span(row["cached_ratio_cpu"]) if "cached_ratio_cpu" in row else "–",
+            *(
+                _span(row[f"{side}_ratio_cpu"]) if f"{side}_ratio_cpu" in row else "–"
+                for side in ("cached", "by_chunk")
+            ),
         )
     console.print(steps)
     runs = _table(
-        "Whole training runs, data loading included", "run", *RUNNERS, "SFT / lerobot", "PTR / lerobot", "memory"
+        "CPU time of a sample in whole training runs, data loading included, to lerobot-train's",
+        *("run", *RUNNERS[1:], "PTR's peak memory to SFT's"),
     )
     for row in result["training_runs"]:
         label = Case(*(row[name] for name in Case.__dataclass_fields__)).label
-        figures = (f"{row['runs'][runner]['samples_per_cpu_s']:.2f}/s" for runner in RUNNERS)
-        ratios = ("sft_to_lerobot_samples_per_cpu_s", "ptr_to_lerobot_samples_per_cpu_s", "ptr_to_sft_peak_memory")
-        runs.add_row(label, *figures, *(_span(row[name]) for name in ratios))
+        ratios = (f"{runner}_to_lerobot_cpu" for runner in RUNNERS[1:])
+        spans = (_span(row[name]) if name in row else "–" for name in ratios)
+        runs.add_row(label, *spans, _span(row["ptr_to_sft_peak_memory"]))
     console.print(runs)
     reading = _table(
         "Reading, per chunk and camera",
@@ -184,26 +200,28 @@ def main() -> None:
         "machine": {"architecture": platform.machine(), "cores": os.cpu_count(), "threads": arguments.threads},
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("lerobot_policy_ptr", "lerobot", "torch", "transformers", "av")},
-        "reading": measure_reading(
+        "reading": [],
+        "step_time": [],
+        "training_runs": [],
+    }
+    if arguments.reading:
+        result["reading"] = measure_reading(
             arguments.dataset or bundled_demonstrations("heldout"),
             arguments.frame_samples,
             arguments.frame_rounds,
             arguments.seed,
-        ),
-        "step_time": [],
-        "training_runs": [],
-    }
+        )
     save(result, arguments.output)
-    plan = []
+    plan: list[tuple[list[Case], int, list[Case], int, int, int, Sequence[int] | None]] = []
     if arguments.tiny:
-        plan.append((STEPS, arguments.pairs, RUNS, arguments.rounds, arguments.run_steps, 5))
+        plan.append((STEPS, arguments.pairs, RUNS, arguments.rounds, arguments.run_steps, 5, None))
     if arguments.real_size:
-        plan.append((REAL_STEPS, arguments.real_size_pairs, REAL_RUNS, 1, 3, 1))
-    for steps, pairs, runs, rounds, run_steps, skip in plan:
+        plan.append((REAL_STEPS, arguments.real_size_pairs, REAL_RUNS, 1, 3, 1, REAL_EPISODES))
+    for steps, pairs, runs, rounds, run_steps, skip, episodes in plan:
         for case in steps:
             result["step_time"] += measure_steps(arguments, dataset, [case], pairs)
             save(result, arguments.output)
-        result["training_runs"] += measure_runs(arguments, dataset, runs, rounds, run_steps, skip)
+        result["training_runs"] += measure_runs(arguments, dataset, runs, rounds, run_steps, skip, episodes)
         save(result, arguments.output)
     show(result)
 

@@ -20,6 +20,7 @@ import torch
 from lerobot.configs.default import DatasetConfig
 from lerobot.configs.train import TrainPipelineConfig
 from lerobot.datasets import LeRobotDatasetMetadata
+from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.policies.factory import make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.scripts import lerobot_train
@@ -30,13 +31,15 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments
 from ptr_hf.data.datasets import dataset_metadata, open_dataset
-from ptr_hf.data.segments import split_segment
+from ptr_hf.data.segments import Segment, split_segment
 from ptr_hf.policies.base import features_key
 from ptr_hf.policies.tiny import tiny_act, tiny_smolvla, write_tiny_vlm
 from ptr_hf.processor_ptr import preprocess
 from ptr_hf.scores.given import FrameWeights
 
 POLICIES = ("act", "smolvla", "smolvla_frozen", "smolvla_500m")
+FROZEN = ("smolvla_frozen", "smolvla_500m")
+"""Those of which only the action expert trains, as SmolVLA does by default."""
 MAX_GRAD_NORM = 10.0
 
 
@@ -82,9 +85,8 @@ def build_policy(
         return tiny_act(meta.features, seed=seed, device=device)
     if name in ("smolvla", "smolvla_frozen"):
         vlm = write_tiny_vlm(folder / "tiny_vlm", texts=texts)
-        return tiny_smolvla(
-            meta.features, vlm, freeze_vision_encoder=name == "smolvla_frozen", seed=seed, device=device
-        )
+        frozen: dict[str, Any] = dict.fromkeys(("freeze_vision_encoder", "train_expert_only"), name == "smolvla_frozen")
+        return tiny_smolvla(meta.features, vlm, **frozen, seed=seed, device=device)
     if name == "smolvla_500m":
         return tiny_smolvla(
             meta.features,
@@ -169,8 +171,9 @@ def step_sides(case: Case, dataset: Path, seed: int, device: str = "cpu", bf16: 
 
     "sft" is the base policy's own forward on the chunks as plain rows, as `lerobot-train` calls it. "ptr" is
     `PTRPolicy.forward` on the segments, with the objective, the metrics and `update()`; "offline" reads weights that were known
-    before. Where the tower is frozen and its features can be stored, "cached" is SFT's step from these. All run backward,
-    clipping and AdamW; loading and preprocessing lie outside.
+    before. Where the tower is frozen and its features can be stored, "cached" is SFT's step from these. With belief tokens,
+    "by_chunk" is SFT's step one chunk of a segment after the other, as the belief asks for. All run backward, clipping and
+    AdamW; loading and preprocessing lie outside.
     """
     torch.manual_seed(seed)
     meta = dataset_metadata(dataset)
@@ -181,7 +184,8 @@ def step_sides(case: Case, dataset: Path, seed: int, device: str = "cpu", bf16: 
         )
         offline, weighed = _policy_and_batch(case, dataset, seed, base, preset="ptr_offline")
     offline.set_weights(FrameWeights.of_array(np.random.default_rng(seed).uniform(0.5, 1.5, meta.total_frames)))
-    chunks = split_segment(segments, policy.config.layout).chunks
+    segment = split_segment(segments, policy.config.layout)
+    chunks = segment.chunks
     optimizer = torch.optim.AdamW([value for value in policy.parameters() if value.requires_grad], lr=1e-5)
 
     def wait() -> None:
@@ -189,7 +193,7 @@ def step_sides(case: Case, dataset: Path, seed: int, device: str = "cpu", bf16: 
             torch.cuda.synchronize()
 
     def step(
-        model: Callable[[dict[str, Any]], Any], batch: dict[str, Any], after: Callable[[], Any]
+        model: Callable[[Any], Any], batch: dict[str, Any] | Segment, after: Callable[[], Any]
     ) -> tuple[float, float]:
         wait()
         start = time.process_time(), time.perf_counter()
@@ -203,6 +207,9 @@ def step_sides(case: Case, dataset: Path, seed: int, device: str = "cpu", bf16: 
         wait()
         return time.process_time() - start[0], time.perf_counter() - start[1]
 
+    def by_chunk(batch: Segment) -> Any:
+        return torch.stack([policy.base(batch.chunk(number))[0] for number in range(batch.length)]).mean(), {}
+
     def from_features(batch: dict[str, Any]) -> Any:
         with policy.adapter.features_scope(batch):
             return policy.base(batch)
@@ -212,6 +219,8 @@ def step_sides(case: Case, dataset: Path, seed: int, device: str = "cpu", bf16: 
         "ptr": partial(step, policy, segments, policy.update),
         "offline": partial(step, offline, weighed, offline.update),
     }
+    if case.belief_tokens:
+        sides["by_chunk"] = partial(step, by_chunk, segment, lambda: None)
     if policy.adapter.reads_features and policy.adapter.tower_is_frozen():
         sides["cached"] = partial(step, from_features, _with_features(policy, chunks), lambda: None)
     return sides
@@ -249,24 +258,34 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def training_run(
-    runner: str, case: Case, dataset: Path, steps: int, skip: int, threads: int, seed: int
+    runner: str,
+    case: Case,
+    dataset: Path,
+    steps: int,
+    skip: int,
+    threads: int,
+    seed: int,
+    episodes: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """One training run in a process of its own; the figures leave out its first `skip` steps.
 
     Args:
-        runner: "lerobot-train" (the plain base policy in LeRobot's own loop), "sft" or "ptr" (`PTRTrainer`).
+        runner: "lerobot-train" (the plain base policy in LeRobot's own loop); "sft", "cached" (SFT from stored features, which
+            are computed before the first step) or "ptr" (`PTRTrainer`).
         case: gives the policy and the number of chunks per step, the same for every runner.
         dataset: folder of the demonstrations.
         steps: optimiser steps.
         skip: steps at the start that do not count.
         threads: of torch.
         seed: of weights and order.
+        episodes: to train on; None takes all.
 
     Returns:
         chunk samples per CPU-second and per second, data loading included, and the peak memory in MiB above that of the
         imports.
     """
     request = asdict(case) | {"runner": runner, "dataset": str(dataset), "steps": steps, "skip": skip, "seed": seed}
+    request["episodes"] = None if episodes is None else list(episodes)
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
@@ -302,7 +321,10 @@ def _run_requested(request: dict[str, Any]) -> None:
     if runner == "lerobot-train":
         config = TrainPipelineConfig(
             dataset=DatasetConfig(
-                repo_id=dataset.name, root=str(dataset), video_backend=get_safe_default_video_backend()
+                repo_id=dataset.name,
+                root=str(dataset),
+                video_backend=get_safe_default_video_backend(),
+                episodes=request["episodes"],
             ),
             policy=build_policy(case.policy, meta, folder, seed).config,
             output_dir=folder / "lerobot",
@@ -324,11 +346,14 @@ def _run_requested(request: dict[str, Any]) -> None:
         with patch.object(lerobot_train, "update_policy", marked):
             lerobot_train.train(config)
     else:
-        shape: dict[str, Any] = {} if runner == "sft" else {"num_belief_tokens": case.belief_tokens}
-        length = 1 if runner == "sft" else case.segment_length
+        online = runner == "ptr"
+        shape: dict[str, Any] = {"num_belief_tokens": case.belief_tokens} if online else {}
+        length = case.segment_length if online else 1
+        if runner == "cached":
+            shape["cache_features"] = str(folder / "features")
         args = PTRTrainingArguments(
             output_dir=str(folder / runner),
-            preset=runner,
+            preset=runner if online else "sft",
             segment_length=length,
             **shape,
             per_device_train_batch_size=case.chunks // length,
@@ -341,7 +366,10 @@ def _run_requested(request: dict[str, Any]) -> None:
             seed=seed,
         )
         policy = build_policy(case.policy, meta, folder, seed)
-        PTRTrainer(policy, args, dataset, callbacks=[_Mark(mark)]).train()
+        data = LeRobotDataset(
+            dataset.name, dataset, request["episodes"], video_backend=get_safe_default_video_backend()
+        )
+        PTRTrainer(policy, args, data, callbacks=[_Mark(mark)]).train()
     (first_cpu, first_wall), (last_cpu, last_wall) = marks[request["skip"] - 1], marks[-1]
     samples = case.chunks * (len(marks) - request["skip"])
     result = {
