@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,8 +24,9 @@ from ptr_hf.scoring.companions import Roughness
 from ptr_hf.scoring.crossfit import CrossFit, FitSettings
 from ptr_hf.scoring.inspection import inspect_dataset, widened
 from ptr_hf.scoring.instruction import neighbours
+from ptr_hf.scoring.on_disk import on_disk
 from ptr_hf.scoring.question import Answer
-from ptr_hf.scoring.recordings import Recordings, read_recordings
+from ptr_hf.scoring.recordings import Recordings, episode_blocks, read_recordings
 from ptr_hf.scoring.verdicts import episode_minima, forward_means, judge
 
 UNEVEN = bundled_demonstrations("train")
@@ -94,6 +96,48 @@ class TestWhatIsFound:
         assert back.episodes["reason"].tolist() == scores.episodes["reason"].tolist()
         settings = json.loads((tmp_path / "saved" / "ptr_scores.json").read_text())
         assert settings["datasets"][0]["frames"] == len(recordings)
+
+
+class TestInBlocks:
+    """A dataset is read some whole episodes at a time: 4422 frames are one block, or nine where a block has 500."""
+
+    def test_blocks_are_whole_episodes(self, recordings: Recordings, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert recordings.blocks == [(slice(0, 60), slice(0, 4422))]
+        monkeypatch.setattr("ptr_hf.scoring.recordings.BLOCK", 500)
+        blocks = episode_blocks(recordings.length)
+        assert len(blocks) == 9
+        assert [place for own, _ in blocks for place in range(own.start, own.stop)] == list(range(60))
+        for own, span in blocks:
+            assert span == slice(recordings.first[own.start], recordings.last[own.stop - 1] + 1)
+
+    def test_what_is_read_and_drawn_is_the_same(self, recordings: Recordings, monkeypatch: pytest.MonkeyPatch) -> None:
+        finite = recordings.finite & (np.arange(len(recordings)) % 7 > 0)
+        whole = CrossFit(replace(recordings, finite=finite), FitSettings(max_frames=1000, progress=False))
+        monkeypatch.setattr("ptr_hf.scoring.recordings.BLOCK", 500)
+        read = read_recordings(UNEVEN)
+        for name in ("state", "action", "finite", "index", "frame", "episode", "timestamp", "task", "length"):
+            assert np.array_equal(getattr(read, name), getattr(recordings, name)), name
+        parts = CrossFit(replace(read, finite=finite), FitSettings(max_frames=1000, progress=False))
+        assert finite[parts.rows].all()
+        assert np.array_equal(parts.rows, whole.rows)
+        assert torch.equal(parts.state, whole.state)
+        values = read.action.astype(np.float64)
+        assert np.allclose(read.deviation(read.action), values.std(axis=0), rtol=1e-6)
+
+    def test_the_scores_are_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        questions = ["completeness", "roughness", "idleness", "jumps", "frozen", "timing"]
+        whole = inspect_dataset(UNEVEN, questions=questions, device="cpu", progress=False)
+        monkeypatch.setattr("ptr_hf.scoring.recordings.BLOCK", 500)
+        parts = inspect_dataset(UNEVEN, questions=questions, device="cpu", progress=False)
+        assert len(whole.flagged) > 0
+        # sums over windows begin anew with a block
+        pd.testing.assert_frame_equal(parts.chunks, whole.chunks, rtol=1e-5)
+        pd.testing.assert_frame_equal(parts.episodes, whole.episodes, rtol=1e-5)
+
+    def test_a_disk_without_room_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+        with pytest.raises(OSError, match=rf"{tmp_path} has no room for 4\d* MB .*set TMPDIR"):
+            on_disk((1 << 60,), np.float32)
 
 
 class TestWhatBadFramesDoToStatistics:
@@ -240,9 +284,9 @@ class TestWindows:
     def test_means_by_hand(self, recordings: Recordings) -> None:
         short = replace(recordings, length=np.array([4, 2]), episode=np.array([0, 0, 0, 0, 1, 1]), index=np.arange(6))
         values = np.array([[1.0], [3.0], [np.nan], [5.0], [7.0], [9.0]])
-        means = forward_means(values, short, 3)
+        means = forward_means(values, short.first, 3)
         assert means[:, 0].tolist() == [2.0, 4.0, 4.0, 4.0, 8.0, 8.0]
-        assert episode_minima(means, short)[:, 0].tolist() == [2.0, 8.0]
+        assert episode_minima(means, short.first)[:, 0].tolist() == [2.0, 8.0]
 
     def test_only_a_bad_stretch_of_an_episode_weighs_less(self, recordings: Recordings) -> None:
         episodes, frames, window = 40, 200, 16

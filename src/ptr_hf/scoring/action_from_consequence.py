@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ptr_hf.scoring.crossfit import CrossFit, FoldedMLP, Reweigh
+from ptr_hf.scoring.crossfit import CrossFit, FoldedMLP, Reweigh, taken
 from ptr_hf.scoring.question import Answer, CannotAskError, Question
 
 STEPS = (-1, 1, 2, 4, 8)
@@ -39,10 +39,10 @@ class ActionFromConsequence(Question):
         )
 
         def loss(rows: Tensor) -> Tensor:
-            return functional.huber_loss(network(changes(rows)), fit.action[rows])
+            return functional.huber_loss(network(changes(rows)), taken(fit.action, rows))
 
         def judge(fold: int, rows: Tensor) -> Tensor:
-            return -(network.of_fold(fold, changes(rows)) - fit.action[rows]).square()
+            return -(network.of_fold(fold, changes(rows)) - taken(fit.action, rows)).square()
 
         def trust(errors: np.ndarray) -> np.ndarray:
             return reweigh(-np.log(np.maximum(-errors, 0) + TRUST_FLOOR))
@@ -74,12 +74,12 @@ class _Changes:
 
     def _changes(self, rows: Tensor, steps: Sequence[int]) -> Tensor:
         state = self._fit.state
-        return (state[self._fit.at(rows, steps)] - state[rows][:, None]).flatten(1)
+        return (taken(state, self._fit.at(rows, steps)) - taken(state, rows)[:, None]).flatten(1)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Frames (...,) given by their rows -> (..., inputs)."""
         flat = rows.reshape(-1)
-        inputs = torch.cat([self._fit.state[flat], self._changes(flat, STEPS)], dim=1)
+        inputs = torch.cat([taken(self._fit.state, flat), self._changes(flat, STEPS)], dim=1)
         inputs = inputs.mul_(self._scale).clamp_(-8, 8)
         return inputs.reshape(*rows.shape, -1)
 
@@ -87,8 +87,8 @@ class _Changes:
 def moving(fit: CrossFit) -> np.ndarray:
     """(action dimensions,) whether at least half of the episodes move it: others cannot be learned, and are not judged."""
     recordings = fit.recordings
-    action = fit.action.cpu().numpy()
-    spread = np.sqrt(np.maximum(recordings.means(action**2) - recordings.means(action) ** 2, 0))
+    action = fit.action.numpy()
+    spread = np.sqrt(np.maximum(recordings.means(lambda span: action[span] ** 2) - recordings.means(action) ** 2, 0))
     return np.median(spread, axis=0) > MOVES
 
 

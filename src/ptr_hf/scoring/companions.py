@@ -4,8 +4,8 @@ import numpy as np
 
 from ptr_hf.scoring.action_from_consequence import listed, moving
 from ptr_hf.scoring.crossfit import CrossFit, Reweigh
+from ptr_hf.scoring.on_disk import on_disk
 from ptr_hf.scoring.question import Answer, CannotAskError, Question
-from ptr_hf.scoring.recordings import Recordings
 
 STILL = 1e-3
 """A dimension stands still where it changes by less than this share of its deviation from one frame to the next."""
@@ -20,13 +20,16 @@ class Roughness(Question):
     def ask(self, fit: CrossFit, reweigh: Reweigh) -> Answer:
         """Minus log of the squared second difference of each action dimension, in deviations."""
         recordings = fit.recordings
-        action = fit.action.cpu().numpy()
-        bend = np.full(action.shape, np.nan, np.float32)
-        bend[1:-1] = -np.log((action[2:] - 2 * action[1:-1] + action[:-2]) ** 2 + 1e-3)
-        bend[np.concatenate([recordings.first, recordings.last])] = np.nan
-        bend[~_between_finite(recordings)] = np.nan
-        bend[:, ~moving(fit)] = np.nan
-        return Answer(recordings.action_names, bend)
+        bends, still = on_disk(recordings.action.shape, np.float32), ~moving(fit)
+        for own, span in recordings.blocks:
+            action, finite = fit.action.numpy()[span], recordings.finite[span]
+            bend = np.full(action.shape, np.nan, np.float32)
+            bend[1:-1] = -np.log((action[2:] - 2 * action[1:-1] + action[:-2]) ** 2 + 1e-3)
+            bend[np.concatenate([recordings.first[own], recordings.last[own]]) - span.start] = np.nan
+            bend[~(finite & np.roll(finite, 1) & np.roll(finite, -1))] = np.nan
+            bend[:, still] = np.nan
+            bends[span] = bend
+        return Answer(recordings.action_names, bends)
 
     def reason(self, parts: tuple[str, ...]) -> str:
         """Which commands are noisy."""
@@ -43,12 +46,17 @@ class Idleness(Question):
     def ask(self, fit: CrossFit, reweigh: Reweigh) -> Answer:
         """Minus log of 1 + the longest pause in seconds."""
         recordings = fit.recordings
-        still = np.ones(len(recordings), bool)
-        for values in (fit.state.cpu().numpy(), fit.action.cpu().numpy()):
-            change = np.abs(np.diff(values, axis=0, prepend=values[:1]))
-            still &= (change < STILL).all(axis=1)
-        still[recordings.first] = False
-        pause = _longest_runs(still, recordings) / recordings.fps
+        state, action = fit.state.numpy(), fit.action.numpy()
+
+        def longest(values: np.ndarray, first: np.ndarray) -> np.ndarray:
+            still = np.all(_steps(values, first) < STILL, axis=1)
+            still[first] = False
+            places = np.arange(len(still))
+            since = places - np.maximum.accumulate(np.where(still, -1, places))
+            return np.maximum.reduceat(since, first)
+
+        pause = recordings.over(lambda span: np.concatenate([state[span], action[span]], axis=1), longest)
+        pause = pause / recordings.fps
         return Answer((self.name,), episodes=-np.log1p(pause)[:, None])
 
 
@@ -64,10 +72,9 @@ class Jumps(Question):
         recordings = fit.recordings
         if not recordings.state.shape[1]:
             raise CannotAskError("there is no proprioception")
-        state = fit.state.cpu().numpy()
-        step = np.abs(np.diff(state, axis=0, prepend=state[:1]))
-        step[recordings.first] = 0
-        largest = np.maximum.reduceat(step, recordings.first, axis=0)
+        largest = recordings.over(
+            fit.state.numpy(), lambda state, first: np.maximum.reduceat(_steps(state, first), first)
+        )
         usual = np.median(largest, axis=0)
         known = usual > STILL
         if not known.any():
@@ -88,11 +95,10 @@ class Frozen(Question):
         if len(recordings.length) < LEAST_TO_EXPECT:
             raise CannotAskError(f"fewer than {LEAST_TO_EXPECT} episodes do not show what always moves")
         hanging = np.zeros(len(recordings.length))
-        for values in (fit.state.cpu().numpy(), fit.action.cpu().numpy()):
+        for values in (fit.state.numpy(), fit.action.numpy()):
             if not values.shape[1]:
                 continue
-            low = np.minimum.reduceat(values, recordings.first, axis=0)
-            high = np.maximum.reduceat(values, recordings.first, axis=0)
+            low, high = recordings.over(values, np.minimum.reduceat), recordings.over(values, np.maximum.reduceat)
             moves = high - low > STILL
             expected = moves.mean(axis=0) >= EXPECTED
             hanging += (~moves & expected).sum(axis=1)
@@ -112,22 +118,20 @@ class Timing(Question):
     def ask(self, fit: CrossFit, reweigh: Reweigh) -> Answer:
         """Minus log of 1 + the largest gap between two timestamps beyond one frame, in frames."""
         recordings = fit.recordings
-        if not np.isfinite(recordings.timestamp).all():
+
+        def gaps(timestamp: np.ndarray, first: np.ndarray) -> np.ndarray:
+            gap = np.diff(timestamp, prepend=timestamp[:1]) * recordings.fps - 1
+            gap[first] = 0
+            return np.maximum.reduceat(np.abs(gap), first)
+
+        largest = recordings.over(recordings.timestamp, gaps)
+        if not np.isfinite(largest).all():
             raise CannotAskError("some frames have no timestamp")
-        gap = np.diff(recordings.timestamp, prepend=recordings.timestamp[:1]) * recordings.fps - 1
-        gap[recordings.first] = 0
-        largest = np.maximum.reduceat(np.abs(gap), recordings.first)
         return Answer((self.name,), episodes=-np.log1p(largest)[:, None])
 
 
-def _between_finite(recordings: Recordings) -> np.ndarray:
-    """(frames,) whether a frame and both beside it hold numbers alone."""
-    finite = recordings.finite
-    return finite & np.roll(finite, 1) & np.roll(finite, -1)
-
-
-def _longest_runs(true: np.ndarray, recordings: Recordings) -> np.ndarray:
-    """(episodes,) the longest run of true frames; the first frame of an episode must not be true."""
-    places = np.arange(len(true))
-    since = places - np.maximum.accumulate(np.where(true, -1, places))
-    return np.maximum.reduceat(since, recordings.first)
+def _steps(values: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """How far values (frames, K) are from the frame before; 0 at the places where episodes begin."""
+    step = np.abs(np.diff(values, axis=0, prepend=values[:1]))
+    step[first] = 0
+    return step

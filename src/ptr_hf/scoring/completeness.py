@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ptr_hf.scoring.crossfit import CrossFit, FoldedMLP, Reweigh
+from ptr_hf.scoring.crossfit import CrossFit, FoldedMLP, Reweigh, taken
 from ptr_hf.scoring.question import Answer, Question
+from ptr_hf.scoring.recordings import Recordings
 from ptr_hf.scoring.seen import ImageFeatures, predicted
 
 LENGTH, PROGRESS, VIEW = "length", "progress", "last view"
@@ -36,47 +37,51 @@ class Completeness(Question):
 
     def _ends(self, fit: CrossFit, reweigh: Reweigh) -> np.ndarray:
         recordings, device = fit.recordings, fit.settings.device
-        share = recordings.frame / np.maximum(recordings.length[recordings.episode] - 1, 1)
-        progress = torch.as_tensor(share, dtype=torch.float32, device=device)
-        task = torch.as_tensor(recordings.task[recordings.episode], device=device)
         tasks = len(recordings.instructions) if len(recordings.instructions) <= MOST_TASKS else 0
         generator = torch.Generator().manual_seed(fit.settings.seed)
         network = FoldedMLP(fit.folds, fit.state.shape[1] + tasks, HIDDEN, 1, generator)
 
         def inputs(rows: Tensor) -> Tensor:
-            state = fit.state[rows].clamp(-8, 8)
-            return torch.cat([state, functional.one_hot(task[rows], tasks)], dim=-1) if tasks else state
+            state = taken(fit.state, rows).clamp(-8, 8)
+            if not tasks:
+                return state
+            task = torch.as_tensor(recordings.task[recordings.episode[rows.cpu().numpy()]], device=device)
+            return torch.cat([state, functional.one_hot(task, tasks)], dim=-1)
 
         def loss(rows: Tensor) -> Tensor:
-            return functional.mse_loss(network(inputs(rows)).squeeze(-1), progress[rows])
+            progress = torch.as_tensor(_share(recordings, rows.cpu().numpy()), dtype=torch.float32, device=device)
+            return functional.mse_loss(network(inputs(rows)).squeeze(-1), progress)
 
         def judge(fold: int, rows: Tensor) -> Tensor:
             return network.of_fold(fold, inputs(rows))
-
-        ending = share >= 1 - END
 
         def trust(_: np.ndarray) -> np.ndarray:
             return np.ones(len(recordings.length))
 
         placed = fit.fit(network, loss, judge, trust, self.title, EFFORT)
-        return recordings.means(np.where(ending[:, None], placed, np.nan))[:, 0]
+
+        def ending(span: slice) -> np.ndarray:
+            share = _share(recordings, np.arange(span.start, span.stop))
+            return np.where(share[:, None] >= 1 - END, placed[span], np.nan)
+
+        return recordings.means(ending)[:, 0]
 
     def _last_views(self, fit: CrossFit, seen: ImageFeatures) -> np.ndarray:
         """(episodes,) where the pictures of all cameras place the last one that was looked at; NaN where it cannot be read."""
         recordings = fit.recordings
         episode = recordings.episode[seen.rows]
-        share = (recordings.frame / np.maximum(recordings.length[recordings.episode] - 1, 1))[seen.rows]
+        share = _share(recordings, seen.rows)
         tasks = np.eye(len(recordings.instructions))[recordings.task[episode]]
         inputs = np.concatenate([*seen.components, tasks if tasks.shape[1] <= MOST_TASKS else tasks[:, :0]], axis=1)
         known = np.isfinite(inputs).all(axis=1) & recordings.finite[seen.rows]
-        placed = np.full((len(recordings), 1), np.nan)
+        placed = np.full((len(seen.rows), 1), np.nan)
         if known.any():
             spread = share[known].std() or 1.0
             target = (share[known, None] - share[known].mean()) / spread
             told = predicted(inputs[known], target, fit.fold[episode[known]], np.ones(known.sum()))
-            placed[seen.rows[known]] = told * spread + share[known].mean()
-        placed[seen.rows[share < 1]] = np.nan
-        return recordings.means(placed)[:, 0]
+            placed[known] = told * spread + share[known].mean()
+        placed[share < 1] = np.nan
+        return recordings.means_at(seen.rows, placed)[:, 0]
 
     def reason(self, parts: tuple[str, ...]) -> str:
         """Cut short, or ended elsewhere."""
@@ -85,6 +90,11 @@ class Completeness(Question):
         if parts and parts[0] == PROGRESS:
             return "the episode ends where others are still on their way"
         return "the episode is much shorter than others of its instruction"
+
+
+def _share(recordings: Recordings, rows: np.ndarray) -> np.ndarray:
+    """How far on their episodes' way some frames are, from 0 to 1."""
+    return recordings.frame[rows] / np.maximum(recordings.length[recordings.episode[rows]] - 1, 1)
 
 
 LENGTH_UNIT, PROGRESS_UNIT = 0.2, 0.1

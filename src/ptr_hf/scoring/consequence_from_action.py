@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ptr_hf.scoring.crossfit import CrossFit, FoldedMLP, Reweigh
+from ptr_hf.scoring.crossfit import CrossFit, FoldedMLP, Reweigh, taken
 from ptr_hf.scoring.question import Answer, CannotAskError, Question
 
 HORIZON = 8
@@ -35,15 +35,15 @@ class ConsequenceFromAction(Question):
 
         def before(rows: Tensor) -> Tensor:
             flat = rows.reshape(-1)
-            state = fit.state[flat]
-            acted = fit.action[fit.at(flat, range(HORIZON))]
-            step = state - fit.state[fit.at(flat, (-1,))[:, 0]]
+            state = taken(fit.state, flat)
+            acted = taken(fit.action, fit.at(flat, range(HORIZON)))
+            step = state - taken(fit.state, fit.at(flat, (-1,))[:, 0])
             return torch.cat([state, step, acted.flatten(1)], dim=1).reshape(*rows.shape, -1)
 
         def after(rows: Tensor) -> Tensor:
             flat = rows.reshape(-1)
-            followed = fit.state[fit.at(flat, (HORIZON,))[:, 0]]
-            return torch.cat([followed, followed - fit.state[flat]], dim=1).reshape(*rows.shape, 2 * size)
+            followed = taken(fit.state, fit.at(flat, (HORIZON,))[:, 0])
+            return torch.cat([followed, followed - taken(fit.state, flat)], dim=1).reshape(*rows.shape, 2 * size)
 
         def loss(rows: Tensor) -> Tensor:
             query, target = network.query(before(rows)), network.target(after(rows))

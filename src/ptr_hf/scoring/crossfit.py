@@ -6,7 +6,7 @@ badly are drawn less often in the next stage: weight σ(2 (z + 3)) (METHOD: cros
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from ptr_hf.scoring.on_disk import on_disk
 from ptr_hf.scoring.recordings import Recordings
 
 BLOCK = 8192
@@ -90,14 +91,22 @@ class FoldedMLP(nn.Module):
         return torch.addmm(self.biases[2][fold], hidden, self.weights[2][fold]).addmm(inputs, self.linear[fold])
 
 
-def standardized(values: Float[Tensor, "frames size"], rows: np.ndarray) -> Float[Tensor, "frames size"]:
-    """Values at mean 0 and deviation 1 over some rows; a dimension that does not change there is 0."""
-    known = values[torch.as_tensor(rows, device=values.device)]
-    if not known.shape[1]:
-        return values
-    center, scale = known.mean(dim=0), known.std(dim=0, correction=0)
-    still = scale <= 1e-6 * known.abs().amax(dim=0).clamp(min=1e-12)
-    return torch.where(still, 0.0, (values - center) / torch.where(still, 1.0, scale)).clamp(-20, 20)
+def standardized(recordings: Recordings, values: np.ndarray, rows: np.ndarray) -> Float[Tensor, "frames size"]:
+    """Values (frames, size) at mean 0 and deviation 1 over some rows, `on_disk`; a dimension that does not change there is 0."""
+    found = on_disk(values.shape, np.float32)
+    if values.shape[1]:
+        known = torch.as_tensor(values[rows])
+        center, scale = known.mean(dim=0), known.std(dim=0, correction=0)
+        still = scale <= 1e-6 * known.abs().amax(dim=0).clamp(min=1e-12)
+        for _, span in recordings.blocks:
+            moved = (torch.as_tensor(values[span]) - center) / torch.where(still, 1.0, scale)
+            found[span] = torch.where(still, 0.0, moved).clamp(-20, 20).numpy()
+    return torch.from_numpy(found)
+
+
+def taken(values: Tensor, rows: Tensor) -> Tensor:
+    """Rows of a table that lies `on_disk`, on the device of their numbers."""
+    return values[rows.cpu()].to(rows.device)
 
 
 class CrossFit:
@@ -111,7 +120,8 @@ class CrossFit:
         folds: at most as many as there are episodes with a frame that holds numbers; one judges no other below two.
         fold: (episodes,) of each episode; -1 of those without such a frame.
         rows: (n,) the frames that are learned from.
-        state, action: (frames, size) of the recordings, standardised over these frames, on the device of the networks.
+        state, action: (frames, size) of the recordings, standardised over these frames, `on_disk`; networks read the rows that
+            they need with `taken`.
     """
 
     def __init__(self, recordings: Recordings, settings: FitSettings) -> None:
@@ -120,20 +130,18 @@ class CrossFit:
         usable = recordings.means(recordings.finite[:, None])[:, 0] > 0
         self.folds = min(settings.folds, int(usable.sum()))
         self.fold = _dealt(recordings.task, usable, self.folds, draws)
-        rows = np.flatnonzero(recordings.finite)
-        if len(rows) > settings.max_frames:
-            rows = np.sort(draws.choice(rows, settings.max_frames, replace=False))
-        self.rows = rows
-        device = settings.device
-        self.state = standardized(torch.as_tensor(recordings.state, device=device), rows)
-        self.action = standardized(torch.as_tensor(recordings.action, device=device), rows)
+        self.rows = _drawn(recordings, settings.max_frames, draws)
+        self.state = standardized(recordings, recordings.state, self.rows)
+        self.action = standardized(recordings, recordings.action, self.rows)
+        self._episode = torch.as_tensor(recordings.episode)
         self._first, self._last = (
-            torch.as_tensor(edge[recordings.episode], device=device) for edge in (recordings.first, recordings.last)
+            torch.as_tensor(edge, device=settings.device) for edge in (recordings.first, recordings.last)
         )
 
     def at(self, rows: Int[Tensor, " frames"], steps: Sequence[int]) -> Int[Tensor, "frames steps"]:
         """The rows of the frames so many steps on (or back), held at the episode's ends."""
-        first, last = self._first[rows][:, None], self._last[rows][:, None]
+        episode = taken(self._episode, rows)
+        first, last = self._first[episode][:, None], self._last[episode][:, None]
         return torch.clamp(rows[:, None] + torch.tensor(steps, device=rows.device), first, last)
 
     def fit(
@@ -156,7 +164,7 @@ class CrossFit:
             effort: share of the settings' steps.
 
         Returns:
-            (frames, parts) float32; NaN for frames that hold no numbers.
+            (frames, parts) float32, `on_disk`; NaN for frames that hold no numbers.
         """
         settings, recordings = self.settings, self.recordings
         network.to(settings.device)
@@ -168,7 +176,8 @@ class CrossFit:
         )
         draws = np.random.default_rng([settings.seed, 1])
         trust = np.ones(len(recordings.length))
-        own = np.arange(self.folds)[:, None] == self.fold[recordings.episode[self.rows]]
+        fold = self.fold[recordings.episode[self.rows]]
+        own = np.arange(self.folds)[:, None] == fold
         bar = tqdm(total=total, desc=label, disable=not settings.progress, leave=False, unit="step")
         for stage in range(settings.stages):
             chance = np.cumsum(np.where(own, 0.0, trust[recordings.episode[self.rows]]), axis=1)
@@ -185,24 +194,61 @@ class CrossFit:
                     schedule.step()
                     bar.update()
             if stage < settings.stages - 1:
-                trust = np.clip(reweigh(recordings.means(self._judged(self.rows, judge))), 1e-3, 1)
+                judged = list(self._judged(judge, lambda number: [self.rows[fold == number]]))
+                rows, scores = (np.concatenate(column) for column in zip(*judged, strict=True))
+                order = rows.argsort()
+                trust = np.clip(reweigh(recordings.means_at(rows[order], scores[order])), 1e-3, 1)
         bar.close()
-        return self._judged(np.flatnonzero(recordings.finite), judge)
+        found: np.ndarray | None = None
+        for rows, scores in self._judged(judge, self._finite_of):
+            if found is None:
+                found = on_disk((len(recordings), scores.shape[1]), np.float32)
+                found[:] = np.nan
+            found[rows] = scores
+        assert found is not None, "some frame is finite"
+        return found
 
-    @torch.no_grad()
-    def _judged(self, rows: np.ndarray, judge: Callable[[int, Tensor], Tensor]) -> np.ndarray:
-        scores: np.ndarray | None = None
-        fold = self.fold[self.recordings.episode[rows]]
+    def _judged(
+        self, judge: Callable[[int, Tensor], Tensor], of_fold: Callable[[int], Iterable[np.ndarray]]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows of frames, and their scores by the network of their fold, `BLOCK` at a time."""
         for number in range(self.folds):
-            of_fold = rows[fold == number]
-            for start in range(0, len(of_fold), BLOCK):
-                block = of_fold[start : start + BLOCK]
-                judged = judge(number, torch.as_tensor(block, device=self.settings.device)).float().cpu().numpy()
-                if scores is None:
-                    scores = np.full((len(self.recordings), judged.shape[1]), np.nan, np.float32)
-                scores[block] = judged
-        assert scores is not None, "some frame is finite"
-        return scores
+            for rows in _in_blocks(of_fold(number)):
+                with torch.no_grad():
+                    scores = judge(number, torch.as_tensor(rows, device=self.settings.device))
+                yield rows, scores.float().cpu().numpy()
+
+    def _finite_of(self, number: int) -> Iterator[np.ndarray]:
+        """The rows of a fold's frames that hold numbers."""
+        for _, span in self.recordings.blocks:
+            own = self.fold[self.recordings.episode[span]] == number
+            yield span.start + np.flatnonzero(own & self.recordings.finite[span])
+
+
+def _in_blocks(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same numbers, `BLOCK` at a time."""
+    left: np.ndarray = np.empty(0, np.int64)
+    for part in parts:
+        left = np.concatenate([left, part])
+        while len(left) >= BLOCK:
+            yield left[:BLOCK]
+            left = left[BLOCK:]
+    if len(left):
+        yield left
+
+
+def _drawn(recordings: Recordings, most: int, draws: np.random.Generator) -> np.ndarray:
+    """(n,) rows of at most so many frames that hold numbers, drawn evenly."""
+    number = int(recordings.finite.sum())
+    if number <= most:
+        return np.flatnonzero(recordings.finite)
+    chosen, before, rows = np.sort(draws.choice(number, most, replace=False)), 0, []
+    for _, span in recordings.blocks:
+        finite = span.start + np.flatnonzero(recordings.finite[span])
+        first, last = np.searchsorted(chosen, [before, before + len(finite)])
+        rows.append(finite[chosen[first:last] - before])
+        before += len(finite)
+    return np.concatenate(rows)
 
 
 @contextmanager

@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
 CHUNKS_FILE = "ptr_chunks.parquet"
 EPISODES_FILE = "ptr_episodes.csv"
 SETTINGS_FILE = "ptr_scores.json"
+ROWS = 1 << 16
+"""Rows of the table of frames that are written together."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class DatasetScores:
     @property
     def moved(self) -> float:
         """The share of all weight that training takes from flagged frames, in [0, 1]."""
-        return float(1 - self.chunks["weight"].mean()) if len(self.chunks) else 0.0
+        return float(1 - self.chunks["weight"].to_numpy().mean(dtype=np.float64)) if len(self.chunks) else 0.0
 
     def to_pandas(self) -> pd.DataFrame:
         """Give the table of episodes, as `episodes` has it.
@@ -82,7 +86,10 @@ class DatasetScores:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.chunks.to_parquet(folder / CHUNKS_FILE, index=False)
+        with pq.ParquetWriter(folder / CHUNKS_FILE, pa.Schema.from_pandas(self.chunks, preserve_index=False)) as file:
+            for first in range(0, len(self.chunks), ROWS):
+                rows = self.chunks.iloc[first : first + ROWS]
+                file.write_table(pa.Table.from_pandas(rows, file.schema, preserve_index=False))
         self.episodes.to_csv(folder / EPISODES_FILE, index=False, float_format="%.6g")
         stated = {**self.settings, "notes": list(self.notes)}
         (folder / SETTINGS_FILE).write_text(json.dumps(stated, indent=2) + "\n")
@@ -141,6 +148,13 @@ class DatasetScores:
         )
 
 
+def chunks_of(scores: DatasetScores, source: int | None) -> pd.DataFrame:
+    """The rows of `chunks` of one of several datasets, or of the only one (None); they are not copied."""
+    if source is None:
+        return scores.chunks
+    return scores.chunks.iloc[slice(*scores.chunks["source"].searchsorted([source, source + 1]))]
+
+
 def weights_by_frame(scores: DatasetScores, source: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """The frames of one dataset that were scored, and their weights.
 
@@ -151,7 +165,5 @@ def weights_by_frame(scores: DatasetScores, source: int = 0) -> tuple[np.ndarray
     Returns:
         the frames' numbers in the dataset (frames,) int64, ascending, and their weights (frames,) float32.
     """
-    chunks = scores.chunks
-    if "source" in chunks:
-        chunks = chunks[chunks["source"] == source]
+    chunks = chunks_of(scores, source if "source" in scores.chunks else None)
     return chunks["index"].to_numpy(np.int64), chunks["weight"].to_numpy(np.float32)

@@ -19,6 +19,7 @@ from ptr_hf.scoring.crossfit import CrossFit, FitSettings, Reweigh
 from ptr_hf.scoring.dataset_scores import DatasetScores
 from ptr_hf.scoring.image_motion import ImageMotion
 from ptr_hf.scoring.instruction import InstructionFromEpisode
+from ptr_hf.scoring.on_disk import on_disk
 from ptr_hf.scoring.question import Answer, CannotAskError, Question
 from ptr_hf.scoring.recordings import TASK_GROUP, Recordings, read_recordings, sources_of
 from ptr_hf.scoring.state_from_image import StateFromImage
@@ -146,7 +147,7 @@ def inspect_dataset(
         part.chunks["source"] = number
         part.episodes["source"] = number
     return DatasetScores(
-        pd.concat([part.chunks for part in parts], ignore_index=True),
+        _together([part.chunks for part in parts]),
         pd.concat([part.episodes for part in parts], ignore_index=True),
         settings,
         tuple(f"{part.settings['dataset']['repo_id']}: {note}" for part in parts for note in part.notes),
@@ -214,10 +215,10 @@ def _inspect(
     if not answers:
         notes.append("No question could be asked: nothing is known of these episodes, and they weigh 1.")
     if not recordings.finite.all():
-        broken = np.unique(recordings.episode_index[recordings.episode[~recordings.finite]])
+        broken = recordings.episode_index[~recordings.over(recordings.finite, np.logical_and.reduceat)]
         notes.append(
-            f"{int((~recordings.finite).sum())} frames hold NaN or Inf, in {len(broken)} episodes (first: {broken[0]}); they are "
-            "not scored, and training leaves out the samples that read them."
+            f"{len(recordings) - int(recordings.finite.sum())} frames hold NaN or Inf, in {len(broken)} episodes (first: "
+            f"{broken[0]}); they are not scored, and training leaves out the samples that read them."
         )
     notes += widened(recordings, verdicts.weight)
     chunks, rows = _tables(recordings, verdicts, list(answers), questions)
@@ -231,10 +232,17 @@ def widened(recordings: Recordings, weight: np.ndarray) -> list[str]:
         recordings: what was inspected.
         weight: (frames,) of the inspection.
     """
-    good = recordings.finite & (weight == 1)
-    if good.all() or not good.any():
+    if weight.min(initial=1) == 1:
         return []
-    of_all, of_good = recordings.action[recordings.finite].std(0), recordings.action[good].std(0)
+
+    def of(good: bool) -> np.ndarray:
+        def kept(span: slice) -> np.ndarray:
+            known = recordings.finite[span] & ((weight[span] == 1) | (not good))
+            return np.where(known[:, None], recordings.action[span], np.nan)
+
+        return recordings.deviation(kept)
+
+    of_all, of_good = of(good=False), of(good=True)
     wide = np.flatnonzero((of_good > 0) & (of_all > WIDER * of_good))
     if not len(wide):
         return []
@@ -250,14 +258,16 @@ def widened(recordings: Recordings, weight: np.ndarray) -> list[str]:
 def _tables(
     recordings: Recordings, verdicts: Verdicts, answered: Sequence[Question], asked: Sequence[Question]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`chunks` and `episodes` of `DatasetScores`; NaN where a question could not be asked."""
+    """`chunks`, whose columns are `on_disk`, and `episodes` of `DatasetScores`; NaN where a question could not be asked."""
     known, names = [question.name for question in answered], [question.name for question in asked]
-    curves = pd.DataFrame(verdicts.curves, columns=known).reindex(columns=names).astype(np.float32)
-    of_frame = {
-        "index": recordings.index,
-        "episode_index": recordings.episode_index[recordings.episode],
-        "frame_index": recordings.frame,
-    }
+    nothing, worst = (on_disk((len(recordings),), np.float32) for _ in range(2))
+    nothing[:] = np.nan
+    curves = {name: verdicts.curves[:, known.index(name)] if name in known else nothing for name in names}
+    episode = on_disk((len(recordings),), recordings.episode_index.dtype)
+    for _, span in recordings.blocks:
+        episode[span] = recordings.episode_index[recordings.episode[span]]
+        worst[span] = np.fmin.reduce([nothing[span], *(curve[span] for curve in curves.values())])
+    of_frame = {"index": recordings.index, "episode_index": episode, "frame_index": recordings.frame}
     of_episode = {
         "episode_index": recordings.episode_index,
         "weight": recordings.means(verdicts.weight[:, None])[:, 0],
@@ -267,9 +277,19 @@ def _tables(
     z = pd.DataFrame(verdicts.z, columns=known).reindex(columns=names)
     task = [recordings.instructions[task] for task in recordings.task]
     return (
-        pd.DataFrame(of_frame).join(curves).assign(z=curves.min(axis=1), weight=verdicts.weight),
+        pd.DataFrame(of_frame | curves | {"z": worst, "weight": verdicts.weight}, copy=False),
         pd.DataFrame(of_episode).join(z).assign(task=task, frames=recordings.length),
     )
+
+
+def _together(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The rows of all tables, whose columns are `on_disk`."""
+    ends = np.cumsum([len(part) for part in parts])
+    columns = {name: on_disk((int(ends[-1]),), dtype) for name, dtype in parts[0].dtypes.items()}
+    for part, end in zip(parts, ends, strict=True):
+        for name, values in columns.items():
+            values[end - len(part) : end] = part[name]
+    return pd.DataFrame(columns, copy=False)
 
 
 def _identity(recordings: Recordings) -> dict[str, Any]:

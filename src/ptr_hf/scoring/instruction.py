@@ -27,7 +27,7 @@ class InstructionFromEpisode(Question):
             raise CannotAskError("all episodes have the same instruction")
         if (count > 1).sum() < 2:
             raise CannotAskError("hardly any instruction was given twice, so no other episode can speak for it")
-        near, votes = neighbours(paths(recordings, fit.state.cpu().numpy()), NEIGHBOURS)
+        near, votes = neighbours(paths(recordings, fit.state.numpy()), NEIGHBOURS)
         same = task[near] == task[:, None]
         trust = np.ones(len(task))
         for _ in range(ROUNDS + 1):

@@ -1,6 +1,6 @@
 """What an inspection reads of a dataset: states, actions, instructions and episodes, from parquet; no video is decoded here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,14 +14,20 @@ from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.frame_columns import episode_column
 from ptr_hf.data.mixture.config import MixtureConfig, SourceConfig
 from ptr_hf.data.segments import ACTION, OBSERVATION_PREFIX, SegmentLayout
+from ptr_hf.scoring.on_disk import on_disk
 from ptr_hf.scoring.seen import ImageFeatures
 
 TASK_GROUP = "task"
+BLOCK = 1 << 16
+"""About so many frames, of whole episodes, are looked at together."""
+
+type OfFrames = np.ndarray | Callable[[slice], np.ndarray]
+"""(frames, ...) values, or what gives those of a slice of the frames."""
 
 
 @dataclass(frozen=True)
 class Recordings:
-    """The columns of a dataset that are small enough to hold, in dataset order.
+    """The columns of a dataset that are not pictures, in dataset order. Those of frames are `on_disk`, where they were read.
 
     Attributes:
         name: of the dataset.
@@ -73,12 +79,46 @@ class Recordings:
         """(episodes,) the row of each episode's last frame."""
         return np.cumsum(self.length) - 1
 
-    def means(self, values: np.ndarray) -> np.ndarray:
+    @cached_property
+    def blocks(self) -> list[tuple[slice, slice]]:
+        """See `episode_blocks`."""
+        return episode_blocks(self.length)
+
+    def over(self, values: OfFrames, reduce: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+        """What becomes of each episode's frames, (episodes, ...); only a block of frames is in memory at a time.
+
+        Args:
+            values: of the frames.
+            reduce: is given those of some whole episodes, and the place at which each of these begins among them.
+        """
+        read = values if callable(values) else values.__getitem__
+        return np.concatenate([reduce(read(span), self.first[own] - span.start) for own, span in self.blocks])
+
+    def means(self, values: OfFrames) -> np.ndarray:
         """Mean over each episode's frames of values (frames, K); NaN are left out, and an episode of NaN alone gives NaN."""
-        known = np.isfinite(values)
-        total = np.add.reduceat(np.where(known, values, 0), self.first, axis=0, dtype=np.float64)
-        count = np.add.reduceat(known, self.first, axis=0, dtype=np.int64)
-        return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
+        return self.over(values, _means)
+
+    def means_at(self, rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """The same of values (n, K) that some frames alone have: those of the rows (n,), which rise."""
+        own, begins = np.unique(self.episode[rows], return_index=True)
+        found = np.full((len(self.length), values.shape[1]), np.nan)
+        found[own] = _means(values, begins)
+        return found
+
+    def deviation(self, values: OfFrames) -> np.ndarray:
+        """(K,) standard deviation over the frames of values (frames, K); NaN are left out."""
+        read = values if callable(values) else values.__getitem__
+
+        def mean(of: Callable[[slice], np.ndarray]) -> np.ndarray:
+            total, count = np.zeros(1), np.zeros(1, np.int64)
+            for _, span in self.blocks:
+                own = of(span).astype(np.float64)
+                known = np.isfinite(own)
+                total, count = total + np.where(known, own, 0).sum(axis=0), count + known.sum(axis=0)
+            return total / np.maximum(count, 1)
+
+        center = mean(read)
+        return np.sqrt(mean(lambda span: (read(span) - center) ** 2))
 
     def group(self, name: str) -> np.ndarray:
         """(episodes,) the number of each episode's group.
@@ -150,33 +190,66 @@ def read_recordings(
         if key.startswith(OBSERVATION_PREFIX) and feature["dtype"].startswith("float") and len(feature["shape"]) <= 1
     ]
     keys.sort(key=lambda key: (key != OBS_STATE, key))
-    table = dataset.hf_dataset.data
-    episode = table.column("episode_index").to_numpy()
-    vectors = [_vectors(table, key) for key in keys]
-    state = np.concatenate(vectors, axis=1) if vectors else np.zeros((len(episode), 0), np.float32)
-    action = _vectors(table, ACTION)
-    finite = np.isfinite(state).all(axis=1) & np.isfinite(action).all(axis=1)
-    episode_index, first, row, length = np.unique(episode, return_index=True, return_inverse=True, return_counts=True)
-    task_index = table.column("task_index").to_numpy()
+    runs = dataset.runs
+    state_names = tuple(name for key in keys for name in _names(key, features[key]))
+    action_names = tuple(_names(ACTION, features[ACTION]))
+    frames, tasks = len(dataset.hf_dataset), [np.empty(0, np.int64)]
+    state, action = (on_disk((frames, len(names)), np.float32) for names in (state_names, action_names))
+    finite, timestamp = on_disk((frames,), np.bool_), on_disk((frames,), np.float32)
+    index, frame, episode = (on_disk((frames,), np.int64) for _ in range(3))
+    for own, span in episode_blocks(runs.length):
+        table = dataset.hf_dataset.data.slice(span.start, span.stop - span.start)
+        vectors = [np.empty((len(table), 0), np.float32), *(_vectors(table, key) for key in keys)]
+        states, actions = np.concatenate(vectors, axis=1), _vectors(table, ACTION)
+        finite[span] = np.isfinite(states).all(axis=1) & np.isfinite(actions).all(axis=1)
+        state[span] = np.nan_to_num(states, nan=0, posinf=0, neginf=0)
+        action[span] = np.nan_to_num(actions, nan=0, posinf=0, neginf=0)
+        for values, name in ((index, "index"), (frame, "frame_index"), (timestamp, "timestamp")):
+            values[span] = table.column(name).to_numpy()
+        episode[span] = np.repeat(np.arange(own.start, own.stop), runs.length[own])
+        tasks.append(_most_frequent(table.column("task_index").to_numpy(), runs.start[own] - span.start))
     return Recordings(
         name=dataset.repo_id,
         revision=dataset.revision,
-        state=np.nan_to_num(state, nan=0, posinf=0, neginf=0),
-        action=np.nan_to_num(action, nan=0, posinf=0, neginf=0),
+        state=state,
+        action=action,
         finite=finite,
-        index=table.column("index").to_numpy(),
-        frame=table.column("frame_index").to_numpy(),
-        episode=row,
-        timestamp=table.column("timestamp").to_numpy(),
-        episode_index=episode_index,
-        length=length,
-        task=_most_frequent(task_index, row, first, len(length)),
+        index=index,
+        frame=frame,
+        episode=episode,
+        timestamp=timestamp,
+        episode_index=runs.episode,
+        length=runs.length,
+        task=np.concatenate(tasks),
         instructions=tuple(dataset.meta.tasks.index),
-        state_names=tuple(name for key in keys for name in _names(key, features[key])),
-        action_names=tuple(_names(ACTION, features[ACTION])),
-        attributes=_attributes(dataset, episode_index),
+        state_names=state_names,
+        action_names=action_names,
+        attributes=_attributes(dataset, runs.episode),
         fps=float(dataset.meta.fps),
     )
+
+
+def episode_blocks(length: np.ndarray) -> list[tuple[slice, slice]]:
+    """Whole episodes and their frames, about `BLOCK` of these at a time.
+
+    Args:
+        length: (episodes,) frames.
+    """
+    last = np.cumsum(length)
+    starts = np.flatnonzero(np.diff((last - length) // BLOCK, prepend=-1))
+    stops = np.append(starts[1:], len(length))
+    return [
+        (slice(start, stop), slice(last[start] - length[start], last[stop - 1]))
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)
+    ]
+
+
+def _means(values: np.ndarray, begins: np.ndarray) -> np.ndarray:
+    """Means of the rows from each beginning to the next; NaN are left out."""
+    known = np.isfinite(values)
+    total = np.add.reduceat(np.where(known, values, 0), begins, axis=0, dtype=np.float64)
+    count = np.add.reduceat(known, begins, axis=0, dtype=np.int64)
+    return np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
 
 
 def _vectors(table: Any, key: str) -> np.ndarray:
@@ -194,12 +267,12 @@ def _vectors(table: Any, key: str) -> np.ndarray:
     return column.to_numpy(zero_copy_only=False).astype(np.float32).reshape(rows, -1)
 
 
-def _most_frequent(task: np.ndarray, row: np.ndarray, first: np.ndarray, episodes: int) -> np.ndarray:
-    """(episodes,) the instruction that most of an episode's frames have."""
-    own = task[first]
-    if np.array_equal(task, own[row]):
-        return own
-    return np.asarray([np.bincount(task[row == episode]).argmax() for episode in range(episodes)])
+def _most_frequent(task: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """(episodes,) the instruction that most of an episode's frames have, which begins at a place in `task`."""
+    found, last = task[first].astype(np.int64), np.append(first[1:], len(task))
+    for episode in np.flatnonzero(np.minimum.reduceat(task, first) != np.maximum.reduceat(task, first)):
+        found[episode] = np.bincount(task[first[episode] : last[episode]]).argmax()
+    return found
 
 
 def _names(key: str, feature: Mapping[str, Any]) -> list[str]:

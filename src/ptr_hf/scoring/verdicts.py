@@ -20,6 +20,7 @@ from ptr_hf.scoring.calibration import (
     of_the_lowest,
     standard,
 )
+from ptr_hf.scoring.on_disk import on_disk
 from ptr_hf.scoring.question import Answer, Question
 from ptr_hf.scoring.recordings import Recordings
 
@@ -33,7 +34,7 @@ WORST = -12.0
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What the questions say of every episode and frame.
+    """What the questions say of every episode and frame; what they say of frames is `on_disk`.
 
     Attributes:
         z: (episodes, questions), normal: 1 % of good episodes lie below -2.33 in each.
@@ -57,15 +58,18 @@ class _Judged:
 
     def __init__(self, question: Question, answer: Answer, recordings: Recordings, window: int) -> None:
         self.question, self.answer, self.recordings = question, answer, recordings
-        frames = answer.frames
-        self.windows = None
-        if frames is None:
+        self.window = window
+        if answer.frames is None:
             assert answer.episodes is not None
             self.episodes, self.lowest = answer.episodes, None
         else:
-            self.episodes = answer.level(recordings.means(frames))
-            self.windows = answer.level(forward_means(frames, recordings, window))
-            self.lowest = episode_minima(self.windows, recordings)
+            self.episodes = answer.level(recordings.means(answer.frames))
+            self.lowest = recordings.over(
+                answer.frames, lambda frames, first: episode_minima(self._windows(frames, first), first)
+            )
+
+    def _windows(self, frames: np.ndarray, first: np.ndarray) -> np.ndarray:
+        return self.answer.level(forward_means(frames, first, self.window))
 
     def calibrate(self, group: np.ndarray, good: np.ndarray) -> None:
         """Find the spread of good episodes."""
@@ -103,20 +107,24 @@ class _Judged:
         whole = self.chance_of_whole(self.episodes)
         return whole if self.worst is None else of_the_lowest(np.stack([whole, self.chance_of_windows()], axis=1), 2)
 
-    def curve(self) -> np.ndarray:
-        """(frames,) z of the worst part's window."""
-        if self.worst is None or self.windows is None:
-            return np.full(len(self.recordings), np.nan, np.float32)
-        z = self.worst.z(self.windows, self.recordings.episode)
-        return np.fmin.reduce(z, axis=1).astype(np.float32)
+    def read_windows(self, chance: float, curve: np.ndarray, low: np.ndarray) -> None:
+        """Of the window that begins at each frame, write to (frames,) the worst part's z, and whether any part's is so low."""
+        if self.worst is None or self.answer.frames is None:
+            curve[:] = np.nan
+            return
+        limit, recordings = lowest_of_minima(chance / self.worst.parts), self.recordings
+        for own, span in recordings.blocks:
+            windows = self._windows(self.answer.frames[span], recordings.first[own] - span.start)
+            z = self.worst.z(windows, recordings.episode[span])
+            curve[span], low[span] = np.fmin.reduce(z, axis=1), (np.nan_to_num(z) < limit).any(axis=1)
 
-    def bad_windows(self, chance: float) -> np.ndarray:
-        """(frames,) whether a window that begins there is so low, in any part."""
-        if self.worst is None or self.windows is None:
-            return np.zeros(len(self.recordings), bool)
-        z = self.worst.z(self.windows, self.recordings.episode)
-        low = np.nan_to_num(z) < lowest_of_minima(chance / self.worst.parts)
-        return np.asarray(low.any(axis=1))
+    def passes_without(self, low: np.ndarray, chance: float) -> np.ndarray:
+        """(episodes,) whether fewer than half of the windows are low, and the other frames are not of so small a chance."""
+        frames, means = self.answer.frames, self.recordings.means
+        assert frames is not None
+        share = means(lambda span: low[span, None].astype(np.float32))[:, 0]
+        rest = means(lambda span: np.where(low[span, None], np.nan, frames[span]))
+        return (share > 0) & (share < 0.5) & (self.chance_of_whole(self.answer.level(rest)) >= chance)
 
     def worst_parts(self, episode: int) -> tuple[str, ...]:
         """The parts that an episode fails in, the worst first; empty where it is all of them a little."""
@@ -150,11 +158,12 @@ def judge(
         window: frames whose scores are pooled.
     """
     episodes = len(recordings.length)
+    weight = on_disk((len(recordings),), np.float32)
+    weight[:] = 1
     if not answers:
         nothing = np.full((episodes, 0), np.nan)
         unknown = np.full((len(recordings), 0), np.nan, np.float32)
-        usual = np.ones(len(recordings), np.float32)
-        return Verdicts(nothing, np.full(episodes, np.nan), unknown, np.zeros(episodes, bool), usual, [""] * episodes)
+        return Verdicts(nothing, np.full(episodes, np.nan), unknown, np.zeros(episodes, bool), weight, [""] * episodes)
     judged = [_Judged(question, answer, recordings, window) for question, answer in answers.items()]
     group = judged_within(group)
     enough = episodes >= LEAST_TO_JUDGE
@@ -166,11 +175,13 @@ def judge(
         together = of_the_lowest(chance, len(judged))
         good = chance.min(axis=1) >= TRIMMED
     flagged = (together < false_alarms) & enough & (group >= 0)
-    weight = np.ones(len(recordings), np.float32)
     reasons = [""] * episodes
     limit = -np.expm1(np.log1p(-false_alarms) / len(judged))
+    # a question's frames lie together
+    curves, bad_frames = (on_disk((len(judged), len(recordings)), dtype) for dtype in (np.float32, np.bool_))
+    for one, curve, low in zip(judged, curves, bad_frames, strict=True):
+        one.read_windows(limit / 2, curve, low)
     if flagged.any():
-        bad_frames = [one.bad_windows(limit / 2) for one in judged]
         partly = _partly(judged, bad_frames, limit, recordings)
         for episode in np.flatnonzero(flagged).tolist():
             span = slice(recordings.first[episode], recordings.last[episode] + 1)
@@ -183,11 +194,10 @@ def judge(
             reasons[episode] = _reason(judged[failing[0]], episode, weight[span] < 1, recordings)
     z = np.maximum(stats.norm.ppf(np.clip(chance, 1e-40, 1 - 1e-12)), WORST)
     worst = np.maximum(stats.norm.ppf(np.clip(together, 1e-40, 1 - 1e-12)), WORST)
-    curves = np.stack([one.curve() for one in judged], axis=1)
-    return Verdicts(z, worst, curves, flagged, weight, reasons)
+    return Verdicts(z, worst, curves.T, flagged, weight, reasons)
 
 
-def _partly(judged: list[_Judged], bad_frames: list[np.ndarray], limit: float, recordings: Recordings) -> np.ndarray:
+def _partly(judged: list[_Judged], bad_frames: np.ndarray, limit: float, recordings: Recordings) -> np.ndarray:
     """(episodes,) whether what fails is confined to some windows, and the rest of the episode passes on its own."""
     partly = np.ones(len(recordings.length), bool)
     some = np.zeros(len(recordings.length), bool)
@@ -196,11 +206,7 @@ def _partly(judged: list[_Judged], bad_frames: list[np.ndarray], limit: float, r
         if one.answer.frames is None:
             partly &= ~fails
             continue
-        share = recordings.means(bad[:, None].astype(np.float32))[:, 0]
-        rest = one.chance_of_whole(
-            one.answer.level(recordings.means(np.where(bad[:, None], np.nan, one.answer.frames)))
-        )
-        partly &= ~fails | ((share > 0) & (share < 0.5) & (rest >= limit / 2))
+        partly &= ~fails | one.passes_without(bad, limit / 2)
         some |= fails
     return partly & some
 
@@ -213,26 +219,32 @@ def _reason(one: _Judged, episode: int, bad: np.ndarray, recordings: Recordings)
     return f"{sentence}, from {times[0]:.1f} s to {times[-1]:.1f} s"
 
 
-def forward_means(values: np.ndarray, recordings: Recordings, window: int) -> np.ndarray:
-    """(frames, K) means over the window that begins at each frame and ends with the episode at the latest; NaN are left out.
+def forward_means(values: np.ndarray, first: np.ndarray, window: int) -> np.ndarray:
+    """Means over the window that begins at each frame and ends with the episode at the latest; NaN are left out.
 
     The last windows of an episode are as long as the others: they begin earlier.
+
+    Args:
+        values: (frames, K) of whole episodes.
+        first: (episodes,) places at which these begin.
+        window: frames.
     """
     known = np.isfinite(values)
     total = np.concatenate(
         [np.zeros((1, values.shape[1])), np.cumsum(np.where(known, values, 0), axis=0, dtype=np.float64)]
     )
     count = np.concatenate([np.zeros((1, values.shape[1]), np.int64), np.cumsum(known, axis=0)])
-    places = np.arange(len(values))
-    end = recordings.last[recordings.episode] + 1
-    start = np.maximum(np.minimum(places, end - window), recordings.first[recordings.episode])
+    begin, end = (
+        np.repeat(edge, np.diff(first, append=len(values))) for edge in (first, np.append(first[1:], len(values)))
+    )
+    start = np.maximum(np.minimum(np.arange(len(values)), end - window), begin)
     stop = np.minimum(start + window, end)
     number = count[stop] - count[start]
     sums = total[stop] - total[start]
     return np.divide(sums, number, out=np.full(sums.shape, np.nan), where=number > 0)
 
 
-def episode_minima(values: np.ndarray, recordings: Recordings) -> np.ndarray:
-    """(episodes, K) the lowest value of each episode; NaN where it has none."""
-    lowest = np.minimum.reduceat(np.where(np.isfinite(values), values, np.inf), recordings.first, axis=0)
+def episode_minima(values: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """(episodes, K) the lowest of values (frames, K) from each episode's first on; NaN where it has none."""
+    lowest = np.minimum.reduceat(np.where(np.isfinite(values), values, np.inf), first, axis=0)
     return np.where(np.isfinite(lowest), lowest, np.nan)

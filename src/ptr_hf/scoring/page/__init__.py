@@ -162,7 +162,7 @@ def _motions(moment: Moment, recordings: Recordings) -> tuple[Markup, ...]:
         ("action", recordings.action, recordings.action_names),
         ("state", recordings.state, recordings.state_names),
     ):
-        spread = values.std(axis=0)
+        spread = recordings.deviation(values)
         drawn = []
         for column in np.flatnonzero(spread > 0):
             mine, its = values[own, column], None if other is None else values[other, column]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from ptr_hf.scoring.dataset_scores import DatasetScores
+from ptr_hf.scoring.dataset_scores import DatasetScores, chunks_of
 from ptr_hf.scoring.recordings import Recordings
 
 PICTURES = 5
@@ -53,17 +53,16 @@ def moments(
         most: episodes.
         source: number of the dataset where there are several.
     """
-    chunks, flagged, episodes = scores.chunks, scores.flagged, scores.episodes
+    chunks, flagged, episodes = chunks_of(scores, source), scores.flagged, scores.episodes
     if source is not None:
-        chunks, flagged = chunks[chunks["source"] == source], flagged[flagged["source"] == source]
-        episodes = episodes[episodes["source"] == source]
+        flagged, episodes = flagged[flagged["source"] == source], episodes[episodes["source"] == source]
     good = episodes.set_index("episode_index")["weight"].reindex(recordings.episode_index).to_numpy() == 1
     found = []
     for number, row in flagged.head(most).set_index("episode_index").iterrows():
         place = int(np.flatnonzero(recordings.episode_index == number)[0])
         span = slice(recordings.first[place], recordings.last[place] + 1)
         question = _failing(row, scores.questions)
-        curve: np.ndarray | None = chunks[question].to_numpy(np.float64)[span]
+        curve: np.ndarray | None = chunks[question].iloc[span].to_numpy(np.float64)
         assert curve is not None
         worst = None
         if np.isfinite(curve).any():
@@ -79,8 +78,8 @@ def moments(
             other = share * (recordings.length[companion] - 1)
             if curve is not None:
                 whole = slice(recordings.first[companion], recordings.last[companion] + 1)
-                companion_curve = chunks[question].to_numpy(np.float64)[whole]
-        weights = chunks["weight"].to_numpy()[span] < 1
+                companion_curve = chunks[question].iloc[whole].to_numpy(np.float64)
+        weights = chunks["weight"].iloc[span].to_numpy() < 1
         found.append(
             Moment(
                 place,
