@@ -12,6 +12,7 @@ import pytest
 import torch
 from demonstrations import write_dataset
 from huggingface_hub import HfApi
+from lerobot.datasets import StreamingLeRobotDataset
 from lerobot.datasets.dataset_metadata import CODEBASE_VERSION
 from loopback_hub import LoopbackHub
 
@@ -21,6 +22,8 @@ from ptr_hf.data.mixture.dataset import Mixture
 from ptr_hf.data.mixture.metadata import MixtureMetadata
 from ptr_hf.data.mixture.streaming import StreamingMixture
 from ptr_hf.data.segments import SegmentLayout
+from ptr_hf.scoring import DatasetScores
+from ptr_hf.scoring.inspection import inspect_dataset
 
 LAYOUT = SegmentLayout(
     observation_steps=None, action_steps=tuple(range(4)), segment_length=2, chunk_stride=4, consequence_offset=4
@@ -99,6 +102,30 @@ def test_a_stream_keeps_the_files_of_the_open_episodes_alone(
     stream.close()
     assert copied() == 0
     assert not list(fetched.iterdir()), "what was fetched goes with the stream"
+
+
+@pytest.mark.full
+def test_a_stream_is_scored_from_its_parquet_files_alone(
+    content: dict[str, Any], online: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", online.url)
+    questions = ["roughness", "completeness"]
+
+    def inspected(dataset: Any) -> DatasetScores:
+        return inspect_dataset(dataset, questions=questions, device="cpu", progress=False)
+
+    stream = StreamingLeRobotDataset("lab/lift", episodes=[0, 2])
+    mixture, one = inspected({**content, "streaming": True}), inspected(stream)
+    assert mixture.episodes.groupby("source").size().tolist() == [3, 8]
+    assert online.seen(r"/lab/lift/resolve/.*/data/")
+    assert not online.seen(r"/resolve/.*/videos/")
+    assert one.settings["datasets"][0]["revision"] == stream.revision
+    expected = inspect_dataset(
+        bundled_demonstrations("lift"), episodes=[0, 2], questions=questions, device="cpu", progress=False
+    )
+    assert one.chunks.equals(expected.chunks)
+    assert one.episodes.equals(expected.episodes)
 
 
 @pytest.mark.full

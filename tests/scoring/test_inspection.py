@@ -357,6 +357,9 @@ class TestCrossFitting:
 
 
 def test_neighbours_by_hand() -> None:
-    near, votes = neighbours(np.array([[0.0], [1.0], [5.0]]), 2)
+    points = np.array([[0.0], [1.0], [5.0]])
+    near, votes = neighbours(points, 2, np.arange(3))
     assert near.tolist() == [[1, 2], [0, 2], [1, 0]]
     assert votes[0, 0] == pytest.approx(math.exp(-1 / 13))
+    near, _ = neighbours(points, 2, np.array([0, 2]))
+    assert near.tolist() == [[2], [0], [0]]

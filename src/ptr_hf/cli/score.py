@@ -4,6 +4,7 @@ ptr-score --dataset me/my_demos
 """
 
 import json
+import os
 import sys
 from argparse import Namespace
 from contextlib import redirect_stdout
@@ -56,7 +57,15 @@ def _score(options: Namespace, answers: object) -> int:
     from ptr_hf.scoring.inspection import inspect_dataset
     from ptr_hf.scoring.recordings import single, sources_of
 
-    console = PlainConsole(stderr=options.json)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    main_process, device = True, options.device
+    if several:
+        import torch
+        from accelerate import PartialState
+
+        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+        main_process, device = state.is_main_process, device or str(state.device)
+    console = PlainConsole(stderr=options.json, quiet=not main_process)
     given = options.dataset[0] if len(options.dataset) == 1 else list(options.dataset)
     read, _ = sources_of(given)
     sources = [str(single(source)[0]) for source in read]
@@ -73,8 +82,13 @@ def _score(options: Namespace, answers: object) -> int:
         images_per_episode=options.images_per_episode,
         max_frames=options.max_frames,
         seed=options.seed,
-        device=options.device,
+        device=device,
+        progress=main_process,
+        several_processes=several,
     )
+    failed = options.fail_over is not None and scores.moved > options.fail_over
+    if not main_process:
+        return FAILED if failed else 0
     folder = scores.save(options.output_dir)
     next_steps.write_lists(scores, folder)
     if options.page:
@@ -97,7 +111,6 @@ def _score(options: Namespace, answers: object) -> int:
         from ptr_hf.scoring.published import push_scores
 
         console.print(f"Pushed: {push_scores(scores, sources, folder, options.push_to_hub)}", soft_wrap=True)
-    failed = options.fail_over is not None and scores.moved > options.fail_over
     if failed:
         console.print(
             f"{scores.moved:.1%} of the weight moves, more than --fail_over {options.fail_over}: exit code {FAILED}."

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -61,12 +62,13 @@ def inspect_dataset(
     seed: int = 0,
     device: str | None = None,
     progress: bool = True,
+    several_processes: bool = False,
 ) -> DatasetScores:
     """Find the bad demonstrations of a dataset, from its states, actions and instructions; video is read if you ask for it alone.
 
     Args:
-        dataset: Hub id, local folder or open LeRobotDataset; a list of these, or a mixture (`MixtureConfig`, dict, or YAML file),
-            of which each dataset is inspected by itself.
+        dataset: Hub id, local folder, open LeRobotDataset or StreamingLeRobotDataset; a list of these, or a mixture
+            (`MixtureConfig`, dict, or YAML file; streaming or not), of which each dataset is inspected by itself.
         episodes: a subset of a single dataset's.
         revision: of a Hub dataset.
         false_alarms: share of good episodes that may be flagged, in (0, 0.5].
@@ -81,6 +83,8 @@ def inspect_dataset(
         seed: of folds and networks; the same seed gives the same scores on one machine.
         device: where the networks are fitted, e.g. "cuda"; None takes the GPU if there is one.
         progress: show progress bars.
+        several_processes: deal the questions to the processes of `accelerate launch` or torchrun. All of them have to call this
+            with the same arguments, and all get the same scores; one alone should save them.
 
     Returns:
         scores, weights and reasons of every frame and episode.
@@ -115,19 +119,20 @@ def inspect_dataset(
         encoder = image_encoder(policy, device)
     parts = []
     for source in sources:
-        recordings = read_recordings(source, episodes=episodes, revision=revision)
-        if encoder is not None:
-            seen = read_image_features(
-                source,
-                recordings,
-                encoder,
-                per_episode=images_per_episode,
-                episodes=episodes,
-                revision=revision,
-                progress=progress,
-            )
-            recordings = replace(recordings, images=seen)
-        parts.append(_inspect(recordings, asked, fit, group, false_alarms, weight_min))
+        with _main_process_first() if several_processes else nullcontext():
+            recordings = read_recordings(source, episodes=episodes, revision=revision)
+            if encoder is not None:
+                seen = read_image_features(
+                    source,
+                    recordings,
+                    encoder,
+                    per_episode=images_per_episode,
+                    episodes=episodes,
+                    revision=revision,
+                    progress=progress,
+                )
+                recordings = replace(recordings, images=seen)
+        parts.append(_inspect(recordings, asked, fit, group, false_alarms, weight_min, several_processes))
     settings = {
         "false_alarms": false_alarms,
         "weight_min": weight_min,
@@ -155,7 +160,11 @@ def inspect_dataset(
 
 
 def ask_all(
-    recordings: Recordings, questions: Sequence[Question], fit: FitSettings, group: np.ndarray
+    recordings: Recordings,
+    questions: Sequence[Question],
+    fit: FitSettings,
+    group: np.ndarray,
+    several_processes: bool = False,
 ) -> tuple[dict[Question, Answer], list[str]]:
     """Ask the questions of one dataset.
 
@@ -164,20 +173,34 @@ def ask_all(
         questions: to ask.
         fit: settings of the networks.
         group: (episodes,) within which trust is found.
+        several_processes: as of `inspect_dataset`.
 
     Returns:
         the answers, and a sentence for every question that could not be asked.
     """
     reweigh = trust_within(judged_within(group))
-    answers: dict[Question, Answer] = {}
-    notes: list[str] = []
     cross = CrossFit(recordings, fit)
-    for question in questions:
+
+    def ask(question: Question) -> Answer | str:
         try:
-            answers[question] = question.ask(cross, reweigh)
+            return question.ask(cross, reweigh)
         except CannotAskError as error:
-            notes.append(f"Not asked: {question.title} ({error})")
-    return answers, notes
+            return f"Not asked: {question.title} ({error})"
+
+    if several_processes:
+        from ptr_hf.scoring.ranks import asked_by_all
+
+        told = asked_by_all(questions, ask, recordings)
+    else:
+        told = [ask(question) for question in questions]
+    answers = {one: answer for one, answer in zip(questions, told, strict=True) if isinstance(answer, Answer)}
+    return answers, [answer for answer in told if isinstance(answer, str)]
+
+
+def _main_process_first() -> AbstractContextManager[None]:
+    from accelerate import PartialState
+
+    return PartialState().main_process_first()
 
 
 def trust_within(group: np.ndarray) -> Reweigh:
@@ -199,10 +222,14 @@ def _inspect(
     group_name: str,
     false_alarms: float,
     weight_min: float,
+    several_processes: bool,
 ) -> DatasetScores:
     group = recordings.group(group_name)
     episodes = len(recordings.length)
-    answers, notes = ask_all(recordings, questions, fit, group) if recordings.finite.any() else ({}, [])
+    answers: dict[Question, Answer] = {}
+    notes: list[str] = []
+    if recordings.finite.any():
+        answers, notes = ask_all(recordings, questions, fit, group, several_processes)
     window = int(np.clip(round(recordings.fps * WINDOW_SECONDS), *WINDOW_FRAMES))
     verdicts = judge(recordings, answers, group, false_alarms=false_alarms, weight_min=weight_min, window=window)
     if episodes < LEAST_TO_JUDGE:

@@ -7,6 +7,8 @@ from ptr_hf.scoring.question import Answer, CannotAskError, Question
 from ptr_hf.scoring.recordings import Recordings
 
 TIMES, NEIGHBOURS, ROUNDS, FLOOR = 12, 16, 3, 0.02
+MOST_VOTERS = 10_000
+"""Of more episodes so many are drawn, and vote on all: the time would grow with the square of the episodes."""
 BLOCK = 512
 """Episodes whose distances to all others are held at once."""
 
@@ -27,7 +29,9 @@ class InstructionFromEpisode(Question):
             raise CannotAskError("all episodes have the same instruction")
         if (count > 1).sum() < 2:
             raise CannotAskError("hardly any instruction was given twice, so no other episode can speak for it")
-        near, votes = neighbours(paths(recordings, fit.state.numpy()), NEIGHBOURS)
+        draws, most = np.random.default_rng(fit.settings.seed), min(len(task), MOST_VOTERS)
+        voters = np.sort(draws.choice(len(task), most, replace=False))
+        near, votes = neighbours(paths(recordings, fit.state.numpy()), NEIGHBOURS, voters)
         same = task[near] == task[:, None]
         trust = np.ones(len(task))
         for _ in range(ROUNDS + 1):
@@ -46,29 +50,31 @@ def paths(recordings: Recordings, state: np.ndarray) -> np.ndarray:
     return state[rows].reshape(len(rows), -1)
 
 
-def neighbours(points: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def neighbours(points: np.ndarray, count: int, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each point's nearest others, and a vote of each that falls with its squared distance.
 
     Args:
         points: (n, D).
         count: neighbours wanted; fewer where there are fewer points.
+        among: rows of the points that may be neighbours, ascending.
 
     Returns:
         their rows (n, k), nearest first, and votes (n, k) in (0, 1].
     """
     n = len(points)
-    count = min(count, n - 1)
-    squares = (points**2).sum(axis=1)
-    near = np.empty((n, count), np.int64)
+    count = min(count, len(among) - 1)
+    squares, others = (points**2).sum(axis=1), points[among]
+    near = np.empty((n, count), np.int32)
     distance = np.empty((n, count))
     for start in range(0, n, BLOCK):
         block = slice(start, min(start + BLOCK, n))
-        apart = squares[block, None] + squares - 2 * points[block] @ points.T
-        apart[np.arange(len(apart)), np.arange(block.start, block.stop)] = np.inf
+        apart = squares[block, None] + squares[among] - 2 * points[block] @ others.T
+        own = slice(*np.searchsorted(among, [block.start, block.stop]))
+        apart[among[own] - start, np.arange(own.start, own.stop)] = np.inf
         chosen = np.argpartition(apart, count - 1, axis=1)[:, :count]
         found = np.take_along_axis(apart, chosen, axis=1)
         order = found.argsort(axis=1)
-        near[block] = np.take_along_axis(chosen, order, axis=1)
+        near[block] = among[np.take_along_axis(chosen, order, axis=1)]
         distance[block] = np.maximum(np.take_along_axis(found, order, axis=1), 0)
     scale = distance[:, : min(5, count)].mean(axis=1, keepdims=True)
     return near, np.exp(-distance / np.maximum(scale, 1e-12))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from lerobot.datasets import StreamingLeRobotDataset
 from lerobot.datasets.lerobot_dataset import LeRobotDataset
 from lerobot.utils.constants import OBS_STATE
 
@@ -157,9 +158,17 @@ def sources_of(given: Any) -> tuple[list[Any], bool]:
 def single(
     source: Any, episodes: Sequence[int] | None = None, revision: str | None = None
 ) -> tuple[Any, Sequence[int] | None, str | None]:
-    """A dataset, the subset of its episodes and its revision: those of the arguments, or of a mixture's source its own."""
+    """A dataset, the subset of its episodes and its revision: those of the arguments, or of a mixture's source its own.
+
+    LeRobot's stream stands for the dataset that it streams: of that, all parquet files are read.
+    """
     if isinstance(source, SourceConfig):
-        return source.dataset, source.episodes, source.revision
+        source, episodes, revision = source.dataset, source.episodes, source.revision
+    if isinstance(source, StreamingLeRobotDataset):
+        episodes = source.episodes if episodes is None else episodes
+        if source.streaming_from_local:
+            return source.root, episodes, None
+        return source.repo_id, episodes, revision or source.revision
     return source, episodes, revision
 
 
