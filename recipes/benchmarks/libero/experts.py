@@ -30,6 +30,8 @@ FINGER_TIP = 0.0092
 """How far the fingers reach below the point between them."""
 MARGIN = 0.02
 """Left above what the hand or an object in it passes over."""
+CLEAR = 0.0015
+"""Metres; a grasp with less free space is taken only where none has more, since the hand gets stuck on what is near."""
 GRASPABLE = 0.072
 """Wider objects are taken by the rim; the fingers open 80 mm."""
 
@@ -85,8 +87,8 @@ def plan_grasp(scene: LiberoScene, name: str) -> Grasp:
         turned = (angle - facing + np.pi / 2) % np.pi - np.pi / 2
         pose = Pose(position, downward(facing + turned))
         free = clearance(scene, pose, others)
-        found.append((min(free, 0.012) * 100 - 0.5 * abs(turned) - worse, Grasp(pose, free)))
-    return max(found, key=lambda item: item[0])[1]
+        found.append((free > CLEAR, min(free, 0.012) * 100 - 0.5 * abs(turned) - worse, Grasp(pose, free)))
+    return max(found, key=lambda item: item[:2])[2]
 
 
 def clearance(scene: LiberoScene, pose: Pose, points: Float[np.ndarray, "points 3"], most: float = 0.02) -> float:
@@ -202,7 +204,11 @@ class Operator:
         yield from self._go(Pose(lifted, rotation), CLOSE, 0.02, 0.2, slips="lifting")
         yield from self._hesitate(CLOSE)
         if self.kind != "failed_attempt":  # what hangs in the hand may have turned
-            offset = _middle(scene.points(name)) - scene.hand.position[:2]
+            points = scene.points(name)
+            offset = _middle(points) - scene.hand.position[:2]
+            slipped = scene.hand.position[2] - points[:, 2].min() - below
+            if slipped > MARGIN / 2:  # else it pushes the goal away
+                travel += slipped
         to = np.append(target - offset, travel)
         yield from self._go(Pose(to, rotation), CLOSE, 0.008, 0.2, slips="carrying")
         to[2] = release + below
