@@ -44,7 +44,7 @@ STEPS = [
 ]
 RUNS = [Case("act", 2, 4, 0), Case("smolvla_frozen", 8, 4, 0)]
 REAL_STEPS = [Case("smolvla_500m", 2, 4, 0), Case("smolvla_500m", 2, 4, 4)]
-REAL_RUNS = [Case("smolvla_500m", 2, 4, 0)]
+REAL_RUNS = [Case("smolvla_500m", 4, 2, 0)]
 REAL_EPISODES = (0,)
 """What runs at the released size train on: the features of every frame are computed first."""
 
