@@ -1,6 +1,7 @@
 """What many ranks and many episodes cost: collectives counted, candidates simulated, and a large run put on paper.
 
-    python recipes/benchmarks/scaling/benchmark.py            # results/scaling.json, the page's picture and tables, minutes
+    python recipes/benchmarks/scaling/benchmark.py            # results/scaling.json, the page's picture and tables, an hour
+    python recipes/benchmarks/scaling/benchmark.py --only large slots    # these alone are measured anew
     python recipes/benchmarks/scaling/benchmark.py --check    # fails if docs/scaling.md is not what results/scaling.json says
 
 Runs on a CPU in one process: ranks are threads that meet in the method's own collectives (`ranks.py`), and times are
@@ -11,7 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where the package `benchmarks` lies
 from benchmarks.policies_page import filled
-from benchmarks.scaling.costs import CHUNKS, STATE, candidate_bytes, measure_candidates, measure_dataset, measure_slots
+from benchmarks.scaling.costs import (
+    CHUNKS,
+    STATE,
+    candidate_bytes,
+    measure_candidates,
+    measure_dataset,
+    measure_large,
+    measure_slots,
+)
 from benchmarks.scaling.ranks import (
     Call,
     Setup,
@@ -78,12 +87,17 @@ def traffic(size: Mapping[str, int], ranks: int, segments: int, scorer: bool = T
     return ours, ring_bytes(Call("all-reduce", size["gradient_bytes"]), ranks)
 
 
-def measure() -> dict[str, Any]:
-    """Everything that the page says in figures."""
-    torch.set_num_threads(1)
-    rows = [
+LARGE = ((100_000, 20),)
+"""Datasets that are opened and inspected: episodes, and frames of each."""
+
+
+def _traffic() -> list[dict[str, Any]]:
+    return [
         {**asdict(setup), "counted": counted(setup), "formula": predicted(setup)} for setup in tqdm(SETUPS, "counts")
     ]
+
+
+def _equality() -> list[dict[str, Any]]:
     equality = []
     for ranks in tqdm(RANKS, "equality"):
         row = candidate_equality(Setup(ranks, CHUNKS, 1, target=16))
@@ -91,18 +105,32 @@ def measure() -> dict[str, Any]:
             both = (Setup(ranks, 2, 2, micro_batches=2, scorer=scorer) for scorer in (True, False))
             row["gradient_difference"] = max(gradient_difference(setup) for setup in both)
         equality.append(row)
-    costs = [row for segments in tqdm(SEGMENTS, "candidates") for row in measure_candidates(RANKS, segments, 7)]
+    return equality
+
+
+def _candidates() -> list[dict[str, Any]]:
+    return [row for segments in tqdm(SEGMENTS, "candidates") for row in measure_candidates(RANKS, segments, 7)]
+
+
+def _slots() -> list[dict[str, Any]]:
+    return measure_slots((10**5, 10**6, EPISODES), visited=RANKS[-1] * CHUNKS * SEGMENTS[0])
+
+
+def _dataset() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        dataset = measure_dataset(Path(folder), (500, 2000), FRAMES)
-    return {
-        "command": COMMAND,
-        "traffic": rows,
-        "equality": equality,
-        "candidates": costs,
-        "slots": measure_slots((10**5, 10**6, EPISODES), visited=RANKS[-1] * CHUNKS * SEGMENTS[0]),
-        "dataset": dataset,
-        "policies": policy_sizes(),
-    }
+        return measure_dataset(Path(folder), (500, 2000), FRAMES)
+
+
+PARTS: dict[str, Callable[[], Any]] = {
+    "traffic": _traffic,
+    "equality": _equality,
+    "candidates": _candidates,
+    "slots": _slots,
+    "dataset": _dataset,
+    "large": lambda: measure_large(LARGE),
+    "policies": policy_sizes,
+}
+"""What the page says in figures."""
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
@@ -117,6 +145,7 @@ def tables(found: Mapping[str, Any]) -> dict[str, str]:
         "share": _share_table(found["policies"]),
         "slots": _slot_table(found["slots"]),
         "dataset": _dataset_table(found["dataset"]),
+        "episodes": _episodes_table(found["large"]),
         "large": _large_table(found),
     }
 
@@ -197,6 +226,15 @@ def _dataset_table(found: Mapping[str, Any]) -> str:
     return _markdown(table)
 
 
+def _episodes_table(rows: Sequence[Mapping[str, float]]) -> str:
+    sizes = [f"{row['episodes']:,.0f} episodes of {row['frames']:.0f} frames" for row in rows]
+    table = [["what", *(cell for size in sizes for cell in (size, "processor"))]]
+    for name in ("opening", "check_dataset", "order of an epoch", "inspection", "writing its scores"):
+        cells = [cell for row in rows for cell in (_size(row[name]), f"{row[f'{name}, seconds']:.1f} s")]
+        table.append([name, *cells])
+    return _markdown(table)
+
+
 def _large_table(found: Mapping[str, Any]) -> str:
     """Per rank, at the last of RANKS and EPISODES, one slot an episode, two scores."""
     ranks, segments, slots = RANKS[-1], SEGMENTS[0], found["slots"][-1]
@@ -269,10 +307,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("results/scaling.json"), help="Where the figures go.")
     parser.add_argument("--page", type=Path, default=Path("docs/scaling.md"), help="The page whose tables are filled.")
     parser.add_argument("--image", type=Path, default=Path("docs/images/scaling.png"), help="Where the picture goes.")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, help="Measure these parts alone; the others stay as they are."
+    )
     parser.add_argument("--check", action="store_true", help="Measure and write nothing; fail if the page is outdated.")
     options = parser.parse_args(arguments)
     if not options.check:
-        options.output.write_text(json.dumps(measure(), indent=1) + "\n")
+        torch.set_num_threads(1)
+        before = json.loads(options.output.read_text()) if options.only else {}
+        measured = {name: part() for name, part in PARTS.items() if name in (options.only or PARTS)}
+        options.output.write_text(json.dumps({"command": COMMAND} | before | measured, indent=1) + "\n")
     found = json.loads(options.output.read_text())
     page = options.page.read_text()
     new = filled(page, tables(found))

@@ -1,23 +1,29 @@
 """What a rank's step and start cost as ranks, episodes and frames grow: bytes, and times as ratios of one run."""
 
+import multiprocessing
 import statistics
+import tempfile
+import threading
 import time
 import tracemalloc
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.fast_writer import write_frames
+from benchmarks.fast_writer import write_frames, write_many_frames
 from benchmarks.scaling.ranks import full_queue, part, samples_of
 from episodes import Episode
 from ptr_hf.data.datasets import check_dataset, open_dataset
+from ptr_hf.data.order import EpochSampler
 from ptr_hf.data.segments import SegmentLayout
 from ptr_hf.method import CandidateQueue, Candidates, GlobalRows, build_candidates, identification_loss
 from ptr_hf.scores import (
@@ -28,6 +34,7 @@ from ptr_hf.scores import (
     ScoreWeigher,
     SlotMemory,
 )
+from ptr_hf.scoring import inspect_dataset
 
 CHUNKS, TARGET, STATE, QUEUE, DRAWS = 4, 768, 14, 1024, 64
 
@@ -55,17 +62,45 @@ def heap_peak(work: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
+@contextmanager
+def memory_of(found: dict[str, float], name: str) -> Iterator[None]:
+    """Write to ``found`` the most bytes that this process takes inside and no file stands for (Linux), and the CPU's seconds.
+
+    Pages of files, such as memory-mapped tables and temporary files, are the system's to give away.
+    """
+
+    def held() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+    before, began, ended = held(), time.process_time(), threading.Event()
+    most = [before]
+
+    def watch() -> None:
+        while not ended.wait(0.01):
+            most.append(max(most.pop(), held()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    found[name], found[f"{name}, seconds"] = max(most[0], held()) - before, time.process_time() - began
+
+
 def relative_times(works: Sequence[Callable[[], object]], rounds: int) -> list[float]:
-    """Median over rounds of each work's time to the first one's, all of them run in every round."""
+    """Median over rounds of each work's processor time to the first one's, all of them run in every round."""
     ratios: list[list[float]] = []
     for _ in range(rounds):
         # after the last and largest one of a round, memory and caches are not what the others meet
         works[0]()
         times = []
         for work in works:
-            begin = time.perf_counter()
+            begin = time.process_time()
             work()
-            times.append(time.perf_counter() - begin)
+            times.append(time.process_time() - begin)
         ratios.append([one / times[0] for one in times])
     return [statistics.median(column) for column in zip(*ratios, strict=True)]
 
@@ -175,7 +210,8 @@ def measure_dataset(folder: Path, sizes: tuple[int, int], frames: int) -> dict[s
         sizes: two numbers of episodes, whose difference tells what one more costs.
         frames: of an episode.
     """
-    small, large = (_dataset_bytes(folder / str(size), size, frames) for size in sizes)
+    # what the first one of a process costs is no part of the difference
+    _, small, large = (_dataset_bytes(folder / f"{place}", size, frames) for place, size in enumerate((4, *sizes)))
     more = sizes[1] - sizes[0]
     slope = {name: (large[name] - small[name]) / more for name in small}
     per_frame = {name: slope.pop(name) / frames for name in ("check_dataset", "order of an epoch")}
@@ -192,12 +228,52 @@ def _dataset_bytes(path: Path, episodes: int, frames: int) -> dict[str, float]:
     return {
         "metadata on disk": sum(file.stat().st_size for file in (path / "meta" / "episodes").rglob("*.parquet")),
         "metadata, memory-mapped": dataset.meta.episodes.data.nbytes,
-        "opening the dataset": heap_peak(lambda: open_dataset(path, LAYOUT)),
         "EpisodeTable": held,
         "building it, standardize_by=all": heap_peak(lambda: EpisodeTable.from_metadata(dataset.meta)),
         "building it, standardize_by=task": heap_peak(lambda: EpisodeTable.from_metadata(dataset.meta, "task")),
         "check_dataset": heap_peak(lambda: check_dataset(dataset, LAYOUT)),
-        # the list of numbers, and the tensor that it is made from
-        "order of an epoch": heap_peak(lambda: next(iter(SeedableRandomSampler(dataset, data_seed=0))))
-        + 8 * episodes * frames,
+        "order of an epoch": peak_bytes(EpochSampler(len(dataset)).order),
     }
+
+
+def measure_large(sizes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """What opening and inspecting real LeRobotDatasets of many episodes takes, each in a process of its own.
+
+    Args:
+        sizes: numbers of episodes, and of frames of each.
+    """
+    rows = []
+    for episodes, frames in sizes:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+        ):
+            rows.append(pool.submit(_large, Path(folder), episodes, frames).result())
+    return rows
+
+
+def _large(folder: Path, episodes: int, frames: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    # the library's own copies of the tables go as well
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    write_many_frames(folder / "dataset", episodes, frames)
+    return {"episodes": episodes, "frames": frames} | memory_of_dataset(folder / "dataset", folder / "scores")
+
+
+def memory_of_dataset(path: Path, scores: Path) -> dict[str, float]:
+    """What opening and inspecting a dataset takes, see ``memory_of``; the scores are written to a folder."""
+    found: dict[str, float] = {}
+    # the first time its files are also converted
+    open_dataset(path, LAYOUT)
+    with memory_of(found, "opening"):
+        dataset = open_dataset(path, LAYOUT)
+    with memory_of(found, "check_dataset"):
+        check_dataset(dataset, LAYOUT)
+    with memory_of(found, "order of an epoch"):
+        EpochSampler(len(dataset)).order()
+    del dataset
+    with memory_of(found, "inspection"):
+        inspected = inspect_dataset(path, device="cpu", progress=False)
+    with memory_of(found, "writing its scores"):
+        inspected.save(scores)
+    return found
