@@ -192,6 +192,15 @@ def test_the_expert_solves_and_repeats_itself(soup: LiberoScene) -> None:
 
 
 @needs_libero
+@pytest.mark.parametrize(
+    ("task", "start"),
+    [pytest.param(0, 19, id="a bowl that slips in the hand"), pytest.param(4, 2, id="a bowl near a drawer's wall")],
+)
+def test_the_expert_solves_what_takes_care(task: int, start: int) -> None:
+    assert record(LiberoScene("libero_spatial", task), start, "official").success_step is not None
+
+
+@needs_libero
 @pytest.mark.parametrize("kind", KINDS)
 def test_operators_do_what_they_say(bowl: LiberoScene, kind: str) -> None:
     clean, item = record(bowl, 1000, "wide"), record(bowl, 1000, "wide", kind)  # type: ignore[arg-type]
