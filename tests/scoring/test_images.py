@@ -9,10 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from demonstrations import write_dataset
 from lerobot.datasets import LeRobotDatasetMetadata
 from lerobot.policies.factory import make_pre_post_processors
 from small_policies import base_policy, ptr_policy, stats_of
+from transformers import (
+    AutoModel,
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    Dinov2Config,
+    PreTrainedConfig,
+    ResNetConfig,
+)
 
 from ptr_hf.cli.score import score
 from ptr_hf.cli.score_options import parse
@@ -308,6 +318,57 @@ class TestTowers:
         encoder = image_encoder(base_policy("act", films), "cpu")
         assert isinstance(encoder, TowerEncoder)
         assert encoder.width == 768
+
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+VISION_MODELS = {
+    "dinov2": Dinov2Config(**SMALL),
+    "clip": CLIPConfig(
+        vision_config=SMALL | {"intermediate_size": 48},
+        text_config={"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48},
+    ),
+    "resnet": ResNetConfig(embedding_size=8, hidden_sizes=[8, 64], depths=[1, 1], layer_type="basic"),
+}
+
+
+class TestVisionModels:
+    """Models of transformers as they come from the Hub, from a folder and with random weights."""
+
+    @pytest.mark.full
+    @pytest.mark.parametrize("family", VISION_MODELS)
+    def test_one_is_named(self, family: str, films: Path, tmp_path: Path) -> None:
+        config: PreTrainedConfig = VISION_MODELS[family]
+        AutoModel.from_config(config).save_pretrained(tmp_path)
+        processor = CLIPImageProcessor if family == "clip" else BitImageProcessor
+        processor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+        encoder = image_encoder(f"transformers:{tmp_path}", "cpu")
+        images = np.zeros((2, 3, 40, 40), np.uint8)
+        images[1, :, :20, :20] = 255
+        vectors = encoder.encode("observation.image", 0, images)
+        assert vectors.shape == (2, encoder.width)
+        assert encoder.width == min(16 * (64 if family == "resnet" else 24), 768)
+        apart = np.abs(vectors[1] - vectors[0])
+        assert apart.max() > 0
+        if encoder.width == 16 * 24:  # not projected: a cell's numbers are every sixteenth
+            assert apart.reshape(24, 16).sum(axis=0).argmax() in (0, 1, 4, 5), "cells lie where the picture has changed"
+        assert encoder.digest == image_encoder(f"transformers:{tmp_path}", "cpu").digest
+        found = inspected(films, policy=f"transformers:{tmp_path}", questions=["state_from_image"])
+        assert found.settings["images"]["encoder"] == f"transformers:{tmp_path}"
+        assert found.episodes["state_from_image"].notna().all()
+
+    @pytest.mark.full
+    def test_pickled_weights_and_code_of_a_repo_are_refused(self, tmp_path: Path) -> None:
+        model = AutoModel.from_config(VISION_MODELS["dinov2"])
+        model.config.save_pretrained(tmp_path)
+        BitImageProcessor().save_pretrained(tmp_path)
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        with pytest.raises(OSError, match="safetensors"):
+            image_encoder(f"transformers:{tmp_path}", "cpu")
+        content = {"model_type": "own", "auto_map": {"AutoModel": "own.Own", "AutoConfig": "own.OwnConfig"}}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        (tmp_path / "own.py").write_text("raise SystemExit('code of the repo has run')")
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            image_encoder(f"transformers:{tmp_path}", "cpu")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
-"""From pictures to vectors: through the frozen vision tower of a policy, or as thumbnails, which need none."""
+"""From pictures to vectors: through the frozen vision tower of a policy or a pretrained vision model, or as thumbnails."""
 
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lerobot.processor import PolicyProcessorPipeline
 from lerobot.utils.constants import IMAGENET_STATS
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import AutoImageProcessor, AutoModel
 
 from ptr_hf.artifacts.checkpoint import is_ptr_source, resolve_processors
 from ptr_hf.artifacts.processor_checks import PROCESSOR_FILES
@@ -31,6 +32,8 @@ from ptr_hf.processor_ptr import saved_processors, saved_renames
 logger = logging.getLogger(__name__)
 
 THUMBNAILS = "thumbnails"
+TRANSFORMERS = "transformers:"
+"""Before the folder or Hub id of a vision model of transformers."""
 SIDE, GRID, WIDEST, BATCH = 16, 4, 768, 32
 """Pixels of a thumbnail's side; cells of a side in which a tower's tokens are averaged; numbers kept of a picture; pictures at
 once."""
@@ -102,10 +105,6 @@ class TowerEncoder:
             self._tower = self._adapter.build_tower(layer, share=True)
         size = GRID**2 * self._adapter.target_dim(layer)
         self.width = min(size, WIDEST)
-        self._directions: Tensor | None = None
-        if size > WIDEST:
-            drawn = torch.randn(size, WIDEST, generator=torch.Generator().manual_seed(0))
-            self._directions = (drawn / math.sqrt(WIDEST)).to(self._device)
         self._named: set[str] = set()
         self.digest = self._digest(layer)
 
@@ -120,8 +119,7 @@ class TowerEncoder:
             for batch in torch.from_numpy(np.ascontiguousarray(images)).split(BATCH):
                 prepared = self._prepared(key, batch.to(self._device).float() / 255)
                 tokens = self._adapter.encode_image(self._tower, key, prepared).float()
-                cells = _in_cells(tokens, batch.shape[-2] / batch.shape[-1])
-                parts.append((cells if self._directions is None else cells @ self._directions).cpu().numpy())
+                parts.append(_few(_in_cells(tokens, batch.shape[-2] / batch.shape[-1])).cpu().numpy())
         return np.concatenate(parts)
 
     def _key(self, camera: str, place: int) -> str:
@@ -150,9 +148,7 @@ class TowerEncoder:
     def _digest(self, layer: int) -> str:
         """Of the tower's weights, of how pictures are prepared, and of the settings that name pictures."""
         digest = hashlib.sha256(f"{self._adapter.family} {layer} {GRID} {self.width}".encode())
-        for name, value in self._adapter.tower_parameters(layer):
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        _add_weights(digest, self._adapter.tower_parameters(layer))
         shades = torch.linspace(0, 1, 3 * 64, device=self._device).reshape(1, 3, 8, 8)
         for key in self._adapter.target_keys():
             digest.update(self._prepared(key, shades).float().cpu().contiguous().numpy().data)
@@ -162,7 +158,48 @@ class TowerEncoder:
         return digest.hexdigest()
 
 
-type ImageEncoder = Thumbnails | TowerEncoder
+class VisionModelEncoder:
+    """The last layer of a pretrained vision model of transformers, averaged in 4 x 4 cells of the picture.
+
+    Of a model of pictures and texts it is the vision part. Pictures are prepared by the model's own image processor. No code of
+    the repo is run, and only weights in safetensors are read. More numbers than `WIDEST` are projected as by `TowerEncoder`.
+
+    Args:
+        source: folder or Hub id, e.g. "facebook/dinov2-small".
+        device: where the model goes.
+
+    Raises:
+        ValueError, OSError: there is no such model, or it is of no type that transformers knows.
+    """
+
+    def __init__(self, source: str, device: str) -> None:
+        self.name, self._device = f"{TRANSFORMERS}{source}", device
+        self._processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        model = AutoModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
+        self._model = getattr(model, "vision_model", model).to(device).eval()
+        self.width = self.encode("", 0, np.zeros((1, 3, 64, 64), np.uint8)).shape[1]
+        digest = hashlib.sha256(f"{GRID} {self.width} {self._processor.to_json_string()}".encode())
+        _add_weights(digest, self._model.state_dict().items())
+        self.digest = digest.hexdigest()
+
+    @torch.no_grad()
+    def encode(
+        self, camera: str, place: int, images: UInt8[np.ndarray, "n 3 height width"]
+    ) -> Float[np.ndarray, "n size"]:
+        """See `Thumbnails.encode`."""
+        parts = []
+        for batch in torch.from_numpy(np.ascontiguousarray(images)).split(BATCH):
+            prepared = self._processor(images=list(batch), return_tensors="pt")["pixel_values"].to(self._device)
+            tokens = self._model(pixel_values=prepared).last_hidden_state.float()
+            if tokens.ndim == 4:  # a convolutional network
+                tokens = tokens.flatten(2).transpose(1, 2)
+            patches = math.isqrt(tokens.shape[1]) ** 2  # those of the class come first
+            cells = _in_cells(tokens[:, -patches:], prepared.shape[-2] / prepared.shape[-1])
+            parts.append(_few(cells).cpu().numpy())
+        return np.concatenate(parts)
+
+
+type ImageEncoder = Thumbnails | TowerEncoder | VisionModelEncoder
 """Turns pictures into vectors."""
 
 
@@ -170,7 +207,8 @@ def image_encoder(policy: Any, device: str) -> ImageEncoder:
     """What `inspect_dataset(policy=...)` stands for.
 
     Args:
-        policy: "thumbnails"; the folder or Hub id of a LeRobot policy or PTR checkpoint; or one that is loaded. Pictures are
+        policy: "thumbnails"; the folder or Hub id of a LeRobot policy or PTR checkpoint; or one that is loaded; or
+            "transformers:" and the folder or Hub id of a vision model, which sees square pictures. A policy's pictures are
             prepared by the saved preprocessor; without one they are normalised as LeRobot trains, by ImageNet's statistics.
         device: where a policy that is not loaded yet goes.
 
@@ -179,6 +217,8 @@ def image_encoder(policy: Any, device: str) -> ImageEncoder:
     """
     if isinstance(policy, str) and policy == THUMBNAILS:
         return Thumbnails()
+    if isinstance(policy, str) and policy.startswith(TRANSFORMERS):
+        return VisionModelEncoder(policy.removeprefix(TRANSFORMERS), device)
     if isinstance(policy, nn.Module):
         base = policy.base if isinstance(policy, PTRPolicy) else policy
         make_adapter(base)
@@ -204,6 +244,21 @@ def image_encoder(policy: Any, device: str) -> ImageEncoder:
 def _usual_preprocessor(config: Any) -> PolicyProcessorPipeline:
     stats = {key: {name: np.asarray(value) for name, value in IMAGENET_STATS.items()} for key in config.image_features}
     return make_pre_post_processors(config, dataset_stats=stats)[0]
+
+
+def _few(cells: Float[Tensor, "n cells"]) -> Float[Tensor, "n size"]:
+    """At most `WIDEST` numbers a picture: more are projected onto random directions."""
+    size = cells.shape[1]
+    if size <= WIDEST:
+        return cells
+    drawn = torch.randn(size, WIDEST, generator=torch.Generator().manual_seed(0))
+    return cells @ (drawn / math.sqrt(WIDEST)).to(cells.device)
+
+
+def _add_weights(digest: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+    for name, value in weights:
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def _in_cells(tokens: Float[Tensor, "n patches size"], aspect: float) -> Float[Tensor, "n cells"]:
