@@ -27,7 +27,7 @@ from ptr_hf.data.pictures import pictures
 from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.scoring.completeness import Completeness
 from ptr_hf.scoring.crossfit import FitSettings
-from ptr_hf.scoring.image_encoders import THUMBNAILS, ImageEncoder, image_encoder
+from ptr_hf.scoring.image_encoders import THUMBNAILS, ImageEncoder, Thumbnails, image_encoder
 from ptr_hf.scoring.image_features import colour_cameras, looked_at
 from ptr_hf.scoring.inspection import IMAGE_QUESTIONS, IMAGES_PER_EPISODE, QUESTIONS, ask_all
 from ptr_hf.scoring.question import Answer, Question
@@ -88,7 +88,7 @@ class Filmed:
     def seen(self, episodes: Sequence[Episode], recordings: Recordings, encoder: ImageEncoder) -> Recordings:
         """The recordings with what the encoder makes of the episodes' pictures."""
         rows = looked_at(recordings, IMAGES_PER_EPISODE)
-        values = []
+        values, thumbnails = [], []
         for place, episode in enumerate(episodes):
             own = recordings.frame[rows[recordings.episode[rows] == place]]
             shown = [episode.frames[key][own].transpose(0, 3, 1, 2) for key in self.cameras]
@@ -97,7 +97,15 @@ class Filmed:
                 for number, (key, item) in enumerate(zip(self.cameras, shown, strict=True))
             ]
             values.append(np.stack(encoded, axis=1).astype(np.float16))
-        found = ImageFeatures(rows, np.concatenate(values).astype(np.float32), tuple(self.cameras), encoder.name)
+            small = [Thumbnails().encode("", 0, item).reshape(len(own), 3, -1) for item in shown]
+            thumbnails.append(np.stack(small, axis=1).astype(np.float16))
+        found = ImageFeatures(
+            rows,
+            np.concatenate(values).astype(np.float32),
+            tuple(self.cameras),
+            encoder.name,
+            np.concatenate(thumbnails).astype(np.float32),
+        )
         return replace(recordings, images=found)
 
 

@@ -270,6 +270,25 @@ def test_episodes_that_take_turns_go_as_those_alone(bowl: LiberoScene) -> None:
 
 
 @needs_libero
+def test_looks_are_the_pictures_of_their_steps_and_stand_until_the_next(soup: LiberoScene) -> None:
+    from benchmarks.libero.cameras import POSITIONS, Cameras
+
+    with Cameras(soup, 64) as cameras:
+        whole = record(soup, 5, "official", film=cameras.pictures)
+        places = record(soup, 5, "official", film=cameras.positions)
+        looks = cameras.looks(places.pictures[POSITIONS], 4)
+    steps = len(whole.actions)
+    drawn = [round(third * (steps - 1) / 3) for third in range(4)]
+    for key, pictures in whole.pictures.items():
+        assert looks[key].shape == pictures.shape
+        for step, following in zip(drawn, [*drawn[1:], steps], strict=True):
+            apart = np.abs(looks[key][step].astype(int) - pictures[step])
+            assert apart.mean() < 1.0, "the same picture"
+            assert (looks[key][step:following] == looks[key][step]).all()
+        assert (looks[key][drawn[0]] != looks[key][drawn[1]]).any()
+
+
+@needs_libero
 def test_what_was_recorded_goes_the_same_way_in_lerobots_environment(soup: LiberoScene) -> None:
     from lerobot.envs.libero import LiberoEnv
 

@@ -24,6 +24,7 @@ from transformers import (
     ResNetConfig,
 )
 
+from episodes import Episode, write_demonstrations
 from ptr_hf.cli.score import score
 from ptr_hf.cli.score_options import parse
 from ptr_hf.data.pictures import pictures
@@ -31,7 +32,8 @@ from ptr_hf.policies.tiny import tiny_smolvla, write_tiny_vlm
 from ptr_hf.scoring import DatasetScores, image_features
 from ptr_hf.scoring.completeness import Completeness
 from ptr_hf.scoring.crossfit import CrossFit, FitSettings
-from ptr_hf.scoring.image_encoders import THUMBNAILS, TowerEncoder, image_encoder
+from ptr_hf.scoring.image_constancy import ImageConstancy
+from ptr_hf.scoring.image_encoders import THUMBNAILS, Thumbnails, TowerEncoder, image_encoder
 from ptr_hf.scoring.image_features import looked_at
 from ptr_hf.scoring.image_motion import ImageMotion
 from ptr_hf.scoring.inspection import IMAGE_QUESTIONS, QUESTIONS, _chosen, inspect_dataset, trust_within
@@ -41,7 +43,8 @@ from ptr_hf.scoring.seen import ImageFeatures, components, predicted
 from ptr_hf.scoring.state_from_image import StateFromImage
 
 BAD = 7
-QUICK = [question.name for question in IMAGE_QUESTIONS]
+BESIDE_STATE = (StateFromImage, ImageMotion)
+QUICK = [question.name for question in BESIDE_STATE]
 
 
 @pytest.fixture(autouse=True)
@@ -103,6 +106,30 @@ def with_pictures(recordings: Recordings, values: np.ndarray) -> Recordings:
     return replace(recordings, images=replace(recordings.images, values=values))
 
 
+def held(episodes: int = 24, looks: int = 16) -> Recordings:
+    """A hand that closes halfway and goes on. From then on two pixels of three show what it holds, the other what it passes."""
+    recordings = seen(episodes, looks, looks)
+    draws = np.random.default_rng(2)
+    closed = recordings.frame >= looks // 2
+    small = draws.uniform(size=(len(closed), 1, 3, 3)).astype(np.float32)
+    own = draws.uniform(size=(episodes, 1, 3, 2)).astype(np.float32)
+    small[closed, :, :, :2] = own[recordings.episode[closed]] + draws.normal(0, 0.02, (closed.sum(), 1, 3, 2))
+    assert recordings.images is not None
+    images = replace(recordings.images, thumbnails=small)
+    action = np.stack([draws.normal(size=len(closed)), np.where(closed, 1.0, -1.0)], axis=1).astype(np.float32)
+    return replace(recordings, action=action, action_names=("d", "gripper"), images=images)
+
+
+def lost(recordings: Recordings, look: int) -> Recordings:
+    """The same where the hand of one episode is empty from this look on."""
+    assert recordings.images is not None
+    assert recordings.images.thumbnails is not None
+    small = recordings.images.thumbnails.copy()
+    empty = (recordings.episode == BAD) & (recordings.frame >= look)
+    small[empty] = np.random.default_rng(3).uniform(size=small[empty].shape)
+    return replace(recordings, images=replace(recordings.images, thumbnails=small))
+
+
 def asked(question: Question, recordings: Recordings) -> np.ndarray:
     """(episodes,) scores, or of the lowest window for questions that judge frames."""
     fit = CrossFit(recordings, FitSettings(progress=False, steps=5, stages=2))
@@ -134,11 +161,54 @@ class TestQuestions:
         assert scores.argmin() == BAD
         assert scores[BAD] < np.delete(scores, BAD).min() - 0.25
 
+    @pytest.mark.parametrize("look", [8, 10, 13])
+    def test_what_is_held_is_lost(self, look: int) -> None:
+        scores = asked(ImageConstancy(), lost(held(), look))
+        assert scores.argmin() == BAD
+        assert scores[BAD] < np.delete(scores, BAD).min() - 0.1
+
+    def test_only_the_time_and_the_place_at_which_others_stay_count(self) -> None:
+        recordings = held()
+        frames = (
+            ImageConstancy()
+            .ask(CrossFit(recordings, FitSettings(progress=False)), trust_within(recordings.task))
+            .frames
+        )
+        assert frames is not None
+        assert (recordings.action[np.isfinite(frames[:, 0]), 1] == 1).all()
+        assert asked(ImageConstancy(), lost(recordings, 15)).argmin() == BAD, "the last change counts"
+        assert recordings.images is not None
+        assert recordings.images.thumbnails is not None
+        small = recordings.images.thumbnails.copy()
+        small[(recordings.episode == BAD) & (recordings.frame < 8)] = 0.5
+        beside = replace(recordings, images=replace(recordings.images, thumbnails=small))
+        np.testing.assert_allclose(
+            asked(ImageConstancy(), beside), asked(ImageConstancy(), recordings), atol=0.02, err_msg="an open hand"
+        )
+
+    def test_without_a_gripper_or_without_anything_that_stays_it_says_so(self) -> None:
+        recordings = held()
+        with pytest.raises(CannotAskError, match="no action has two values"):
+            asked(ImageConstancy(), replace(recordings, action=recordings.action[:, :1]))
+        assert recordings.images is not None
+        noise = np.random.default_rng(4).uniform(size=(len(recordings), 1, 3, 3)).astype(np.float32)
+        assert recordings.images.thumbnails is not None
+        passed = np.concatenate(
+            [recordings.images.thumbnails, np.full((len(recordings), 1, 3, 9), 0.5, np.float32)], axis=3
+        )
+        for other in (noise, passed):  # nothing stays; most stands still, as before a fixed camera
+            with pytest.raises(
+                CannotAskError, match="no camera moves along, or nothing in its pictures stays the same"
+            ):
+                asked(ImageConstancy(), replace(recordings, images=replace(recordings.images, thumbnails=other)))
+        with pytest.raises(CannotAskError, match="no picture was looked at"):
+            asked(ImageConstancy(), seen())
+
     def test_frames_that_nobody_looked_at_are_not_scored(self) -> None:
         recordings = seen()
         assert recordings.images is not None
         fit = CrossFit(recordings, FitSettings(progress=False))
-        for question in IMAGE_QUESTIONS:
+        for question in BESIDE_STATE:
             frames = question().ask(fit, trust_within(recordings.task)).frames
             assert frames is not None
             assert np.flatnonzero(np.isfinite(frames[:, 0])).tolist() == recordings.images.rows.tolist()
@@ -148,9 +218,16 @@ class TestQuestions:
         assert recordings.images is not None
         own = recordings.episode[recordings.images.rows] == BAD
         values = np.where(own[:, None, None], np.nan, recordings.images.values)
-        for question in IMAGE_QUESTIONS:
+        for question in BESIDE_STATE:
             scores = asked(question(), with_pictures(recordings, values))
             assert np.flatnonzero(np.isnan(scores)).tolist() == [BAD]
+        recordings = held()
+        assert recordings.images is not None
+        assert recordings.images.thumbnails is not None
+        small = recordings.images.thumbnails.copy()
+        small[recordings.episode == BAD] = np.nan
+        unread = replace(recordings, images=replace(recordings.images, thumbnails=small))
+        assert np.flatnonzero(np.isnan(asked(ImageConstancy(), unread))).tolist() == [BAD]
 
     def test_a_last_picture_from_the_middle(self) -> None:
         recordings = seen()
@@ -166,7 +243,8 @@ class TestQuestions:
         assert scores[:, 2].argmin() == BAD
 
     def test_without_a_state_they_say_so(self) -> None:
-        recordings = replace(seen(), state=np.zeros((960, 0), np.float32))
+        recordings = held()
+        recordings = replace(recordings, state=np.zeros((len(recordings), 0), np.float32))
         for question in IMAGE_QUESTIONS:
             with pytest.raises(CannotAskError, match=r"no proprioception|or there is none"):
                 asked(question(), recordings)
@@ -176,6 +254,9 @@ class TestQuestions:
             "the pictures of wrist do not show the robot where its state says it is"
         )
         assert ImageMotion().reason(()) == "the pictures stand still while the robot moves"
+        assert ImageConstancy().reason(("wrist",)) == (
+            "what stays the same in the pictures of wrist of other episodes changes: what is held may be lost"
+        )
 
 
 def test_components_by_hand() -> None:
@@ -194,6 +275,30 @@ def test_a_ridge_never_learns_from_what_it_judges() -> None:
     assert told[fold == 1].mean() == pytest.approx(5, abs=0.2)
 
 
+@pytest.mark.full
+def test_a_grasp_that_slips_is_found_in_a_dataset(tmp_path: Path) -> None:
+    """A hand's own camera sees the table pass by, and between the fingers, once they are closed, what they hold."""
+    draws = np.random.default_rng(0)
+    episodes = []
+    for number in range(16):
+        way = np.cumsum(draws.uniform(0.5, 1.5, 40))
+        table = draws.integers(0, 256, (16, 96, 3)).astype(np.uint8).repeat(2, axis=0)
+        closed = np.arange(40) >= 20
+        wrist = np.stack([table[:, int(x) : int(x) + 32] for x in way])
+        wrist[closed & ~((number == BAD) & (np.arange(40) >= 26)), 16:, 8:24] = (200, 40, 40)
+        action = np.stack([np.gradient(way), np.where(closed, 1.0, -1.0)], axis=1).astype(np.float32)
+        streams = {"observation.state": way[:, None].astype(np.float32), "action": action}
+        episodes.append(Episode({**streams, "observation.images.wrist": wrist}, "carry it"))
+    write_demonstrations(tmp_path / "carried", episodes, 20)
+    found = inspected(tmp_path / "carried", questions=["image_constancy"])
+    assert found.flagged["episode_index"].tolist() == [BAD]
+    assert (
+        found.flagged["reason"]
+        .item()
+        .startswith("what stays the same in the pictures of wrist of other episodes changes: what is held may be lost")
+    )
+
+
 class TestKeptFeatures:
     def test_a_second_inspection_decodes_nothing(
         self, films: Path, kept: Path, monkeypatch: pytest.MonkeyPatch
@@ -207,6 +312,22 @@ class TestKeptFeatures:
         assert again.episodes.equals(first.episodes)
         with pytest.raises(pytest.fail.Exception, match="decoded"):
             inspected(films, images_per_episode=5)
+
+    @pytest.mark.full
+    def test_thumbnails_are_there_whatever_the_encoder_is(self, films: Path) -> None:
+        recordings = read_recordings(str(films))
+        tower = image_encoder(base_policy("act", films), "cpu")
+        found = [
+            image_features.read_image_features(str(films), recordings, encoder, per_episode=4, progress=False)
+            for encoder in (Thumbnails(), tower, tower)
+        ]
+        small = found[0].thumbnails
+        assert small is not None
+        assert small.shape == (40, 1, 3, 256)
+        np.testing.assert_array_equal(found[0].values.reshape(small.shape), small)
+        for one in found[1:]:  # made, and kept
+            assert one.values.shape == (40, 1, tower.width)
+            np.testing.assert_array_equal(one.thumbnails, small)
 
     @pytest.mark.full
     def test_a_damaged_file_is_made_anew(self, films: Path, kept: Path) -> None:
@@ -242,7 +363,7 @@ class TestNothingChangesWithoutThem:
     def test_questions_and_settings(self, films: Path) -> None:
         names = tuple(question.name for question in QUESTIONS)
         assert tuple(question.name for question in _chosen(None, looks=False)) == names
-        assert tuple(question.name for question in _chosen(None, looks=True)) == (*names, *QUICK)
+        assert tuple(question.name for question in _chosen(None, looks=True)) == (*names, *QUICK, "image_constancy")
         found = inspected(films, policy=None, questions=["roughness"])
         assert found.questions == ("roughness",)
         assert "images" not in found.settings

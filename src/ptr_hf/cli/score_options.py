@@ -56,8 +56,9 @@ def parser() -> LightParser:
     how.add_argument(
         "--policy",
         metavar="POLICY",
-        help="Look at pictures too, through the frozen vision tower of this policy (folder or Hub id), or as thumbnails, which "
-        "need none; the videos are decoded once and what was seen is kept in the Hugging Face cache.",
+        help="Look at pictures too, through the frozen vision tower of this policy (folder or Hub id), as thumbnails, which need "
+        "none, or through transformers:ID, a pretrained vision model; the videos are decoded once and what was seen is kept in "
+        "the Hugging Face cache.",
     )
     how.add_argument(
         "--images_per_episode",

@@ -1,4 +1,5 @@
-"""What an inspection sees: a few frames of every episode through an encoder, kept on disk so that they are decoded once."""
+"""What an inspection sees: a few frames of every episode through an encoder and as thumbnails, kept on disk so that they are
+decoded once."""
 
 import hashlib
 import logging
@@ -17,7 +18,7 @@ from ptr_hf.data.datasets import dataset_metadata, episode_spans, files_digest, 
 from ptr_hf.data.normalization import ONE_FRAME
 from ptr_hf.data.pictures import is_depth, pictures
 from ptr_hf.report.files import replacing
-from ptr_hf.scoring.image_encoders import ImageEncoder
+from ptr_hf.scoring.image_encoders import ImageEncoder, Thumbnails
 from ptr_hf.scoring.recordings import Recordings, single
 from ptr_hf.scoring.seen import ImageFeatures
 
@@ -62,8 +63,8 @@ def read_image_features(
 ) -> ImageFeatures:
     """Encode some frames of every camera, or read what an earlier call has left in the Hugging Face cache.
 
-    Kept are `width` float16 values a camera and frame, under a key of the dataset's files, the encoder and the frames. A Hub
-    dataset's videos are fetched.
+    Kept are float16 values a camera and frame, the encoder's and those of a thumbnail, under a key of the dataset's files, the
+    encoder and the frames. A Hub dataset's videos are fetched.
 
     Args:
         source: what `recordings` were read from.
@@ -87,14 +88,18 @@ def read_image_features(
     if values is None:
         values = _encoded(dataset, cameras, encoder, rows, progress)
         _keep(path, values, rows)
-    return ImageFeatures(rows, values.astype(np.float32), names, encoder.name)
+    values = values.astype(np.float32)
+    thumbnails = values[:, :, -Thumbnails.width :].reshape(len(rows), len(cameras), 3, -1)
+    return ImageFeatures(rows, values[:, :, : encoder.width], names, encoder.name, thumbnails)
 
 
 def _encoded(
     dataset: LeRobotDataset, cameras: Sequence[str], encoder: ImageEncoder, rows: np.ndarray, progress: bool
 ) -> np.ndarray:
-    """(looked, cameras, width) float16, an episode at a time."""
-    found = np.full((len(rows), len(cameras), encoder.width), np.nan, np.float16)
+    """(looked, cameras, numbers) float16, an episode at a time: the encoder's and those of thumbnails, once if it is they."""
+    encoders = [encoder] if isinstance(encoder, Thumbnails) else [encoder, Thumbnails()]
+    width = sum(one.width for one in encoders)
+    found = np.full((len(rows), len(cameras), width), np.nan, np.float16)
     bar = tqdm(total=found.shape[0] * found.shape[1], desc="looking at pictures", unit="picture", disable=not progress)
     for episode, first, length in episode_spans(dataset):
         span = slice(*np.searchsorted(rows, [first, first + length]))
@@ -105,7 +110,8 @@ def _encoded(
             except Exception as error:
                 logger.warning("The pictures of %s in episode %d cannot be read: %s", camera, episode, error)
             else:
-                found[span, number] = np.clip(encoder.encode(camera, number, shown), -LARGEST, LARGEST)
+                numbers = np.concatenate([one.encode(camera, number, shown) for one in encoders], axis=1)
+                found[span, number] = np.clip(numbers, -LARGEST, LARGEST)
             bar.update(len(own))
     bar.close()
     return found
@@ -117,7 +123,7 @@ def _folder() -> Path:
 
 def _key(dataset: LeRobotDataset, cameras: Sequence[str], encoder: ImageEncoder, rows: np.ndarray) -> str:
     """A digest of what is encoded: the dataset's files, the frames' places in them, cameras and encoder."""
-    digest = hashlib.sha256(f"{encoder.digest} {list(cameras)} {files_digest(dataset)}".encode())
+    digest = hashlib.sha256(f"{encoder.digest} {Thumbnails.digest} {list(cameras)} {files_digest(dataset)}".encode())
     digest.update(rows.tobytes())
     return digest.hexdigest()
 

@@ -18,6 +18,7 @@ from ptr_hf.scoring.completeness import Completeness
 from ptr_hf.scoring.consequence_from_action import ConsequenceFromAction
 from ptr_hf.scoring.crossfit import CrossFit, FitSettings, Reweigh
 from ptr_hf.scoring.dataset_scores import DatasetScores
+from ptr_hf.scoring.image_constancy import ImageConstancy
 from ptr_hf.scoring.image_motion import ImageMotion
 from ptr_hf.scoring.instruction import InstructionFromEpisode
 from ptr_hf.scoring.on_disk import on_disk
@@ -38,7 +39,7 @@ QUESTIONS: tuple[type[Question], ...] = (
     Timing,
 )
 """What is asked, in the order of the columns."""
-IMAGE_QUESTIONS: tuple[type[Question], ...] = (StateFromImage, ImageMotion)
+IMAGE_QUESTIONS: tuple[type[Question], ...] = (StateFromImage, ImageMotion, ImageConstancy)
 """What is asked after them where pictures were looked at."""
 IMAGES_PER_EPISODE = 32
 FALSE_ALARMS, WEIGHT_MIN = 0.01, 0.02
@@ -76,8 +77,9 @@ def inspect_dataset(
         group: within what episodes are compared: "task", "none", or an episode column (operator, source, ...).
         questions: names of those to ask; None asks all of `QUESTIONS`, and with a policy those of `IMAGE_QUESTIONS`.
         policy: look at pictures too, encoded by the frozen vision tower of this policy: a folder, a Hub id, or a loaded LeRobot
-            or PTR policy; "thumbnails" needs none. Videos of a Hub dataset are fetched. What was encoded is kept in the Hugging
-            Face cache, so that a second inspection decodes nothing. None looks at no picture.
+            or PTR policy; "thumbnails" needs none, and "transformers:" before a folder or Hub id names a vision model. Videos
+            of a Hub dataset are fetched. What was encoded is kept in the Hugging Face cache, so that a second inspection
+            decodes nothing. None looks at no picture.
         images_per_episode: frames of an episode that are looked at with a policy, evenly from its first to its last; at least 2.
         max_frames: the networks learn from at most so many frames; all are scored.
         seed: of folds and networks; the same seed gives the same scores on one machine.

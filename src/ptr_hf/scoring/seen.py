@@ -22,12 +22,14 @@ class ImageFeatures:
         values: (looked, cameras, width) float32; NaN where a picture could not be read.
         cameras: their names, without prefixes.
         encoder: name of what encoded them.
+        thumbnails: (looked, cameras, colours, pixels) float32, whatever the encoder is; None where nobody made them.
     """
 
     rows: np.ndarray
     values: np.ndarray
     cameras: tuple[str, ...]
     encoder: str
+    thumbnails: np.ndarray | None = None
 
     @cached_property
     def components(self) -> tuple[np.ndarray, ...]:
