@@ -283,7 +283,7 @@ def test_looks_are_the_pictures_of_their_steps_and_stand_until_the_next(soup: Li
         assert looks[key].shape == pictures.shape
         for step, following in zip(drawn, [*drawn[1:], steps], strict=True):
             apart = np.abs(looks[key][step].astype(int) - pictures[step])
-            assert apart.mean() < 1.0, "the same picture"
+            assert apart.mean() < 2.0, "the same picture, but for a step of the physics"
             assert (looks[key][step:following] == looks[key][step]).all()
         assert (looks[key][drawn[0]] != looks[key][drawn[1]]).any()
 

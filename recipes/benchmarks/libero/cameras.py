@@ -43,9 +43,12 @@ class Cameras:
         import mujoco
 
         self.scene = scene
+        quality = scene.model.vis.quality
+        samples = int(quality.offsamples)
         if fast:
-            scene.model.vis.quality.offsamples = 0
+            quality.offsamples = 0
         self._renderer = mujoco.Renderer(scene.model, size, size)
+        quality.offsamples = samples  # other cameras of the scene have their own
         self._option = mujoco.MjvOption()
         self._option.geomgroup[0] = 0  # what collides, which is not to be seen
         if fast:
