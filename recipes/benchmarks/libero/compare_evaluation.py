@@ -1,7 +1,7 @@
 """Does the benchmark's own evaluation agree with `lerobot-eval`, and do its faster cameras change success?
 
     .venv-libero/bin/python recipes/benchmarks/libero/compare_evaluation.py \
-        --runs sft_clean_0 ptr_offline_combined_0 --count 10
+        --runs sft_clean_1 ptr_offline_combined_1 --tasks 6 --count 10
 
 takes policies that `benchmark.py --track pixels` has trained and lets them act on LIBERO's own first starts of the benchmark's
 tasks: in this process with the cameras that demonstrations are recorded with, with LeRobot's cameras, and by `lerobot-eval`. The
@@ -109,6 +109,7 @@ def main(argv: list[str]) -> None:
     options.add_argument(
         "--runs", nargs="+", required=True, help="folders of runs in the workspace: preset_condition_seed"
     )
+    options.add_argument("--tasks", nargs="+", type=int, help="of the benchmark's; all of them by default")
     options.add_argument("--count", type=int, default=10, help="starts of each task")
     options.add_argument("--workspace", type=Path, default=Path("outputs/libero"), help="of the benchmark")
     options.add_argument("--results", type=Path, default=Path("results/libero_evaluation.json"), help="file to write")
@@ -119,15 +120,20 @@ def main(argv: list[str]) -> None:
     options.add_argument("--start", type=int, default=FIRST_TEST_START, help="of the film, a held-out one")
     given = options.parse_args(argv)
     setting = replace(SETTINGS["pixels"], test_starts=given.count)
+    if unknown := sorted(set(given.tasks or ()) - set(setting.pool.tasks)):
+        options.error(f"--tasks {unknown[0]}: the policies have learnt {', '.join(map(str, setting.pool.tasks))}.")
     runs = given.workspace / "pixels" / "runs"
     if given.film is not None:
         rows = [film(runs / name / POLICY_FOLDER, setting, given.task, given.start) for name in given.runs]
         picture = Image.fromarray(np.concatenate(rows)).convert("P", palette=Image.Palette.ADAPTIVE, colors=200)
         picture.save(given.film, optimize=True)
         return
+    setting = replace(setting, pool=replace(setting.pool, tasks=tuple(given.tasks or setting.pool.tasks)))
     found = {name: compare(runs / name / POLICY_FOLDER, setting) for name in given.runs}
+    tasks = " ".join(map(str, setting.pool.tasks))
     command = (
-        f"python recipes/benchmarks/libero/compare_evaluation.py --runs {' '.join(given.runs)} --count {given.count}"
+        f"python recipes/benchmarks/libero/compare_evaluation.py --runs {' '.join(given.runs)} --tasks {tasks} "
+        f"--count {given.count}"
     )
     content = {"command": command, "commit": commit(), "episodes": given.count * len(setting.pool.tasks), "runs": found}
     given.results.write_text(json.dumps(content, indent=2) + "\n")
