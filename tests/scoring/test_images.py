@@ -483,12 +483,12 @@ class TestVisionModels:
         model.config.save_pretrained(tmp_path)
         BitImageProcessor().save_pretrained(tmp_path)
         torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-        with pytest.raises(OSError, match="safetensors"):
+        with pytest.raises(ValueError, match=r"cannot look at pictures: .*safetensors"):
             image_encoder(f"transformers:{tmp_path}", "cpu")
         content = {"model_type": "own", "auto_map": {"AutoModel": "own.Own", "AutoConfig": "own.OwnConfig"}}
         (tmp_path / "config.json").write_text(json.dumps(content))
         (tmp_path / "own.py").write_text("raise SystemExit('code of the repo has run')")
-        with pytest.raises(ValueError, match="trust_remote_code"):
+        with pytest.raises(ValueError, match=r"cannot look at pictures: .*code of its own, which is never run"):
             image_encoder(f"transformers:{tmp_path}", "cpu")
 
 
@@ -496,6 +496,8 @@ class TestVisionModels:
     ("options", "sentence"),
     [
         ({"images_per_episode": 1}, "images_per_episode=1 is out of range"),
+        ({"policy": "transformers:"}, "transformers: cannot look at pictures"),
+        ({"policy": "transformers:no/such/folder"}, "transformers:no/such/folder cannot look at pictures"),
         ({"policy": None}, "The question 'state_from_image' is about pictures: give a policy"),
         ({"policy": 3}, "a loaded policy or 'thumbnails', not a int"),
     ],

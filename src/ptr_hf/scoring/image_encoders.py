@@ -23,6 +23,7 @@ from ptr_hf.artifacts.checkpoint import is_ptr_source, resolve_processors
 from ptr_hf.artifacts.processor_checks import PROCESSOR_FILES
 from ptr_hf.configuration_ptr import PTRConfig
 from ptr_hf.files.base_source import check_base
+from ptr_hf.files.foreign_code import no_foreign_code
 from ptr_hf.modeling_ptr import PTRPolicy
 from ptr_hf.policies import make_adapter
 from ptr_hf.policies.base import AdapterBase, unwrap
@@ -169,13 +170,21 @@ class VisionModelEncoder:
         device: where the model goes.
 
     Raises:
-        ValueError, OSError: there is no such model, or it is of no type that transformers knows.
+        ValueError: there is no such model, it sees no pictures, its weights are not in safetensors, or it needs code of its own.
     """
 
     def __init__(self, source: str, device: str) -> None:
-        self.name, self._device = f"{TRANSFORMERS}{source}", device
-        self._processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-        model = AutoModel.from_pretrained(source, use_safetensors=True, trust_remote_code=False)
+        try:
+            with no_foreign_code():
+                self._processor = AutoImageProcessor.from_pretrained(source)
+                model = AutoModel.from_pretrained(source, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{TRANSFORMERS}{source} cannot look at pictures: expected is a folder or Hub id with an image processor and a "
+                f"vision model in safetensors that transformers knows, e.g. facebook/dinov2-small. {error}"
+            ) from error
+        revision = model.config._commit_hash  # of a Hub repo
+        self.name, self._device = f"{TRANSFORMERS}{source}" + (f"@{revision}" if revision else ""), device
         self._model = getattr(model, "vision_model", model).to(device).eval()
         self.width = self.encode("", 0, np.zeros((1, 3, 64, 64), np.uint8)).shape[1]
         digest = hashlib.sha256(f"{GRID} {self.width} {self._processor.to_json_string()}".encode())
