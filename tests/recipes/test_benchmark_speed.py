@@ -1,6 +1,7 @@
 """The speed benchmark counts what it claims to count; nothing here looks at a time."""
 
 import json
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,10 +9,10 @@ import pytest
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from transformers import HfArgumentParser
 
-from benchmarks.speed import gpu
+from benchmarks.speed import gpu, start
 from benchmarks.speed.benchmark import SpeedArguments
 from benchmarks.speed.frames import DecodedFrames, chunk_layout, decoded_frames, measure_reading, whole_segments
-from benchmarks.speed.probes import Case, build_policy, training_run
+from benchmarks.speed.probes import Case, build_policy, paired_steps, training_run
 from ptr_hf.data.datasets import open_dataset
 from ptr_hf.data.demonstrations import bundled_demonstrations
 
@@ -69,6 +70,21 @@ def test_the_script_for_a_gpu_runs_without_one(tmp_path: Path, monkeypatch: pyte
             assert step[f"{side}_wall_s"] > 0
             assert step[f"{side}_samples_per_s"] == pytest.approx(step["chunks"] / step[f"{side}_wall_s"])
     assert result["resume"]["bit_for_bit"]
+
+
+@pytest.mark.full
+def test_a_start_ends_at_the_first_step(tmp_path: Path) -> None:
+    marks = start.start(tmp_path, (sys.executable,))
+    assert tuple(marks) == start.MARKS
+    assert 0 < marks["imported"] < marks["opened and inspected"] < marks["first step"]
+    assert not list(tmp_path.rglob("model.safetensors"))
+
+
+@pytest.mark.full
+def test_where_a_step_goes_adds_up_to_its_ratio() -> None:
+    found = paired_steps(Case("act", 2, 2, 0), bundled_demonstrations(), pairs=2, seed=0, progress=lambda: None)
+    assert sum(found["parts"].values()) == pytest.approx(found["ratio_cpu"]["median"])
+    assert all(share > 0 for name, share in found["parts"].items() if name != "backward, optimiser, queue")
 
 
 @pytest.mark.full

@@ -144,6 +144,12 @@ def show(result: dict[str, Any]) -> None:
             ),
         )
     console.print(steps)
+    names = list(dict.fromkeys(name for row in result["step_time"] for name in row["parts"]))
+    parts = _table("Where PTR's step goes, in SFT's steps", "step", *names)
+    for row in result["step_time"]:
+        label = Case(*(row[name] for name in Case.__dataclass_fields__)).label
+        parts.add_row(label, *(f"{row['parts'][name]:.2f}" for name in names))
+    console.print(parts)
     runs = _table(
         "CPU time of a sample in whole training runs, data loading included, to lerobot-train's",
         *("run", *RUNNERS[1:], "PTR's peak memory to SFT's"),

@@ -7,7 +7,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfi
 from ptr_hf import PTRConfig, PTRPolicy, PTRTrainer, PTRTrainingArguments
 from ptr_hf.data.datasets import dataset_metadata, open_dataset
 from ptr_hf.data.segments import Segment, split_segment
+from ptr_hf.method.objective import PTRObjective
 from ptr_hf.policies.base import features_key
 from ptr_hf.policies.tiny import tiny_act, tiny_smolvla, write_tiny_vlm
 from ptr_hf.processor_ptr import preprocess
@@ -143,7 +145,50 @@ def paired_steps(case: Case, dataset: Path, pairs: int, seed: int, progress: Cal
     sides = step_sides(case, dataset, seed)
     sides.pop("offline")
     result: dict[str, Any] = asdict(case) | {"chunks": case.chunks, "pairs": pairs}
-    return result | by_turns(sides, pairs, progress)
+    with timed_parts() as spent:
+
+        def after_round() -> None:
+            if not rounds:
+                spent.update(dict.fromkeys(spent, 0.0))
+            rounds.append(None)
+            progress()
+
+        rounds: list[None] = []
+        result |= by_turns(sides, pairs, after_round)
+    parts = {name: seconds / pairs / result["sft_cpu_s"] for name, seconds in spent.items()}
+    return result | {
+        "parts": parts | {"backward, optimiser, queue": result["ratio_cpu"]["median"] - sum(parts.values())}
+    }
+
+
+PARTS = {
+    "views": (PTRPolicy, "_encode_views"),
+    "forward": (PTRPolicy, "_trace"),
+    "targets": (PTRPolicy, "_targets"),
+    "candidates, scorer": (PTRObjective, "forward"),
+}
+"""What an online step does before its backward, and the methods that do it."""
+
+
+@contextmanager
+def timed_parts() -> Iterator[dict[str, float]]:
+    """While open, the CPU time in seconds that each of `PARTS` has taken."""
+    spent = dict.fromkeys(PARTS, 0.0)
+
+    def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                spent[name] += time.process_time() - start
+
+        return call
+
+    with ExitStack() as scope:
+        for name, (owner, method) in PARTS.items():
+            scope.enter_context(patch.object(owner, method, timed(name, getattr(owner, method))))
+        yield spent
 
 
 def by_turns(sides: dict[str, Step], pairs: int, progress: Callable[[], Any]) -> dict[str, Any]:
