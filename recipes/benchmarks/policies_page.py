@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 COLUMNS = (
     "belief",
     "tower reuse",
+    "stored features",
     "action_is_pad",
     "action_dim_is_pad",
     "PEFT",

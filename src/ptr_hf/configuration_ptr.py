@@ -139,6 +139,12 @@ class PTRConfig(PTRHyperparameters, PreTrainedConfig):
             ) from error
 
     @property
+    def state_dim(self) -> int:
+        """Width of the robot's recorded state; 0 where the policy reads none."""
+        state = self.robot_state_feature
+        return state.shape[0] if state else 0
+
+    @property
     def layout(self) -> SegmentLayout:
         """Which frames a training sample reads."""
         actions, steps = self._action_steps, self._observation_steps

@@ -304,8 +304,8 @@ class PTRPolicy(PreTrainedPolicy):
                 loss = weighed_loss(weighed)
                 return loss, _native({"loss_action": loss, **weight_metrics(weighed)})
             if ACTION_DIM_PAD not in plain:
-                with self.adapter.features_scope(plain):
-                    return self.base(plain)
+                with self.adapter.features_scope(plain) as given:
+                    return self.base(given)
             # LeRobot's own loss would count the dimensions that a robot does not have
             loss, valid = self.adapter.trace(plain).loss, ~plain[ACTION + PAD_SUFFIX].all(dim=1)
             return (loss * valid).sum() / valid.sum().clamp(min=1), {}
@@ -373,7 +373,7 @@ class PTRPolicy(PreTrainedPolicy):
         return ChunkBatch(
             **traced,
             **details,
-            samples=samples_of(segment, targets, self.adapter, self.config.robot_state_feature is not None),
+            samples=samples_of(segment, targets, self.adapter, self.config.state_dim),
             chunk_valid=segment.chunk_valid,
             segment_length=segment.length,
         )

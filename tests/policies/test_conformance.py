@@ -352,11 +352,15 @@ def test_views_equal_no_views_with_the_tower_run_once(policy: PreTrainedPolicy, 
 
 
 @pytest.mark.full
-def test_features_in_the_place_of_pictures(policy: PreTrainedPolicy, batch: Batch, family: Family) -> None:
+@pytest.mark.capability("stored features")
+def test_features_in_the_place_of_pictures(
+    policy: PreTrainedPolicy, batch: Batch, family: Family, record_property: Recorder
+) -> None:
     """Trace and LeRobot's own loss are the same, bit for bit, and the tower does not run."""
     adapter = make_adapter(policy)
     if not adapter.reads_features or not family.cameras:
-        pytest.skip("reads no features")
+        record_property("works", False)
+        return
     policy.requires_grad_(False).eval()
     views = adapter.encode_views(batch, 1)
     stored = {key: value for key, value in batch.items() if key not in family.cameras}
@@ -371,8 +375,8 @@ def test_features_in_the_place_of_pictures(policy: PreTrainedPolicy, batch: Batc
         torch.testing.assert_close(value[:, 0], views.tower[key].mean(dim=1), rtol=0, atol=0)
 
     def own_loss(given: Batch) -> Tensor:
-        with adapter.features_scope(given):
-            return policy(given)[0]
+        with adapter.features_scope(given) as inputs:
+            return policy(inputs)[0]
 
     assert torch.equal(seeded(lambda: own_loss(stored)), seeded(lambda: own_loss(batch)))
     assert family.tower is not None

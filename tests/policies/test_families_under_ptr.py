@@ -176,7 +176,7 @@ def test_a_camera_that_some_episodes_lack_has_no_part_in_their_consequences() ->
     assert torch.equal(targets(scrambled), some), "what lies in a missing camera's place reaches nothing"
     nothing = {**raw, f"{WRIST}_padding_mask": ~mask, f"{TOP}_padding_mask": torch.zeros(3, dtype=torch.bool)}
     segment = policy.split(preprocess(nothing, preprocessor, layout))
-    samples = samples_of(segment, targets(nothing).flatten(0, 1), policy.adapter, reads_state=False)
+    samples = samples_of(segment, targets(nothing).flatten(0, 1), policy.adapter, state_dim=0)
     assert not samples.valid.unflatten(0, (LENGTH, 3))[:, mask].any(), "a consequence that no camera saw is none"
 
 

@@ -256,8 +256,8 @@ def step_sides(case: Case, dataset: Path, seed: int, device: str = "cpu", bf16: 
         return torch.stack([policy.base(batch.chunk(number))[0] for number in range(batch.length)]).mean(), {}
 
     def from_features(batch: dict[str, Any]) -> Any:
-        with policy.adapter.features_scope(batch):
-            return policy.base(batch)
+        with policy.adapter.features_scope(batch) as given:
+            return policy.base(given)
 
     sides: dict[str, Step] = {
         "sft": partial(step, policy.base, chunks, lambda: None),

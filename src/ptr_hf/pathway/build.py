@@ -89,10 +89,10 @@ def build_objective(
         target_dim: width of a consequence embedding, 0 where no futures are read.
         sizes: of the training data.
     """
-    state = config.robot_state_feature
-    state_dim = state.shape[0] if state else 0
     identifies = config.reads_posterior
-    queue = CandidateQueue(config.queue_size, target_dim, state_dim) if config.queue_size and identifies else None
+    queue = (
+        CandidateQueue(config.queue_size, target_dim, config.state_dim) if config.queue_size and identifies else None
+    )
     chunk = config.resolved_chunk_size
     options = {item.name: vars(config)[item.name] for item in fields(ObjectiveConfig) if item.name != "discount"}
     return PTRObjective(

@@ -74,7 +74,7 @@ def consequence_targets(
 
 
 def samples_of(
-    segment: Segment, targets: Float[Tensor, "rows target_dim"], adapter: AdapterBase, reads_state: bool
+    segment: Segment, targets: Float[Tensor, "rows target_dim"], adapter: AdapterBase, state_dim: int
 ) -> Samples:
     """A segment's consequences as candidates of its own and of other chunks.
 
@@ -82,13 +82,14 @@ def samples_of(
         segment: a batch of segments.
         targets: of its chunks.
         adapter: of the base policy.
-        reads_state: whether the policy has a robot state, by which hard negatives are found.
+        state_dim: width of the robot's state, by which hard negatives are found; 0 without one. EVO1 fills it up with zeros.
     """
     state = segment.chunks.get(OBS_STATE)
-    if state is None or not reads_state:
+    if state is None or not state_dim:
         state = targets.new_zeros(len(targets), 0)
     elif state.ndim > 2:
         state = state[:, -1]
+    state = state[:, :state_dim]
     valid = segment.future_valid
     cameras = recorded_cameras(segment, adapter)
     shown = camera_mask(segment, cameras, [("future", future) for future in segment.future_index])

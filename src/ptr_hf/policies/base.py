@@ -38,7 +38,7 @@ class AdapterBase(ABC):
         masks_action_dims: whether batches may mark action dimensions as unused (`action_dim_is_pad`). Then those entries enter
             neither the model nor the loss, whatever was recorded or drawn in them.
         needs_every_camera: whether a batch must have all of the policy's cameras, and not just one of them.
-        reads_features: whether a batch may hold what the tower makes of pictures in their place, as `features_key` names it.
+        features_ndim: axes of a batch of one camera's features.
         image_ndim: axes of a batch of one camera's images.
         targets: what a training batch has besides observations.
     """
@@ -47,7 +47,7 @@ class AdapterBase(ABC):
     preprocesses_rows = False
     masks_action_dims = False
     needs_every_camera = True
-    reads_features = False
+    features_ndim = 3
     image_ndim = 4
     targets: tuple[str, ...] = (ACTION,)
     _action_out: Any
@@ -81,6 +81,11 @@ class AdapterBase(ABC):
     def chunk_size(self) -> int:
         """Steps in one action chunk."""
         return int(self.base.config.chunk_size)
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether a batch may hold what the tower makes of pictures in their place, as `features_key` names it."""
+        return False
 
     @property
     @abstractmethod
@@ -320,9 +325,25 @@ class AdapterBase(ABC):
         for key in self.target_keys() if self.base.config.image_features else ():
             yield key, batch[key], torch.ones(len(batch[key]), dtype=torch.bool, device=batch[key].device)
 
-    def features_scope(self, batch: Batch) -> AbstractContextManager[None]:
-        """While open, the policy's own `forward` takes the features that `batch` holds in the place of pictures."""
-        return nullcontext()
+    @contextmanager
+    def features_scope(self, batch: Batch) -> Iterator[Batch]:
+        """While open, the policy's own `forward` takes the features that `batch` holds in the place of pictures.
+
+        Yields:
+            What `forward` is called with; a batch of pictures as it is.
+        """
+        with ExitStack() as scope:
+            if self._holds_features(batch):
+                batch = {**batch, **self._enter_features(scope, self._kept_views(batch))}
+            yield batch
+
+    def _enter_features(self, scope: ExitStack, views: Views) -> Batch:
+        """Let the policy's own `forward` take views in the place of pictures; returns what it has to find in its batch.
+
+        Raises:
+            NotImplementedError: the family reads no features.
+        """
+        raise NotImplementedError(f"A {self.family} policy reads no features: ask reads_features first.")
 
     def _holds_features(self, batch: Batch) -> bool:
         return self.reads_features and any(features_key(key) in batch for key in self.target_keys())
@@ -337,7 +358,7 @@ class AdapterBase(ABC):
             real = batch.get(key + CAMERA_MASK_SUFFIX)
             everywhere = torch.ones(len(features), dtype=torch.bool, device=features.device)
             # with several observation steps, the policies that read features look at the last one
-            views.features[key] = features[:, -1] if features.ndim > 3 else features
+            views.features[key] = features[:, -1] if features.ndim > self.features_ndim else features
             views.masks[key] = everywhere if real is None else real.bool()
             if view_key(key) in batch:
                 mean = batch[view_key(key)]

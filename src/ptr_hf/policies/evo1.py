@@ -47,6 +47,7 @@ class Evo1Adapter(AdapterBase):
 
     family = "evo1"
     preprocesses_rows = True
+    reads_features = True
     masks_action_dims = True
     observations = (OBS_STATE,)
     # the action head has one width, which is the language model's
@@ -209,6 +210,11 @@ class Evo1Adapter(AdapterBase):
         scope.enter_context(patched(embedder, "get_fused_image_text_embedding_batched", fused_embedding))
         scope.enter_context(patched(embedder.model, "get_image_features", _as_image_features))
         return list(views.features.values()), masks
+
+    def _enter_features(self, scope: ExitStack, views: Views) -> Batch:
+        prepared = self._enter_views(scope, views)
+        scope.enter_context(patched(self.base, "_collect_image_batches", lambda _batch: prepared))
+        return {}
 
     def _action_tokens(
         self, action: Float[Tensor, "batch steps dim"], batch: Batch

@@ -191,16 +191,11 @@ class FlowVLAAdapter(AdapterBase):
         """While open, images that the model is given are embedded already."""
         return patched(self._experts, "embed_image", _identity)
 
-    @contextmanager
-    def features_scope(self, batch: Batch) -> Iterator[None]:
-        """See `AdapterBase.features_scope`."""
-        if not self._holds_features(batch):
-            yield
-            return
-        views = self._kept_views(batch)
+    def _enter_features(self, scope: ExitStack, views: Views) -> Batch:
         prepared = list(views.features.values()), list(views.masks.values())
-        with patched(self.base, self.preparation, lambda *_: prepared), self._embedded(prepared[0]):
-            yield
+        scope.enter_context(patched(self.base, self.preparation, lambda *_: prepared))
+        scope.enter_context(self._embedded(prepared[0]))
+        return {}
 
     def _embed_image(self, key: str, image: Float[Tensor, "batch 3 _ _"]) -> Float[Tensor, "batch patches context_dim"]:
         return self._experts.embed_image(image)

@@ -43,7 +43,6 @@ class PI0FastAdapter(OpenPIAdapter):
     """
 
     family = "pi0_fast"
-    reads_features = False
     preprocesses_rows = True
     masks_action_dims = False
     observations = (OBS_LANGUAGE_TOKENS, OBS_LANGUAGE_ATTENTION_MASK)

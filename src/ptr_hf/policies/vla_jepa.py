@@ -10,11 +10,11 @@ from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
 from ptr_hf.constants import ACTION_PAD
-from ptr_hf.policies.base import part
+from ptr_hf.policies.base import features_key, part, view_key
 from ptr_hf.policies.batches import action_mask, per_sample_mean
 from ptr_hf.policies.hooks import captured_output, captured_result
 from ptr_hf.policies.qwen3vl import Qwen3VLAdapter
-from ptr_hf.policies.trace import Batch, PolicyTrace, Views
+from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, Views
 
 
 class VLAJEPAAdapter(Qwen3VLAdapter):
@@ -36,6 +36,7 @@ class VLAJEPAAdapter(Qwen3VLAdapter):
     """
 
     family = "vla_jepa"
+    features_ndim = 6
     hidden_dim = part("config.action_hidden_size")
     _qwen = part("model.qwen.model.model")
     _head = part("model.action_model")
@@ -45,6 +46,37 @@ class VLAJEPAAdapter(Qwen3VLAdapter):
     def observations(self) -> tuple[str, ...]:
         """The state, where the policy's config names one."""
         return (OBS_STATE,) if self.base.config.robot_state_feature else ()
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether features are enough: a world model that trains looks at pictures itself."""
+        return not self.base.config.enable_world_model
+
+    def trace(
+        self,
+        batch: Batch,
+        belief: Belief | None = None,
+        belief_mask: BeliefMask | None = None,
+        views: Views | None = None,
+    ) -> PolicyTrace:
+        """See `AdapterBase.trace`; of the coming frames that LeRobot reads for a world model none is looked at."""
+        return super().trace(self._present_of(batch), belief, belief_mask, views)
+
+    def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
+        """See `AdapterBase.encode_views`; of the present frames alone."""
+        return super().encode_views(self._present_of(batch), layer)
+
+    def _kept_views(self, batch: Batch) -> Views:
+        return super()._kept_views(self._present_of(batch))
+
+    def _present_of(self, batch: Batch) -> Batch:
+        """A batch without coming frames: of `num_video_frames` observations the first is the present, as LeRobot takes it."""
+        axes = {OBS_STATE: 2}
+        for key in self.target_keys():
+            axes |= {key: self.image_ndim, features_key(key): self.features_ndim, view_key(key): 2}
+        stacked = [key for key, single in axes.items() if key in batch and batch[key].ndim > single]
+        frames = self.base.config.num_video_frames
+        return {**batch, **{key: batch[key][:, 0] for key in stacked if batch[key].shape[1] == frames}}
 
     def _trace(self, batch: Batch, belief: AbstractContextManager[Any], views: Views | None) -> PolicyTrace:
         """One forward of the flow-matching loss."""
@@ -99,6 +131,9 @@ class VLAJEPAAdapter(Qwen3VLAdapter):
             height, width = side * value.shape[3], side * value.shape[4]
             images[key] = torch.zeros(1, 3, 1, 1, device=value.device).expand(len(value), 3, height, width)
         return images
+
+    def _enter_features(self, scope: ExitStack, views: Views) -> Batch:
+        return self._enter_views(scope, views)
 
     def _action_tokens(
         self, action: Float[Tensor, "batch steps dim"], batch: Batch

@@ -47,6 +47,7 @@ class XVLAAdapter(AdapterBase):
     family = "xvla"
     preprocesses_rows = True
     needs_every_camera = False
+    reads_features = True
     action_dim = part("config.hidden_size")
     _action_out = part("model.transformer.action_decoder")
     _vlm = part("model.vlm")
@@ -186,6 +187,10 @@ class XVLAAdapter(AdapterBase):
         prepared = torch.cat([features, blank], dim=1), torch.cat([masks, masks.new_zeros(rows, missing)], dim=1)
         scope.enter_context(patched(self.base, "_prepare_images", lambda _batch: prepared))
         scope.enter_context(patched(self._vlm, "get_image_features", _as_image_features))
+
+    def _enter_features(self, scope: ExitStack, views: Views) -> Batch:
+        self._enter_views(scope, views)
+        return {}
 
     def _context_mask(
         self, batch: Batch, image_mask: Bool[Tensor, "batch views"], encoded: int, others: int

@@ -37,6 +37,8 @@ PROBED = 8
 """Frames whose features name the tower, and say whether it is frozen and draws nothing at random."""
 BATCH = 32
 """Frames that go through the tower at once, or a training batch if that is larger."""
+FRAME = SegmentLayout(None, (0,), 1, 1, None)
+"""A frame a sample."""
 GIGABYTE = 1e9
 
 logger = logging.getLogger(__name__)
@@ -81,9 +83,8 @@ class FeatureCache:
 
     def __init__(self, trainer: "PTRTrainer") -> None:
         self._trainer = trainer
-        # a frame a sample
         self._screen = copy.copy(trainer.screen)
-        self._screen.layout = SegmentLayout(trainer.policy.config.layout.observation_steps, (0,), 1, 1, None)
+        self._screen.layout = FRAME
 
     def begin(self) -> None:
         """Compute what is missing, each process its share, and read features in the place of pictures from now on.
