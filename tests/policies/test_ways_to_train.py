@@ -1,5 +1,6 @@
 """Every family trains in every way that there is, and from stored features to the same numbers as from pictures."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from demonstrations import write_dataset
+from families_xvla import FLORENCE
 from family import Family
 from lerobot.policies.pretrained import PreTrainedPolicy
 from small_policies import tensors_equal
@@ -73,3 +75,18 @@ def test_two_steps(family: Family, way: str, tmp_path: Path) -> None:
         again = run(freeze_pictures(policy_for(family, root)), root, tmp_path / "features", **cache, **settings)
         assert again[0] == losses
         assert tensors_equal(again[1], trained)
+
+
+def test_a_tower_that_drops_layers_at_random_stores_nothing(tmp_path: Path) -> None:
+    family = next(family for family in FIRST_OF_EACH if family.name == "xvla")
+    root = write_dataset(
+        tmp_path / "points", EPISODES, cameras=("observation.image",), size=family.image_size, vivid=True
+    )
+    vision = {**FLORENCE["vision_config"], "drop_path_rate": 0.5}
+    policy = policy_for(
+        dataclasses.replace(family, settings={"florence_config": {**FLORENCE, "vision_config": vision}}), root
+    )
+    with pytest.raises(
+        ValueError, match="the policy makes something else of the same picture each time: leave cache_features out"
+    ):
+        run(freeze_pictures(policy), root, tmp_path / "run", cache_features=str(tmp_path / "cache"), preset="sft")
