@@ -181,9 +181,8 @@ class PTRPolicy(PreTrainedPolicy):
 
     def _new_objective(self) -> PTRObjective:
         """A fresh objective for the data that are known."""
-        config, adapter = self.config, self.adapter
-        target_dim = adapter.target_dim(self.target_layer) if config.reads_futures else 0
-        return build_objective(config, adapter.context_dim, adapter.action_dim, target_dim, self._sizes)
+        target_dim = self.adapter.target_dim(self.target_layer) if self.config.reads_futures else 0
+        return build_objective(self.config, self.adapter, target_dim, self._sizes)
 
     def set_run_length(self, steps: int | None) -> None:
         """Fix the scorer's warm-up: a share of the run's steps, or the paper's count when the length is unknown."""
@@ -365,8 +364,9 @@ class PTRPolicy(PreTrainedPolicy):
     def read(self, segment: Segment) -> ChunkBatch:
         """What the objective asks of a batch of segments: losses, summaries and targets of its chunks, nothing yet compared."""
         views = self._encode_views(segment)
-        traced = self._trace(segment, views)
+        # before the forward, whose graph is then held until the backward: this pass of the tower keeps nothing
         targets, current = self._targets(segment, views)
+        traced = self._trace(segment, views)
         details = {}
         if self.objective is not None and self.objective.weigher is not None:
             details = {"current": current, "motion": motion_of(segment.chunks), "index": segment.index}

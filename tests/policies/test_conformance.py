@@ -73,7 +73,8 @@ def test_trace_has_the_promised_shapes(policy: PreTrainedPolicy, batch: Batch, f
     rows = batch["action"].shape[0]
     assert trace.loss.shape == (rows,)
     assert trace.context.shape[::2] == (rows, adapter.context_dim)
-    assert trace.action_tokens.shape == (rows, family.action_tokens, adapter.action_dim)
+    assert trace.action_tokens.shape == (rows, adapter.action_steps, adapter.action_dim)
+    assert adapter.action_steps == family.action_tokens
     assert trace.action_hidden.shape == (rows, family.action_tokens, adapter.hidden_dim)
     assert adapter.chunk_size == CHUNK
     assert torch.equal(trace.action_mask, family.action_mask(batch))

@@ -17,6 +17,7 @@ from ptr_hf.method import (
     PTRObjective,
     TransitionScorer,
 )
+from ptr_hf.policies.base import AdapterBase
 from ptr_hf.scores import (
     READINGS,
     SCORES,
@@ -78,14 +79,12 @@ class BeliefModule(nn.Module):
         self.memory = BeliefMemory(dim, num_tokens, backbone_dim)
 
 
-def build_objective(
-    config: PTRConfig, context_dim: int, action_dim: int, target_dim: int, sizes: DataSizes
-) -> PTRObjective:
+def build_objective(config: PTRConfig, adapter: AdapterBase, target_dim: int, sizes: DataSizes) -> PTRObjective:
     """The objective of Eq. 32 with fresh scorer, empty queue and controller, and the strategy that weighs the loss.
 
     Args:
         config: of the policy; its base's features are known.
-        context_dim, action_dim: widths of the adapter's h and e.
+        adapter: of the base policy.
         target_dim: width of a consequence embedding, 0 where no futures are read.
         sizes: of the training data.
     """
@@ -96,7 +95,9 @@ def build_objective(
     chunk = config.resolved_chunk_size
     options = {item.name: vars(config)[item.name] for item in fields(ObjectiveConfig) if item.name != "discount"}
     return PTRObjective(
-        TransitionScorer(context_dim, action_dim, target_dim, config.scorer_dim) if identifies else None,
+        TransitionScorer(adapter.context_dim, adapter.action_dim, target_dim, config.scorer_dim)
+        if identifies
+        else None,
         queue,
         AdaptiveScaleController(
             config.temperature,
@@ -110,18 +111,18 @@ def build_objective(
         ObjectiveConfig(
             discount=config.consequence_discount ** ((config.consequence_offset or chunk) / chunk), **options
         ),
-        weigher=None if config.is_paper else _build_weigher(config, action_dim, target_dim, sizes),
+        weigher=None if config.is_paper else _build_weigher(config, adapter, target_dim, sizes),
     )
 
 
-def _build_weigher(config: PTRConfig, action_dim: int, target_dim: int, sizes: DataSizes) -> ScoreWeigher:
+def _build_weigher(config: PTRConfig, adapter: AdapterBase, target_dim: int, sizes: DataSizes) -> ScoreWeigher:
     """Score × Aggregation × WeightMap."""
     names = SCORES[config.score]
     memory = None
     if config.aggregation != "sample":
         memory = SlotMemory(sizes.episodes, sizes.slots, len(names), config.slot_frames, config.score_horizon)
     return ScoreWeigher(
-        {name: _build_score(name, config, action_dim, target_dim, sizes) for name in names},
+        {name: _build_score(name, config, adapter, target_dim, sizes) for name in names},
         memory,
         weight_map=config.weight_map,
         floor=config.weight_min,
@@ -133,12 +134,12 @@ def _build_weigher(config: PTRConfig, action_dim: int, target_dim: int, sizes: D
     )
 
 
-def _build_score(name: str, config: PTRConfig, action_dim: int, target_dim: int, sizes: DataSizes) -> Score:
+def _build_score(name: str, config: PTRConfig, adapter: AdapterBase, target_dim: int, sizes: DataSizes) -> Score:
     if name in READINGS:
         return Reading(name)
     match name:
         case "action_identification":
-            width = min(ACTION_STRETCHES, config.resolved_chunk_size) * action_dim
+            width = min(ACTION_STRETCHES, adapter.action_steps) * adapter.action_dim
             return ActionIdentification(target_dim, width, config.head_dim, config.cross_fit)
         case "instruction_identification":
             return InstructionIdentification(target_dim, sizes.tasks, config.head_dim, config.cross_fit)

@@ -83,6 +83,11 @@ class AdapterBase(ABC):
         return int(self.base.config.chunk_size)
 
     @property
+    def action_steps(self) -> int:
+        """Steps of A_t and C_t: those of the chunk, unless the family writes it in tokens."""
+        return self.chunk_size
+
+    @property
     def reads_features(self) -> bool:
         """Whether a batch may hold what the tower makes of pictures in their place, as `features_key` names it."""
         return False

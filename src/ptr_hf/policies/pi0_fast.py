@@ -49,6 +49,11 @@ class PI0FastAdapter(OpenPIAdapter):
     targets = (ACTION_TOKENS, ACTION_TOKEN_MASK)
     language_models = OpenPIAdapter.language_models[:1]
 
+    @property
+    def action_steps(self) -> int:
+        """Tokens in which a chunk is written."""
+        return int(self.base.config.max_action_tokens)
+
     def _trace(self, batch: Batch, belief: AbstractContextManager[Any], views: Views | None) -> PolicyTrace:
         """One forward of the next-token loss."""
         tokens = batch[ACTION_TOKENS]
