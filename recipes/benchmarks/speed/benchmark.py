@@ -31,7 +31,9 @@ from benchmarks.speed.probes import FROZEN, Case, paired_steps, spread, training
 from ptr_hf.data.demonstrations import bundled_demonstrations
 from ptr_hf.report.console import PlainConsole
 
-RUNNERS = ("lerobot-train", "sft", "cached", "ptr")
+RUNNERS = ("lerobot-train", "sft", "cached", "offline", "ptr")
+SIDES = ("offline", "cached", "by_chunk")
+"""Steps that are compared with SFT's beside PTR's."""
 STEPS = [
     Case("act", 8, 4, 0),
     Case("act", 8, 4, 4),
@@ -90,10 +92,12 @@ def measure_runs(
     skip: int,
     episodes: Sequence[int] | None = None,
 ) -> list[dict[str, Any]]:
-    """Throughput and peak memory of `lerobot-train`, and of `PTRTrainer` plain, from stored features and with PTR."""
+    """Throughput and peak memory of `lerobot-train`, and of `PTRTrainer` in each of its ways."""
     results = []
     for case in cases:
         runners = [name for name in RUNNERS if name != "cached" or case.policy in FROZEN]
+        if episodes is not None:
+            runners.remove("offline")  # so few episodes cannot be inspected
         runs: dict[str, list[dict[str, float]]] = {runner: [] for runner in runners}
         with tqdm(total=rounds * len(runners), desc=case.label, unit="run") as bar:
             for _ in range(rounds):
@@ -128,7 +132,7 @@ def show(result: dict[str, Any]) -> None:
     console = PlainConsole()
     steps = _table(
         "Step time to SFT's on the same chunks",
-        *("step", "SFT CPU s", "PTR CPU s", "ratio", "wall", "SFT cached", "SFT chunk by chunk"),
+        *("step", "SFT CPU s", "PTR CPU s", "ratio", "wall", "offline", "SFT cached", "SFT chunk by chunk"),
     )
     for row in result["step_time"]:
         label = Case(*(row[name] for name in Case.__dataclass_fields__)).label
@@ -138,10 +142,7 @@ def show(result: dict[str, Any]) -> None:
             f"{row['ptr_cpu_s']:.3f}",
             _span(row["ratio_cpu"]),
             _span(row["ratio_wall"]),
-            *(
-                _span(row[f"{side}_ratio_cpu"]) if f"{side}_ratio_cpu" in row else "–"
-                for side in ("cached", "by_chunk")
-            ),
+            *(_span(row[f"{side}_ratio_cpu"]) if f"{side}_ratio_cpu" in row else "–" for side in SIDES),
         )
     console.print(steps)
     names = list(dict.fromkeys(name for row in result["step_time"] for name in row["parts"]))

@@ -143,7 +143,8 @@ Step = Callable[[], tuple[float, float]]
 def paired_steps(case: Case, dataset: Path, pairs: int, seed: int, progress: Callable[[], Any]) -> dict[str, Any]:
     """SFT and PTR steps by turns on the same policy, optimiser and chunks, so that the machine's noise meets both."""
     sides = step_sides(case, dataset, seed)
-    sides.pop("offline")
+    if case.belief_tokens:
+        sides.pop("offline")  # it is the same without
     result: dict[str, Any] = asdict(case) | {"chunks": case.chunks, "pairs": pairs}
     with timed_parts() as spent:
 
@@ -301,6 +302,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 # ---- whole runs ----------------------------------------------------------------------------------------------------
 
+PRESETS = {"offline": "ptr_offline", "ptr": "ptr"}
+"""Of the runners that are not plain fine-tuning."""
+
 
 def training_run(
     runner: str,
@@ -315,8 +319,9 @@ def training_run(
     """One training run in a process of its own; the figures leave out its first `skip` steps.
 
     Args:
-        runner: "lerobot-train" (the plain base policy in LeRobot's own loop); "sft", "cached" (SFT from stored features, which
-            are computed before the first step) or "ptr" (`PTRTrainer`).
+        runner: "lerobot-train" (the plain base policy in LeRobot's own loop); or `PTRTrainer` with "sft", "cached" (SFT from
+            stored features), "offline" (the default, weights from an inspection) or "ptr". Features and weights are computed
+            before the first step.
         case: gives the policy and the number of chunks per step, the same for every runner.
         dataset: folder of the demonstrations.
         steps: optimiser steps.
@@ -398,7 +403,7 @@ def _run_requested(request: dict[str, Any]) -> None:
             shape["cache_features"] = str(folder / "features")
         args = PTRTrainingArguments(
             output_dir=str(folder / runner),
-            preset=runner if online else "sft",
+            preset=PRESETS.get(runner, "sft"),
             segment_length=length,
             **shape,
             per_device_train_batch_size=case.chunks // length,
