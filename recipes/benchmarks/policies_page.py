@@ -8,7 +8,6 @@ Nothing is written by hand between the page's `begin` and `end` marks. --check c
 """
 
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import HfArgumentParser
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # where the package `benchmarks` lies
+from benchmarks.tables import filled, markdown
 
 COLUMNS = (
     "belief",
@@ -73,7 +75,7 @@ def capability_table(found: Mapping[str, Found]) -> str:
         [f"`{name}`", *(mark(outcomes.get(column, [])) for column in COLUMNS)]
         for name, outcomes in sorted(by_type(found).items())
     ]
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def training_table(found: Mapping[str, Found]) -> str:
@@ -83,7 +85,7 @@ def training_table(found: Mapping[str, Found]) -> str:
         for outcome in outcomes.get(TRAINING, []):
             figures = ("accuracy", "chance", "loss_before", "loss_after")
             rows.append([f"`{name}`", *(f"{outcome[figure]:.3f}" for figure in figures)])
-    return _markdown(rows)
+    return markdown(rows)
 
 
 def memory_table(measured: Mapping[str, Any]) -> str:
@@ -107,29 +109,7 @@ def memory_table(measured: Mapping[str, Any]) -> str:
                 f"{extra['checkpoint_share']:.1%}",
             ]
         )
-    return _markdown(rows)
-
-
-def filled(page: str, tables: Mapping[str, str]) -> str:
-    """The page with every table between its marks.
-
-    Raises:
-        ValueError: the page lacks a table's marks.
-    """
-    for name, table in tables.items():
-        marks = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        found = marks.search(page)
-        if found is None:
-            raise ValueError(
-                f"The page has no '<!-- begin {name} -->' and '<!-- end {name} -->': put them where the table goes."
-            )
-        page = f"{page[: found.start()]}{found[1]}{table}\n{found[2]}{page[found.end() :]}"
-    return page
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    header, *body = rows
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+    return markdown(rows)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import pytest
 from lerobot.utils.import_utils import get_safe_default_video_backend
 from transformers import HfArgumentParser
 
-from benchmarks.speed import gpu, start
+from benchmarks.speed import gpu, page, start
 from benchmarks.speed.benchmark import SpeedArguments
 from benchmarks.speed.frames import DecodedFrames, chunk_layout, decoded_frames, measure_reading, whole_segments
 from benchmarks.speed.probes import Case, build_policy, paired_steps, training_run
@@ -70,6 +70,16 @@ def test_the_script_for_a_gpu_runs_without_one(tmp_path: Path, monkeypatch: pyte
             assert step[f"{side}_wall_s"] > 0
             assert step[f"{side}_samples_per_s"] == pytest.approx(step["chunks"] / step[f"{side}_wall_s"])
     assert result["resume"]["bit_for_bit"]
+
+
+def test_the_committed_page_says_what_was_measured(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    committed, results = root / "docs" / "speed.md", str(root / "results")
+    page.main(["--check", "--results", results, "--page", str(committed)])
+    other = tmp_path / "speed.md"
+    other.write_text(committed.read_text().replace("| 15 s |", "| 16 s |"))
+    with pytest.raises(SystemExit, match="not up to date"):
+        page.main(["--check", "--results", results, "--page", str(other)])
 
 
 @pytest.mark.full

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import policies_page
+from benchmarks.tables import filled
 from ptr_hf.policies import supported_policies
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +59,7 @@ def test_a_cell_says_what_was_found(outcomes: list[dict[str, object]], cell: str
 
 def test_a_page_without_marks_is_named() -> None:
     with pytest.raises(ValueError, match="begin memory"):
-        policies_page.filled("a page", {"memory": "|"})
+        filled("a page", {"memory": "|"})
 
 
 @pytest.mark.full

@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # where the package `benchmarks` lies
-from benchmarks.policies_page import filled
 from benchmarks.scaling.costs import (
     CHUNKS,
     STATE,
@@ -42,6 +41,7 @@ from benchmarks.scaling.ranks import (
     ring_bytes,
 )
 from benchmarks.scaling.side_pathway import policies, ptr_policy, write_real_vlm
+from benchmarks.tables import filled, markdown
 from ptr_hf.report.style import BLUE, GREEN, GREY, ORANGE, PINK, TEXT_SIZE, board, legend, log_ticks, name_axes
 from ptr_hf.report.style import save_figure as save
 
@@ -164,7 +164,7 @@ def _traffic_table(rows: Sequence[Mapping[str, Any]]) -> str:
         dims = f"{row['target']}, {row['state']}, {row['action']}"
         agree = [list(call) for call in row["counted"]] == [list(call) for call in row["formula"]]
         table.append([name, *numbers, dims, str(len(row["counted"])), f"{brought:,}", "all" if agree else "**no**"])
-    return _markdown(table)
+    return markdown(table)
 
 
 def _equality_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -183,7 +183,7 @@ def _equality_table(rows: Sequence[Mapping[str, Any]]) -> str:
         equal = "bit-equal" if all(row["bit_equal"].values()) else "**differ**"
         shown = "not run" if gradient is None else f"{gradient:.0e}"
         table.append([str(row["ranks"]), str(total), equal, f"{row['largest_logit_difference']:.2g}", shown])
-    return _markdown(table)
+    return markdown(table)
 
 
 def _candidate_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -191,7 +191,7 @@ def _candidate_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         held = [_size(row[name]) for name in ("peak_bytes", "index, mask and logits", "pool")]
         table.append([str(CHUNKS * row["segments"]), str(row["ranks"]), f"{row['time_to_one_rank']:.1f}", *held])
-    return _markdown(table)
+    return markdown(table)
 
 
 def _share_table(sizes: Mapping[str, Mapping[str, int]]) -> str:
@@ -202,7 +202,7 @@ def _share_table(sizes: Mapping[str, Mapping[str, int]]) -> str:
                 pairs = [traffic(sizes[name], ranks, segments, scorer) for ranks in RANKS[1:]]
                 shares = [f"{_size(ours)}, {ours / (ours + gradients):.1%}" for ours, gradients in pairs]
                 table.append([label, preset, str(segments), _size(sizes[name]["gradient_bytes"]), *shares])
-    return _markdown(table)
+    return markdown(table)
 
 
 def _slot_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -215,7 +215,7 @@ def _slot_table(rows: Sequence[Mapping[str, Any]]) -> str:
             held = row[f"{name}_peak_bytes"]
             cells += [f"{row[f'{name}_time']:.0f}", "not measured" if held is None else _size(held)]
         table.append([f"{row['episodes']:,}", _size(row["bytes"]), *cells])
-    return _markdown(table)
+    return markdown(table)
 
 
 def _dataset_table(found: Mapping[str, Any]) -> str:
@@ -223,7 +223,7 @@ def _dataset_table(found: Mapping[str, Any]) -> str:
     for kind, count in (("episode", EPISODES), ("frame", EPISODES * FRAMES)):
         for name, value in found[f"per_{kind}"].items():
             table.append([name, kind, f"{value:.0f}", _size(value * count)])
-    return _markdown(table)
+    return markdown(table)
 
 
 def _episodes_table(rows: Sequence[Mapping[str, float]]) -> str:
@@ -232,7 +232,7 @@ def _episodes_table(rows: Sequence[Mapping[str, float]]) -> str:
     for name in ("opening", "check_dataset", "order of an epoch", "inspection", "writing its scores"):
         cells = [cell for row in rows for cell in (_size(row[name]), f"{row[f'{name}, seconds']:.1f} s")]
         table.append([name, *cells])
-    return _markdown(table)
+    return markdown(table)
 
 
 def _large_table(found: Mapping[str, Any]) -> str:
@@ -258,12 +258,7 @@ def _large_table(found: Mapping[str, Any]) -> str:
             "sent per step, gradients": traffic(size, ranks, segments)[1],
         }.items():
             cells.setdefault(name, []).append(_size(value))
-    return _markdown([*table, *([name, *values] for name, values in cells.items())])
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    header, *body = rows
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body))
+    return markdown([*table, *([name, *values] for name, values in cells.items())])
 
 
 def _size(value: float) -> str:

@@ -1,6 +1,6 @@
-"""How long it takes from `ptr-train` to its first step on the bundled demonstrations, and what takes it.
+"""How long it takes from `ptr-train` to its first step on the bundled demonstrations, and what takes it; and its `--help`.
 
-    python recipes/benchmarks/speed/start.py --rounds 2          # results/speed_start.json
+    python recipes/benchmarks/speed/start.py          # results/speed_start.json
 
 Wall time in seconds since the command, so that it says something of a quiet machine alone; the load before it is written too.
 """
@@ -32,6 +32,13 @@ def start(folder: Path, launcher: tuple[str, ...]) -> dict[str, float]:
         [*launcher, __file__, "--child", str(folder / "out")], env=environment, check=True, capture_output=True
     )
     return {name: round(seconds, 2) for name, seconds in json.loads(marks.read_text()).items()}
+
+
+def help_time() -> float:
+    """Seconds that `ptr-train --help` takes."""
+    since = time.time()
+    subprocess.run([sys.executable, "-m", "ptr_hf.cli.train", "--help"], check=True, capture_output=True)
+    return round(time.time() - since, 2)
 
 
 def child(folder: str) -> None:
@@ -66,7 +73,7 @@ def child(folder: str) -> None:
 def main() -> None:
     """Measure by turns, and write what was found."""
     options = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    options.add_argument("--rounds", type=int, default=2, help="starts of each kind")
+    options.add_argument("--rounds", type=int, default=3, help="starts of each kind")
     options.add_argument("--output", type=Path, default=Path("results/speed_start.json"), help="where the result goes")
     options.add_argument("--child", help="for the script itself: folder of the run")
     given = options.parse_args()
@@ -77,9 +84,11 @@ def main() -> None:
     found: dict[str, Any] = {
         "command": f"python recipes/benchmarks/speed/start.py --rounds {given.rounds}",
         "machine": {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2)},
+        "help": [],
         "starts": {name: [] for name in launchers},
     }
     for _ in range(given.rounds):
+        found["help"].append(help_time())
         for name, launcher in launchers.items():
             with tempfile.TemporaryDirectory() as folder:
                 found["starts"][name].append(start(Path(folder), launcher))
