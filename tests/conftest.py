@@ -54,8 +54,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def root_log_level() -> None:
-    """LeRobot's commands, and importing its policy server, leave the root logger at DEBUG."""
+    """LeRobot's commands, and importing its policy server, leave the root logger at DEBUG; benchmarks leave warnings off."""
     logging.getLogger().setLevel(logging.WARNING)
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -251,7 +251,7 @@ class TestChoice:
             started.train(resume_from_checkpoint=True)
         shutil.copytree(short / "checkpoint-3", tmp_path / "run" / "checkpoint-3")
         (tmp_path / "run" / "checkpoint-3" / "scheduler.pt").unlink()
-        with pytest.raises(ValueError, match=r"None of its 1 checkpoints is complete"):
+        with pytest.raises(ValueError, match=r"None of its 1 checkpoints can be used, as said above"):
             started.train(resume_from_checkpoint="last")
         with pytest.raises(ValueError, match=r"checkpoint-3 cannot be resumed from: scheduler.pt is missing"):
             started.train(resume_from_checkpoint=tmp_path / "run" / "checkpoint-3")

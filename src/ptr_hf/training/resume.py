@@ -116,7 +116,7 @@ class Resume(TrainerCallback):
             self._warn(sentence)
         if steps[0] == -1:
             number = len(checkpoints(output))
-            what = f"None of its {number} checkpoints is complete" if number else "It has no checkpoint"
+            what = f"None of its {number} checkpoints can be used, as said above" if number else "It has no checkpoint"
             raise ValueError(
                 f"There is nothing to resume from in {output}. {what}: start without resume_from_checkpoint, or give it the "
                 "path of a checkpoint-<step> folder."
