@@ -87,7 +87,7 @@ def traffic(size: Mapping[str, int], ranks: int, segments: int, scorer: bool = T
     return ours, ring_bytes(Call("all-reduce", size["gradient_bytes"]), ranks)
 
 
-LARGE = ((100_000, 20), (1_000_000, 20))
+LARGE = ((100_000, 20),)
 """Datasets that are opened and inspected: episodes, and frames of each."""
 
 
