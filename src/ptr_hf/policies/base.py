@@ -115,6 +115,7 @@ class AdapterBase(ABC):
             ValueError: the batch lacks a key the policy reads, stacks frames, has other rows than `views`, or marks unused action
                 dimensions where the family cannot leave them out.
         """
+        batch = self._without_coming(batch)
         if views is None and self._holds_features(batch):
             views = self._kept_views(batch)
         self.check(batch, training=True, with_images=views is None)
@@ -221,6 +222,7 @@ class AdapterBase(ABC):
             ValueError: `layer` is given while the tower trains, or is out of range.
         """
         self._check_layer_states(layer)
+        batch = self._without_coming(batch)
         if self._holds_features(batch):
             return self._kept_views(batch)
         self._check_images(batch)
@@ -339,7 +341,8 @@ class AdapterBase(ABC):
         """
         with ExitStack() as scope:
             if self._holds_features(batch):
-                batch = {**batch, **self._enter_features(scope, self._kept_views(batch))}
+                views = self._kept_views(self._without_coming(batch))
+                batch = {**batch, **self._enter_features(scope, views)}
             yield batch
 
     def _enter_features(self, scope: ExitStack, views: Views) -> Batch:
@@ -349,6 +352,10 @@ class AdapterBase(ABC):
             NotImplementedError: the family reads no features.
         """
         raise NotImplementedError(f"A {self.family} policy reads no features: ask reads_features first.")
+
+    def _without_coming(self, batch: Batch) -> Batch:
+        """A batch without the coming frames that LeRobot reads for a world model: no trace looks at them."""
+        return batch
 
     def _holds_features(self, batch: Batch) -> bool:
         return self.reads_features and any(features_key(key) in batch for key in self.target_keys())

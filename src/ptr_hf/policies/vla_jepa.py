@@ -14,7 +14,7 @@ from ptr_hf.policies.base import features_key, part, view_key
 from ptr_hf.policies.batches import action_mask, per_sample_mean
 from ptr_hf.policies.hooks import captured_output, captured_result
 from ptr_hf.policies.qwen3vl import Qwen3VLAdapter
-from ptr_hf.policies.trace import Batch, Belief, BeliefMask, PolicyTrace, Views
+from ptr_hf.policies.trace import Batch, PolicyTrace, Views
 
 
 class VLAJEPAAdapter(Qwen3VLAdapter):
@@ -52,25 +52,8 @@ class VLAJEPAAdapter(Qwen3VLAdapter):
         """Whether features are enough: a world model that trains looks at pictures itself."""
         return not self.base.config.enable_world_model
 
-    def trace(
-        self,
-        batch: Batch,
-        belief: Belief | None = None,
-        belief_mask: BeliefMask | None = None,
-        views: Views | None = None,
-    ) -> PolicyTrace:
-        """See `AdapterBase.trace`; of the coming frames that LeRobot reads for a world model none is looked at."""
-        return super().trace(self._present_of(batch), belief, belief_mask, views)
-
-    def encode_views(self, batch: Batch, layer: int | None = None) -> Views:
-        """See `AdapterBase.encode_views`; of the present frames alone."""
-        return super().encode_views(self._present_of(batch), layer)
-
-    def _kept_views(self, batch: Batch) -> Views:
-        return super()._kept_views(self._present_of(batch))
-
-    def _present_of(self, batch: Batch) -> Batch:
-        """A batch without coming frames: of `num_video_frames` observations the first is the present, as LeRobot takes it."""
+    def _without_coming(self, batch: Batch) -> Batch:
+        """Of `num_video_frames` observations the first is the present, as LeRobot takes it."""
         axes = {OBS_STATE: 2}
         for key in self.target_keys():
             axes |= {key: self.image_ndim, features_key(key): self.features_ndim, view_key(key): 2}
